@@ -1,0 +1,8 @@
+"""Backbones: known tokens -> z. `BackboneConfig` is the closed table of them."""
+
+from continuar.backbones.base import Backbone
+from continuar.backbones.mae import MAE, MAEConfig
+
+BackboneConfig = MAEConfig
+
+__all__ = ["MAE", "Backbone", "BackboneConfig", "MAEConfig"]

@@ -1,0 +1,132 @@
+"""The MAE-style bidirectional encoder and decoder (paper, Sections 3.4 and 4.2; He et al. 2022).
+
+1. Encoder: [buffer copies of the condition, known tokens] + positions -> LayerNorm -> blocks -> LayerNorm.
+2. Decoder: [encoded buffer, encoded known tokens, one mask token per unknown position] + positions -> blocks -> LayerNorm.
+3. z = decoder output at the queried positions + one more learned position embedding.
+
+Attention has no order of its own, so known and masked rows are kept as two runs instead of being scattered back to their places.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from continuar.backbones.base import Backbone
+from continuar.backbones.blocks import LN_EPS, Block, init_transformer, take
+from continuar.errors import require
+from continuar.orders import View
+
+
+@dataclass(frozen=True)
+class MAEConfig:
+    """Bidirectional encoder and decoder. Paper: B 768, 12 + 12, 12 heads; L 1024, 16 + 16, 16; H 1280, 20 + 20, 16."""
+
+    kind: Literal["mae"] = "mae"
+    width: int = 768
+    """Encoder width."""
+    encoder_depth: int = 12
+    """Encoder blocks."""
+    heads: int = 12
+    """Attention heads of the encoder; must divide the width."""
+    decoder_width: int = 0
+    """Decoder width, and so Z; 0 is the encoder's."""
+    decoder_depth: int = 12
+    """Decoder blocks."""
+    decoder_heads: int = 0
+    """Attention heads of the decoder; 0 is the encoder's."""
+    buffer: int = 64
+    """Copies of the condition before the tokens: something to compute on while little is known."""
+    attention_dropout: float = 0.1
+    """Dropout on attention weights while training."""
+    dropout: float = 0.1
+    """Dropout after projections and inside the MLP while training."""
+
+    def __post_init__(self) -> None:
+        for name in ("width", "encoder_depth", "heads", "decoder_depth", "buffer"):
+            require(getattr(self, name) >= 1, f"backbone.{name} is {getattr(self, name)}; allowed: 1 or more")
+        width, heads = self.decoder_width or self.width, self.decoder_heads or self.heads
+        for part, w, h in (("encoder", self.width, self.heads), ("decoder", width, heads)):
+            require(w % h == 0, f"{part} width {w} is not divisible by its {h} heads")
+        for name in ("attention_dropout", "dropout"):
+            require(0 <= getattr(self, name) < 1, f"backbone.{name} is {getattr(self, name)}; allowed: 0 up to below 1")
+
+    def build(self, positions: int) -> MAE:
+        """The backbone over ``positions`` tokens."""
+        return MAE(self, positions)
+
+
+@dataclass
+class MAEState:
+    """What is known of a generation: embedded tokens, a mask, and its common row count as a host integer."""
+
+    cond_BCE: Tensor
+    x_BNE: Tensor
+    known_BN: Tensor
+    known: int = 0
+
+
+class MAE(Backbone[MAEState]):
+    """See the module's docstring."""
+
+    def __init__(self, config: MAEConfig, positions: int) -> None:
+        super().__init__()
+        width, z_dim = config.width, config.decoder_width or config.width
+        rates = config.attention_dropout, config.dropout
+        self.width, self.z_dim, self.buffer = width, z_dim, config.buffer
+        self.encoder_positions = nn.Parameter(torch.empty(config.buffer + positions, width))
+        self.input_norm = nn.LayerNorm(width, eps=LN_EPS)
+        self.encoder = nn.ModuleList(Block(width, config.heads, *rates) for _ in range(config.encoder_depth))
+        self.encoder_norm = nn.LayerNorm(width, eps=LN_EPS)
+        self.decoder_input = nn.Linear(width, z_dim)
+        self.mask_token = nn.Parameter(torch.empty(1, z_dim))
+        self.decoder_positions = nn.Parameter(torch.empty(config.buffer + positions, z_dim))
+        heads = config.decoder_heads or config.heads
+        self.decoder = nn.ModuleList(Block(z_dim, heads, *rates) for _ in range(config.decoder_depth))
+        self.decoder_norm = nn.LayerNorm(z_dim, eps=LN_EPS)
+        self.z_positions = nn.Parameter(torch.empty(positions, z_dim))
+        init_transformer(self)
+
+    def encode(self, x_BKE: Tensor, known_BK: Tensor, cond_BCE: Tensor) -> Tensor:
+        """Embedded known tokens at their positions -> [B, buffer + K, E], buffer first."""
+        batch, count = cond_BCE.shape[:2]
+        require(count in (1, self.buffer), f"{count} condition tokens; allowed: 1 (repeated) or {self.buffer}")
+        buffer = cond_BCE.expand(batch, self.buffer, -1) + self.encoder_positions[: self.buffer]
+        tokens = x_BKE + take(self.encoder_positions[None, self.buffer :], known_BK)
+        h = self.input_norm(torch.cat((buffer, tokens), 1))
+        for block in self.encoder:
+            h = block(h)
+        return self.encoder_norm(h)
+
+    def decode(self, encoded_BLE: Tensor, known_BK: Tensor, masked_BM: Tensor) -> Tensor:
+        """Encoder output and all masked positions -> z [B, K + M, Z]: known positions first, then masked ones."""
+        index = torch.cat((known_BK, masked_BM), 1)
+        h = torch.cat((self.decoder_input(encoded_BLE), self.mask_token.expand(*masked_BM.shape, -1)), 1)
+        buffer = self.decoder_positions[: self.buffer].expand(len(h), -1, -1)
+        h = h + torch.cat((buffer, take(self.decoder_positions[None, self.buffer :], index)), 1)
+        for block in self.decoder:
+            h = block(h)
+        return self.decoder_norm(h[:, self.buffer :]) + take(self.z_positions[None], index)
+
+    def forward(self, x_BNE: Tensor, cond_BCE: Tensor, view: View) -> Tensor:
+        encoded = self.encode(take(x_BNE, view.known_BK), view.known_BK, cond_BCE)
+        return self.decode(encoded, view.known_BK, view.query_BQ)[:, view.known :]
+
+    def start(self, cond_BCE: Tensor, positions: int) -> MAEState:
+        batch = len(cond_BCE)
+        x = cond_BCE.new_zeros(batch, positions, self.width)
+        return MAEState(cond_BCE, x, torch.zeros(batch, positions, dtype=torch.bool, device=x.device))
+
+    def predict(self, state: MAEState, query_BQ: Tensor) -> Tensor:
+        # Known positions first, each run ascending: a canonical order, so that rounding does not depend on the path taken.
+        order = (~state.known_BN).to(torch.int8).argsort(dim=1, stable=True)
+        z = self(state.x_BNE, state.cond_BCE, View(order, state.known))
+        return take(z, order.argsort(dim=1).gather(1, query_BQ) - state.known)
+
+    def commit(self, state: MAEState, index_BK: Tensor, x_BKE: Tensor) -> None:
+        state.x_BNE.scatter_(1, index_BK.unsqueeze(-1).expand_as(x_BKE), x_BKE.to(state.x_BNE.dtype))
+        state.known_BN.scatter_(1, index_BK, True)
+        state.known += index_BK.shape[1]

@@ -1,0 +1,215 @@
+"""The official MAR key layout (LTH14/mar), both ways, every key and shape checked.
+
+Names map one to one but for two things: the head's adaLN projections are one matrix here and one per block there, and the null
+condition is the last row of the class embedding here and the parameter ``fake_latent`` there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from continuar.backbones import MAEConfig
+from continuar.errors import UserError, require
+from continuar.heads import DiffusionHeadConfig
+from continuar.model import ModelConfig
+from continuar.orders import MAROrderConfig
+from continuar.tokenizers import TokenSpec
+
+# (official, ours) for parameters that only change their name; official positions have a leading batch dimension of 1.
+_NAMES = {
+    "z_proj.weight": "token_embedding.weight",
+    "z_proj.bias": "token_embedding.bias",
+    "z_proj_ln.weight": "backbone.input_norm.weight",
+    "z_proj_ln.bias": "backbone.input_norm.bias",
+    "encoder_norm.weight": "backbone.encoder_norm.weight",
+    "encoder_norm.bias": "backbone.encoder_norm.bias",
+    "decoder_norm.weight": "backbone.decoder_norm.weight",
+    "decoder_norm.bias": "backbone.decoder_norm.bias",
+    "decoder_embed.weight": "backbone.decoder_input.weight",
+    "decoder_embed.bias": "backbone.decoder_input.bias",
+    "encoder_pos_embed_learned": "backbone.encoder_positions",
+    "decoder_pos_embed_learned": "backbone.decoder_positions",
+    "diffusion_pos_embed_learned": "backbone.z_positions",
+    "mask_token": "backbone.mask_token",
+}
+_BLOCK = {
+    "norm1": "norm1",
+    "norm2": "norm2",
+    "attn.qkv": "attention.qkv",
+    "attn.proj": "attention.projection",
+    "mlp.fc1": "mlp.0",
+    "mlp.fc2": "mlp.3",
+}
+_HEAD = {
+    "time_embed.mlp.0": "time.0",
+    "time_embed.mlp.2": "time.2",
+    "cond_embed": "condition",
+    "input_proj": "input",
+    "final_layer.linear": "output",
+}
+_HEAD_BLOCK = {"in_ln": "norm", "mlp.0": "mlp.0", "mlp.2": "mlp.2"}
+_HEADS_OF_WIDTH = {768: 12, 1024: 16, 1280: 16}
+_HEAD_PREFIX = "diffloss.net."
+
+
+def _pairs(table: Mapping[str, str]) -> dict[str, str]:
+    return {f"{a}.{leaf}": f"{b}.{leaf}" for a, b in table.items() for leaf in ("weight", "bias")}
+
+
+def _head_names(depth: int) -> dict[str, str]:
+    names = _pairs(_HEAD)
+    for i in range(depth):
+        names |= {f"res_blocks.{i}.{a}": f"blocks.{i}.{b}" for a, b in _pairs(_HEAD_BLOCK).items()}
+    return names
+
+
+def _adaln_keys(depth: int) -> list[str]:
+    return [*(f"res_blocks.{i}.adaLN_modulation.1" for i in range(depth)), "final_layer.adaLN_modulation.1"]
+
+
+def _names(config: ModelConfig) -> dict[str, str]:
+    names = dict(_NAMES)
+    for part, depth in (("encoder", config.backbone.encoder_depth), ("decoder", config.backbone.decoder_depth)):
+        for i in range(depth):
+            names |= {f"{part}_blocks.{i}.{a}": f"backbone.{part}.{i}.{b}" for a, b in _pairs(_BLOCK).items()}
+    return names | {_HEAD_PREFIX + a: f"head.net.{b}" for a, b in _head_names(config.head.depth).items()}
+
+
+def _depth(state: Mapping[str, Tensor], prefix: str) -> int:
+    found = {int(m.group(1)) for k in state if (m := re.match(rf"{re.escape(prefix)}\.(\d+)\.", k))}
+    return max(found, default=-1) + 1
+
+
+def head_from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A denoising MLP in the official layout (no prefix) as the state of `DenoisingMLP`."""
+    depth = _depth(state, "res_blocks")
+    ours = {b: state[a] for a, b in _head_names(depth).items()}
+    for leaf in ("weight", "bias"):
+        ours[f"modulation.{leaf}"] = torch.cat([state[f"{k}.{leaf}"] for k in _adaln_keys(depth)])
+    return ours
+
+
+def head_to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `head_from_official`."""
+    depth = _depth(state, "blocks")
+    official = {a: state[b] for a, b in _head_names(depth).items()}
+    width = state["input.weight"].shape[0]
+    sizes = [3 * width] * depth + [2 * width]
+    for leaf in ("weight", "bias"):
+        parts = state[f"modulation.{leaf}"].split(sizes)
+        official |= {f"{k}.{leaf}": part for k, part in zip(_adaln_keys(depth), parts, strict=True)}
+    return official
+
+
+def config_from_official(
+    state: Mapping[str, Tensor],
+    *,
+    heads: int | None = None,
+    decoder_heads: int | None = None,
+    classes: int | None = None,
+) -> ModelConfig:
+    """The sizes a state dict in the official layout implies.
+
+    Args:
+        heads, decoder_heads: attention heads, which no shape tells; known for the widths of B, L and H.
+        classes: only checked against the state if given.
+
+    Raises:
+        UserError: a key that sizes are read from is missing, or heads are neither given nor known.
+    """
+    needed = ["z_proj.weight", "encoder_pos_embed_learned", "diffusion_pos_embed_learned", "class_emb.weight"]
+    needed += ["decoder_embed.weight", _HEAD_PREFIX + "input_proj.weight"]
+    missing = [k for k in needed if k not in state]
+    require(not missing, f"not a MAR checkpoint: missing {', '.join(missing)}")
+    width, dim = state["z_proj.weight"].shape
+    positions = state["diffusion_pos_embed_learned"].shape[1]
+    side = round(positions**0.5)
+    require(side * side == positions, f"{positions} token positions are not a square grid")
+    found = state["class_emb.weight"].shape[0]
+    require(classes in (None, found), f"the checkpoint has {found} classes, not {classes}")
+    decoder_width = state["decoder_embed.weight"].shape[0]
+    heads = heads or _HEADS_OF_WIDTH.get(width)
+    decoder_heads = decoder_heads or (heads if decoder_width == width else _HEADS_OF_WIDTH.get(decoder_width))
+    if heads is None or decoder_heads is None:
+        raise UserError(
+            f"width {width} / {decoder_width} is not that of MAR-B, L or H, so the number of attention heads must be given (--heads)"
+        )
+    return ModelConfig(
+        tokens=TokenSpec((side, side), dim),
+        classes=found,
+        order=MAROrderConfig(),
+        backbone=MAEConfig(
+            width=width,
+            encoder_depth=_depth(state, "encoder_blocks"),
+            heads=heads,
+            decoder_width=0 if decoder_width == width else decoder_width,
+            decoder_depth=_depth(state, "decoder_blocks"),
+            decoder_heads=0 if decoder_heads == heads else decoder_heads,
+            buffer=state["encoder_pos_embed_learned"].shape[1] - positions,
+        ),
+        head=DiffusionHeadConfig(
+            width=state[_HEAD_PREFIX + "input_proj.weight"].shape[0],
+            depth=_depth(state, _HEAD_PREFIX + "res_blocks"),
+        ),
+    )
+
+
+def to_continuar(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """A state dict in the official layout as ours.
+
+    Raises:
+        UserError: lists every key that is missing, unexpected or of another shape.
+    """
+    check_keys(state, official_shapes(config))
+    ours = {b: state[a] for a, b in _names(config).items()}
+    head = {k.removeprefix(_HEAD_PREFIX): v for k, v in state.items() if k.startswith(_HEAD_PREFIX)}
+    ours |= {f"head.net.{k}": v for k, v in head_from_official(head).items()}
+    for name in ("encoder_positions", "decoder_positions", "z_positions", "mask_token"):
+        ours[f"backbone.{name}"] = ours[f"backbone.{name}"][0]
+    ours["class_embedding.weight"] = torch.cat((state["class_emb.weight"], state["fake_latent"]))
+    return ours
+
+
+def to_official(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """The inverse of `to_continuar`."""
+    official = {a: state[b] for a, b in _names(config).items()}
+    for name in ("encoder_pos_embed_learned", "decoder_pos_embed_learned", "diffusion_pos_embed_learned", "mask_token"):
+        official[name] = official[name][None]
+    head = {k.removeprefix("head.net."): v for k, v in state.items() if k.startswith("head.net.")}
+    official |= {_HEAD_PREFIX + k: v for k, v in head_to_official(head).items()}
+    embedding = state["class_embedding.weight"]
+    official["class_emb.weight"], official["fake_latent"] = embedding[: config.classes], embedding[config.classes :]
+    return official
+
+
+def official_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    """Every key of the official layout and its shape, for a model of this config."""
+    with torch.device("meta"):
+        model = config.build()
+    return {k: v.shape for k, v in to_official(model.state_dict(), config).items()}
+
+
+def check_keys(state: Mapping[str, Tensor], expected: Mapping[str, torch.Size], shown: int = 8) -> None:
+    """Refuses a state dict whose keys or shapes are not exactly the expected ones, and names them.
+
+    Raises:
+        UserError: one line with what is missing, unexpected or of another shape.
+    """
+
+    def listed(names: list[str]) -> str:
+        return ", ".join(names[:shown]) + (f", ... ({len(names)} in all)" if len(names) > shown else "")
+
+    missing = [k for k in expected if k not in state]
+    unexpected = [k for k in state if k not in expected]
+    shapes = [
+        f"{k} {tuple(state[k].shape)} instead of {tuple(expected[k])}"
+        for k in expected
+        if k in state and state[k].shape != expected[k]
+    ]
+    parts = [("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)]
+    problems = "; ".join(f"{name}: {listed(keys)}" for name, keys in parts if keys)
+    require(not problems, f"the weights do not fit the model: {problems}")

@@ -1,0 +1,144 @@
+"""Gaussian diffusion with an eps-predicting network and a learned variance range (Nichol & Dhariwal 2021).
+
+All functions are pure and run in float32 whatever the autocast state: at 100 steps the first update multiplies an error of eps by
+about 316. ``i`` indexes the steps of the given process, one per row; x, eps, v have shape [M, D].
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from continuar.diffusion.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """A schedule's coefficients as float32 tensors [S] on a device, rounded once from float64."""
+
+    timesteps: Tensor  # int64, original timesteps
+    sqrt_abar: Tensor
+    sqrt_one_minus_abar: Tensor
+    x0_from_x: Tensor  # sqrt(1/abar)
+    x0_from_eps: Tensor  # sqrt(1/abar - 1)
+    mean_from_x0: Tensor  # posterior mean = mean_from_x0 x0 + mean_from_x x
+    mean_from_x: Tensor
+    log_beta: Tensor  # the upper end of the variance range
+    log_posterior_variance: Tensor  # the lower end, entry 0 replaced by entry 1 (it would be log 0)
+    abar: Tensor
+    abar_previous: Tensor
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+
+def coefficients(schedule: Schedule, device: torch.device | str = "cpu") -> Coefficients:
+    """The coefficients of ``schedule`` on ``device``; computed once per pair."""
+    return _coefficients(schedule.timesteps, schedule.betas.tobytes(), str(device))
+
+
+@lru_cache(maxsize=256)
+def _coefficients(timesteps: tuple[int, ...], betas_bytes: bytes, device: str) -> Coefficients:
+    betas = np.frombuffer(betas_bytes)
+    abar = np.cumprod(1 - betas)
+    previous = np.concatenate([[1.0], abar[:-1]])
+    posterior = betas * (1 - previous) / (1 - abar)
+    # With a single step there is no entry 1 to borrow; its own beta stands in.
+    floor = posterior[1] if len(betas) > 1 else betas[0]
+
+    def put(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values)).to(torch.float32).to(device)
+
+    return Coefficients(
+        timesteps=torch.tensor(timesteps, device=device),
+        sqrt_abar=put(np.sqrt(abar)),
+        sqrt_one_minus_abar=put(np.sqrt(1 - abar)),
+        x0_from_x=put(np.sqrt(1 / abar)),
+        x0_from_eps=put(np.sqrt(1 / abar - 1)),
+        mean_from_x0=put(betas * np.sqrt(previous) / (1 - abar)),
+        mean_from_x=put((1 - previous) * np.sqrt(1 - betas) / (1 - abar)),
+        log_beta=put(np.log(betas)),
+        log_posterior_variance=put(np.log(np.append(floor, posterior[1:]))),
+        abar=put(abar),
+        abar_previous=put(previous),
+    )
+
+
+def _at(values: Tensor, i: Tensor | int) -> Tensor:
+    """One coefficient per row as [M, 1], or a 0-d tensor for an index common to all rows."""
+    return values[i] if isinstance(i, int) else values[i].unsqueeze(-1)
+
+
+def add_noise(c: Coefficients, x0: Tensor, i: Tensor, eps: Tensor) -> Tensor:
+    """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps (paper, Section 3.2)."""
+    return _at(c.sqrt_abar, i) * x0 + _at(c.sqrt_one_minus_abar, i) * eps
+
+
+def predict_x0(c: Coefficients, x: Tensor, i: Tensor | int, eps: Tensor) -> Tensor:
+    """x_0 as eps implies it; not clipped (latents have no range)."""
+    return _at(c.x0_from_x, i) * x - _at(c.x0_from_eps, i) * eps
+
+
+def posterior_mean(c: Coefficients, x0: Tensor, x: Tensor, i: Tensor | int) -> Tensor:
+    """The mean of q(x_{t-1} | x_t, x_0)."""
+    return _at(c.mean_from_x0, i) * x0 + _at(c.mean_from_x, i) * x
+
+
+def log_variance(c: Coefficients, v: Tensor, i: Tensor | int) -> Tensor:
+    """Learned range: f log beta_t + (1 - f) log posterior variance, f = (v + 1)/2 (Nichol & Dhariwal 2021, Eq. 15)."""
+    f = (v + 1) / 2
+    return f * _at(c.log_beta, i) + (1 - f) * _at(c.log_posterior_variance, i)
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """The two terms of the loss, one value per row [M]: mse of eps, and vb in bits per dimension."""
+
+    mse: Tensor
+    vb: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        return self.mse + self.vb
+
+
+def loss_terms(c: Coefficients, eps: Tensor, v: Tensor, x0: Tensor, x: Tensor, i: Tensor, noise: Tensor) -> LossTerms:
+    """Paper, Eq. (1), plus the variational bound that trains v alone: its gradient stops at eps.
+
+    Args:
+        eps, v: the network's outputs for x = add_noise(x0, i, noise).
+        i: [M] step indices of the process ``c``.
+    """
+    mse = (noise - eps).square().mean(-1)
+    truth = posterior_mean(c, x0, x, i)
+    truth_log_variance = _at(c.log_posterior_variance, i)
+    mean = posterior_mean(c, predict_x0(c, x, i, eps.detach()), x, i)
+    logvar = log_variance(c, v, i)
+    kl = 0.5 * (
+        logvar
+        - truth_log_variance
+        - 1
+        + (truth_log_variance - logvar).exp()
+        + (truth - mean).square() * (-logvar).exp()
+    )
+    nll = -_discretized_log_likelihood(x0, mean, logvar / 2)
+    return LossTerms(mse, torch.where(i == 0, nll.mean(-1), kl.mean(-1)) / math.log(2))
+
+
+def _normal_cdf(x: Tensor) -> Tensor:
+    """The tanh approximation of the standard normal's CDF that image diffusion uses (kept so that numbers agree)."""
+    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def _discretized_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
+    """Log-probability of the 2/255-wide bin around x, edges open at +-0.999, floored at 1e-12 (Ho et al. 2020, Eq. 13)."""
+    centred, inverse = x - mean, torch.exp(-log_scale)
+    upper = _normal_cdf(inverse * (centred + 1 / 255))
+    lower = _normal_cdf(inverse * (centred - 1 / 255))
+    probability = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
+    return probability.clamp(min=1e-12).log()

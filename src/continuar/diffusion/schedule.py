@@ -1,0 +1,81 @@
+"""Noise schedules and their respacing, in float64 on the host.
+
+1. `cosine_betas`: the training process of T steps (Nichol & Dhariwal 2021, Eq. 17).
+2. `spaced` or `strided`: which of the T steps a sampler visits.
+3. `Schedule.respace`: the coarser process that visits only those, from the ratios of the kept cumulative products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from continuar.errors import require
+
+
+def cosine_betas(steps: int, cap: float = 0.999) -> np.ndarray:
+    """beta_t = min(1 - abar(t+1)/abar(t), cap), abar(t) = cos^2((t/T + 0.008)/1.008 * pi/2). Float64 [steps]."""
+    abar = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
+    return np.minimum(1 - abar[1:] / abar[:-1], cap)
+
+
+def spaced(train_steps: int, steps: int) -> tuple[int, ...]:
+    """``steps`` evenly spaced original timesteps, both ends included: round(i (T-1)/(n-1))."""
+    require(1 <= steps <= train_steps, f"diffusion steps is {steps}; allowed: 1 to {train_steps}")
+    if steps == 1:
+        return (train_steps - 1,)
+    return tuple(round(i * (train_steps - 1) / (steps - 1)) for i in range(steps))
+
+
+def strided(train_steps: int, steps: int) -> tuple[int, ...]:
+    """``steps`` original timesteps from 0 with one integer stride ("ddimN" of guided diffusion; Song et al. 2021)."""
+    for stride in range(1, train_steps):
+        if len(range(0, train_steps, stride)) == steps:
+            return tuple(range(0, train_steps, stride))
+    require(False, f"strided diffusion steps is {steps}; no integer stride over {train_steps} steps gives that many")
+    raise AssertionError
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """One diffusion process. Arrays are float64 [S]; index 0 is the least noisy step.
+
+    Attributes:
+        timesteps: the original timesteps (0..T-1) of the S steps; what the network is told.
+        betas: beta_i of this (possibly respaced) process.
+    """
+
+    timesteps: tuple[int, ...]
+    betas: np.ndarray
+
+    def __post_init__(self) -> None:
+        require(len(self.timesteps) == len(self.betas), "a schedule needs one beta per timestep")
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    @property
+    def abar(self) -> np.ndarray:
+        """Cumulative products of 1 - beta."""
+        return np.cumprod(1 - self.betas)
+
+    def respace(self, timesteps: Sequence[int]) -> Schedule:
+        """The process that visits only ``timesteps`` (ascending indices into this one), with the same marginals there."""
+        abar = self.abar[list(timesteps)]
+        previous = np.concatenate([[1.0], abar[:-1]])
+        return Schedule(tuple(self.timesteps[t] for t in timesteps), 1 - abar / previous)
+
+
+@lru_cache(maxsize=64)
+def training_schedule(steps: int = 1000) -> Schedule:
+    """The process every diffusion head trains with: cosine, 1000 steps unless said otherwise."""
+    return Schedule(tuple(range(steps)), cosine_betas(steps))
+
+
+@lru_cache(maxsize=256)
+def sampling_schedule(steps: int, train_steps: int = 1000) -> Schedule:
+    """The respaced process of ``steps`` evenly spaced steps."""
+    return training_schedule(train_steps).respace(spaced(train_steps, steps))

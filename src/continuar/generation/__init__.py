@@ -1,0 +1,1 @@
+"""Generation: the plan, the engine that follows it, and the pipeline from labels to images."""

@@ -1,0 +1,113 @@
+"""Randomness that belongs to an image, not to a batch.
+
+Every draw is a pure function of (image seed, position, purpose, step): Philox4x32-10, the counter-based generator of Salmon et al.,
+"Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011), written in integer tensor operations. The same seed therefore gives the same
+image at any batch size, in any batch order, on any rank and any device.
+
+Counter words: (position, step, purpose, block); key words: the seed's low and high 32 bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from enum import IntEnum
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+
+
+class Purpose(IntEnum):
+    """What a draw is for. Values are part of the format: changing one changes every seeded image."""
+
+    ORDER = 0  # the permutation of positions
+    INITIAL = 1  # x_T of a token
+    STEP = 2  # the noise added in one diffusion step
+    TOKEN = 3  # a token's other draws: a mixture component, a category
+    ROUTE = 4  # which positions come next, where that is decided while generating
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Philox4x32 with 10 rounds. Words are int64 tensors holding 0..2^32-1, broadcast together; returns four such tensors."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for i in range(10):
+        if i:
+            k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
+        # A product of two 32-bit words wraps int64; its low 64 bits are exact, so masking both halves undoes the sign.
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        hi0, lo0 = (p0 >> 32) & _MASK, p0 & _MASK
+        hi1, lo1 = (p1 >> 32) & _MASK, p1 & _MASK
+        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+    return c0, c1, c2, c3
+
+
+def _uniform(word: Tensor) -> Tensor:
+    """A 32-bit word as float32 in (0, 1]: the half offset keeps the logarithm below finite."""
+    return (word.to(torch.float32) + 0.5) * 2.0**-32
+
+
+class RowNoise(Protocol):
+    """The noise of M rows (tokens): what heads and samplers draw from."""
+
+    def normal(self, purpose: Purpose, step: int, dim: int) -> Tensor:
+        """Standard normal [M, dim], float32."""
+        ...
+
+    def uniform(self, purpose: Purpose, step: int, dim: int) -> Tensor:
+        """Uniform in (0, 1] [M, dim], float32."""
+        ...
+
+
+class KeyedNoise:
+    """Noise of M rows, each with its image's seed and its position.
+
+    Args:
+        seeds: [M] int64, any value; two's complement for negative ones.
+        positions: [M] int64, 0..2^32-1.
+    """
+
+    def __init__(self, seeds: Tensor, positions: Tensor) -> None:
+        self._key = (seeds & _MASK).unsqueeze(-1), ((seeds >> 32) & _MASK).unsqueeze(-1)
+        self._positions = positions.unsqueeze(-1)
+
+    def _words(self, purpose: Purpose, step: int, blocks: int) -> tuple[Tensor, ...]:
+        block = torch.arange(blocks, device=self._positions.device)
+        like = torch.zeros_like(block)
+        return philox((self._positions, like + step, like + int(purpose), block), self._key)
+
+    def normal(self, purpose: Purpose, step: int, dim: int) -> Tensor:
+        u0, u1, u2, u3 = (_uniform(w) for w in self._words(purpose, step, -(-dim // 4)))
+        # Box-Muller: two uniforms make two independent normals.
+        r0, r1 = (-2 * u0.log()).sqrt(), (-2 * u2.log()).sqrt()
+        a0, a1 = 2 * math.pi * u1, 2 * math.pi * u3
+        return torch.stack((r0 * a0.cos(), r0 * a0.sin(), r1 * a1.cos(), r1 * a1.sin()), -1).flatten(-2)[..., :dim]
+
+    def uniform(self, purpose: Purpose, step: int, dim: int) -> Tensor:
+        words = self._words(purpose, step, -(-dim // 4))
+        return torch.stack([_uniform(w) for w in words], -1).flatten(-2)[..., :dim]
+
+
+class GeneratorNoise:
+    """Plain noise for M rows from torch's own generators, for users of a head alone."""
+
+    def __init__(self, rows: int, device: torch.device, generator: torch.Generator | None = None) -> None:
+        self._rows, self._device, self._generator = rows, device, generator
+
+    def _draw(self, draw: Callable[..., Tensor], dim: int) -> Tensor:
+        return draw(self._rows, dim, device=self._device, generator=self._generator)
+
+    def normal(self, purpose: Purpose, step: int, dim: int) -> Tensor:
+        return self._draw(torch.randn, dim)
+
+    def uniform(self, purpose: Purpose, step: int, dim: int) -> Tensor:
+        return 1 - self._draw(torch.rand, dim)
+
+
+def keyed_permutation(seeds_B: Tensor, positions: int) -> Tensor:
+    """A uniformly random permutation of 0..positions-1 per image: [B, positions] int64, a function of the seed alone."""
+    key = KeyedNoise(seeds_B, torch.zeros_like(seeds_B))._words(Purpose.ORDER, 0, -(-positions // 4))
+    return torch.stack(key, -1).flatten(-2)[:, :positions].argsort(dim=-1, stable=True)

@@ -1,0 +1,17 @@
+"""Tokenizers: images <-> tokens. `TokenizerConfig` is the closed table of them."""
+
+from continuar.tokenizers.base import Tokenizer, TokenSpec
+from continuar.tokenizers.latent import LatentConfig, LatentTokenizer
+from continuar.tokenizers.pixel import PixelConfig, PixelTokenizer
+
+TokenizerConfig = PixelConfig | LatentConfig
+
+__all__ = [
+    "LatentConfig",
+    "LatentTokenizer",
+    "PixelConfig",
+    "PixelTokenizer",
+    "TokenSpec",
+    "Tokenizer",
+    "TokenizerConfig",
+]
