@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from continuar.backbones import MAEConfig
+from continuar.checkpoints.store import check_keys
 from continuar.errors import UserError, require
 from continuar.heads import DiffusionHeadConfig
 from continuar.model import ModelConfig
@@ -164,7 +165,7 @@ def to_continuar(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, 
     Raises:
         UserError: lists every key that is missing, unexpected or of another shape.
     """
-    check_keys(state, official_shapes(config))
+    check_keys(state, official_shapes(config), "the checkpoint")
     ours = {b: state[a] for a, b in _names(config).items()}
     head = {k.removeprefix(_HEAD_PREFIX): v for k, v in state.items() if k.startswith(_HEAD_PREFIX)}
     ours |= {f"head.net.{k}": v for k, v in head_from_official(head).items()}
@@ -191,25 +192,3 @@ def official_shapes(config: ModelConfig) -> dict[str, torch.Size]:
     with torch.device("meta"):
         model = config.build()
     return {k: v.shape for k, v in to_official(model.state_dict(), config).items()}
-
-
-def check_keys(state: Mapping[str, Tensor], expected: Mapping[str, torch.Size], shown: int = 8) -> None:
-    """Refuses a state dict whose keys or shapes are not exactly the expected ones, and names them.
-
-    Raises:
-        UserError: one line with what is missing, unexpected or of another shape.
-    """
-
-    def listed(names: list[str]) -> str:
-        return ", ".join(names[:shown]) + (f", ... ({len(names)} in all)" if len(names) > shown else "")
-
-    missing = [k for k in expected if k not in state]
-    unexpected = [k for k in state if k not in expected]
-    shapes = [
-        f"{k} {tuple(state[k].shape)} instead of {tuple(expected[k])}"
-        for k in expected
-        if k in state and state[k].shape != expected[k]
-    ]
-    parts = [("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)]
-    problems = "; ".join(f"{name}: {listed(keys)}" for name, keys in parts if keys)
-    require(not problems, f"the weights do not fit the model: {problems}")

@@ -1,0 +1,54 @@
+# Two commands do all the set-up: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+WORKERS ?= 2
+
+.PHONY: help demo test test-slow check format clean
+
+help:
+	@echo "make demo       set up, train on handwritten digits, write a grid to out/ (a few minutes on a CPU)"
+	@echo "make test       set up with the test extras, then the test suite"
+	@echo "make test-slow  the tests that train real models"
+	@echo "make check      lint, format, types, import layering"
+	@echo "make format     apply the formatter"
+	@echo "make clean      remove .venv, out and caches"
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 11) <= v < (3, 14) else f"Python {v.major}.{v.minor} found; 3.11 to 3.13 needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/demo.stamp: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) torch
+	$(PIP) -e '.[demo]'
+	@touch $@
+
+$(VENV)/dev.stamp: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) torch
+	$(PIP) -e '.[dev]'
+	@touch $@ $(VENV)/demo.stamp
+
+demo: $(VENV)/demo.stamp
+	$(BIN)/continuar train digits --out out/digits --restart
+	$(BIN)/continuar sample out/digits --classes 0,1,2,3,4,5,6,7,8,9 --per-class 8 --out out/samples
+	@echo "look at out/samples/grid.png: each row is the digit that was asked for"
+
+test: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -n $(WORKERS) -q
+
+test-slow: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -m slow -q
+
+check: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: $(VENV)/dev.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) out build src/*.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis

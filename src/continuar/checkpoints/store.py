@@ -1,0 +1,180 @@
+"""Files of weights: safetensors and JSON, written so that a reader sees all of it or none.
+
+A *saved model* is a directory with ``config.json`` (`ModelFile`) and ``model.safetensors``; a training checkpoint is the same with
+``ema.safetensors`` and the trainer's state beside it. Weights may be stored in bfloat16; they are computed with in float32.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from continuar.configs import from_json, to_json
+from continuar.errors import UserError, require
+from continuar.generation.plan import SamplingOptions
+from continuar.model import ModelConfig
+from continuar.tokenizers import TokenizerConfig
+
+FORMAT = 1
+CONFIG, WEIGHTS, EMA = "config.json", "model.safetensors", "ema.safetensors"
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """What ``config.json`` of a saved model holds: all that is needed to generate but the weights."""
+
+    model: ModelConfig
+    tokenizer: TokenizerConfig
+    classes: tuple[str, ...]
+    """Class names in label order; empty for an unconditional model."""
+    sampling: SamplingOptions
+    """The settings the model was found best with."""
+    format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        require(self.format == FORMAT, f"format {self.format} of a saved model; this version reads {FORMAT}")
+        require(
+            len(self.classes) == self.model.classes, f"{len(self.classes)} class names for {self.model.classes} classes"
+        )
+        require(
+            self.tokenizer.spec == self.model.tokens,
+            f"the tokenizer gives {self.tokenizer.spec}, the model takes {self.model.tokens}",
+        )
+
+
+@contextmanager
+def atomic_directory(destination: Path) -> Iterator[Path]:
+    """Yields a directory to fill; it becomes ``destination`` when the block ends, and vanishes if the block raises."""
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    temporary = destination.parent / f".{destination.name}.{os.getpid()}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.iterdir():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+        old = destination.parent / f".{destination.name}.{os.getpid()}.old"
+        if destination.exists():
+            destination.rename(old)
+        temporary.rename(destination)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a file's text at once."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replaces a JSON file at once."""
+    write_text(path, json.dumps(to_json(value), indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value of a file.
+
+    Raises:
+        UserError: the file is missing or not JSON.
+    """
+    require(path.is_file(), f"{path} does not exist")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as problem:
+        raise UserError(f"{path} is not valid JSON: {problem}") from problem
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
+    """Writes tensors as safetensors, on the CPU, floating ones as ``dtype`` if given."""
+    save_file(
+        {
+            k: v.detach().to("cpu", dtype if dtype and v.is_floating_point() else v.dtype).contiguous()
+            for k, v in tensors.items()
+        },
+        path,
+    )
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU.
+
+    Raises:
+        UserError: the file is missing, empty, truncated or of another format.
+    """
+    require(path.is_file(), f"{path} does not exist")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as problem:
+        raise UserError(f"{path} is truncated or not a safetensors file: {problem}") from problem
+
+
+def load_state(module: torch.nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Loads weights into a module; every key and shape must fit.
+
+    Raises:
+        UserError: lists what is missing, unexpected or of another shape.
+    """
+    check_keys(tensors, {k: v.shape for k, v in module.state_dict().items()}, where)
+    module.load_state_dict(dict(tensors))
+
+
+def check_keys(state: Mapping[str, Tensor], expected: Mapping[str, torch.Size], where: str, shown: int = 8) -> None:
+    """Refuses a state dict whose keys or shapes are not exactly the expected ones, and names them.
+
+    Raises:
+        UserError: one line with what is missing, unexpected or of another shape.
+    """
+
+    def listed(names: list[str]) -> str:
+        return ", ".join(names[:shown]) + (f", ... ({len(names)} in all)" if len(names) > shown else "")
+
+    shapes = [
+        f"{k} {tuple(state[k].shape)} instead of {tuple(expected[k])}"
+        for k in expected
+        if k in state and state[k].shape != expected[k]
+    ]
+    parts = [
+        ("missing", [k for k in expected if k not in state]),
+        ("unexpected", [k for k in state if k not in expected]),
+        ("of another shape", shapes),
+    ]
+    problems = "; ".join(f"{name}: {listed(keys)}" for name, keys in parts if keys)
+    require(not problems, f"{where} does not fit the model: {problems}")
+
+
+def checksum(path: Path) -> str:
+    """CRC-32 of a file, as eight hexadecimal digits: against truncation and flipped bits, not against malice."""
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            value = zlib.crc32(block, value)
+    return f"{value:08x}"
+
+
+def read_model_file(directory: Path) -> ModelFile:
+    """The config of a saved model.
+
+    Raises:
+        UserError: missing, unreadable, or not of this format.
+    """
+    path = directory / CONFIG
+    require(path.is_file(), f"{directory} is not a saved model: it has no {CONFIG}")
+    value = read_json(path)
+    require(isinstance(value, dict) and "model" in value, f"{path} is not the config of a saved model")
+    return from_json(ModelFile, value, str(path))

@@ -1,0 +1,1 @@
+"""The command line: thin. Each command is one module with ``main(arguments) -> exit code``."""

@@ -1,0 +1,73 @@
+"""``continuar COMMAND``: dispatch, and the one place where a user's mistake becomes one line and exit code 2.
+
+Nothing heavy is imported here, so that ``continuar --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from importlib import import_module
+
+from continuar import __version__
+from continuar.errors import UserError, unknown_name
+
+COMMANDS = {
+    "train": "train a model by a recipe: continuar train digits",
+    "sample": "generate images: continuar sample MODEL --classes 3,7",
+    "convert": "official MAR checkpoints into our format and back",
+}
+_HELP = f"""continuar {__version__}: autoregressive generation over continuous tokens.
+
+usage: continuar COMMAND ...
+
+commands:
+{chr(10).join(f"  {name:<10} {text}" for name, text in COMMANDS.items())}
+
+`continuar COMMAND --help` lists a command's options. --debug shows the traceback of an error. --version prints the version.
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command and returns its exit code: 0 done, 2 a mistake in what was asked, 130 interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments
+    arguments = [a for a in arguments if a != "--debug"]
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO)
+    try:
+        return _run(arguments)
+    except UserError as problem:
+        if debug:
+            raise
+        return _fail(str(problem))
+    except OSError as problem:
+        if debug:
+            raise
+        where = f" ({problem.filename})" if problem.filename else ""
+        return _fail(f"{problem.strerror or problem}{where}")
+    except KeyboardInterrupt as stop:
+        kept = getattr(stop, "checkpoint", None)
+        note = f"; checkpoint kept in {kept}, --resume continues" if kept else ""
+        print(f"\ncontinuar: interrupted{note}", file=sys.stderr)
+        return 130
+
+
+def _run(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_HELP, end="")
+        return 0
+    if arguments[0] == "--version":
+        print(__version__)
+        return 0
+    if arguments[0] not in COMMANDS:
+        raise unknown_name("command", arguments[0], COMMANDS)
+    return import_module(f"continuar.cli.{arguments[0]}").main(arguments[1:])
+
+
+def _fail(message: str) -> int:
+    print(f"continuar: error: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

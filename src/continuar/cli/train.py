@@ -1,0 +1,142 @@
+"""``continuar train RECIPE``."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from continuar.configs import to_json
+from continuar.devices import pick_device
+from continuar.errors import require
+from continuar.model import parameter_counts
+from continuar.recipes import RECIPES, find_recipe
+from continuar.training.config import Run
+from continuar.training.flops import generation_flops, training_flops
+from continuar.training.loop import Report, train
+
+_HELP = """usage: continuar train RECIPE [options]
+       continuar train --list          recipes, one line each
+       continuar train RECIPE --help   every field of the recipe, with its value there
+       continuar train RECIPE --dry-run
+"""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Options beside the recipe's own fields."""
+
+    run: Annotated[Run, tyro.conf.arg(name="")]
+    out: Path | None = None
+    """The run directory; runs/RECIPE if not given."""
+    resume: bool = False
+    """Continue the run in that directory exactly where its newest intact checkpoint stands."""
+    force: bool = False
+    """Resume although the config differs from the one the run began with."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+    dry_run: bool = False
+    """Print the resolved config, parameters, tokens and FLOPs per image, and stop."""
+
+
+def main(arguments: list[str]) -> int:
+    """See the module's docstring."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_HELP + "\n" + list_recipes(), end="")
+        return 0
+    if arguments[0] == "--list":
+        print(list_recipes(), end="")
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    require(not name.startswith("-"), f"the recipe comes first, not '{name}': continuar train RECIPE {name} ...")
+    recipe = find_recipe(name)
+    options = tyro.cli(
+        Arguments,
+        default=Arguments(recipe()),
+        args=rest,
+        prog=f"continuar train {name}",
+        description=inspect.getdoc(recipe) or "",
+        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+    )
+    if options.dry_run:
+        print(dry_run(options.run), end="")
+        return 0
+    directory = options.out or Path("runs") / name
+    device = pick_device(options.device)
+    with _progress() as progress:
+        reading = progress.add_task("reading images", total=None, status="")
+        training: list = []
+
+        def on_read(done: int, total: int) -> None:
+            progress.update(reading, completed=done, total=total)
+
+        def on_report(report: Report) -> None:
+            if not training:
+                progress.update(reading, visible=False)
+                training.append(progress.add_task("training", total=report.steps, completed=report.step, status=""))
+            progress.update(training[0], completed=report.step)
+            if report.metrics:
+                m = report.metrics
+                progress.update(training[0], status=f"loss {m['loss']:.3f}  {m['images_per_second']:,.0f} images/s")
+
+        train(
+            options.run,
+            directory,
+            device=device,
+            resume=options.resume,
+            force=options.force,
+            on_report=on_report,
+            on_read=on_read,
+        )
+    print(f"trained: {directory}  (continuar sample {directory})")
+    return 0
+
+
+def list_recipes() -> str:
+    """One line per recipe: its name and the first line of its docstring."""
+    width = max(map(len, RECIPES))
+    lines = (f"  {n:<{width}}  {(inspect.getdoc(r) or '').splitlines()[0]}" for n, r in RECIPES.items())
+    return "recipes:\n" + "\n".join(lines) + "\n"
+
+
+def dry_run(run: Run) -> str:
+    """The resolved config and what it costs; nothing is allocated."""
+    # Without data at hand the number of classes moves one small embedding; say one then.
+    config = run.model_config(run.data.classes or 1)
+    with torch.device("meta"):
+        model = config.build()
+    parts = ", ".join(f"{part} {count / 1e6:.2f}M" for part, count in parameter_counts(model))
+    parameters = sum(p.numel() for p in model.parameters())
+    spec = config.tokens
+    lines = [
+        json.dumps(to_json(run), indent=2),
+        f"classes           {run.data.classes or 'read from the data'}",
+        f"parameters        {parameters / 1e6:.2f}M ({parts})",
+        f"tokens per image  {spec.positions} ({spec.grid[0]} x {spec.grid[1]}) of dim {spec.dim}",
+        f"training          {run.train.steps:,} steps of {run.train.batch_size} images",
+        f"FLOPs per image   training {_flops(training_flops(config))} (forward and backward, mean mask ratio)",
+        f"                  generation {_flops(generation_flops(config, run.sampling))} "
+        f"({run.sampling.steps} steps, {run.sampling.diffusion_steps} diffusion steps, guidance {run.sampling.guidance})",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _flops(value: float) -> str:
+    for unit, size in (("T", 1e12), ("G", 1e9)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}FLOP"
+    return f"{value / 1e6:.3g} MFLOP"
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    console = Console(file=sys.stderr)
+    return Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[status]}"), console=console)

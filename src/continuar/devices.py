@@ -1,0 +1,34 @@
+"""One argument for where to compute."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from continuar.errors import UserError, require
+
+DeviceName = Literal["auto", "cpu", "cuda", "mps"]
+
+
+def pick_device(name: str | torch.device = "auto") -> torch.device:
+    """The device a name means; "auto" is CUDA, else MPS, else the CPU. "cuda:1" works too.
+
+    Raises:
+        UserError: no such device, or it is not there.
+    """
+    if isinstance(name, torch.device):
+        return name
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as problem:
+        raise UserError(f"device is '{name}'; allowed: auto, cpu, cuda, cuda:N, mps") from problem
+    require(device.type in ("cpu", "cuda", "mps"), f"device is '{name}'; allowed: auto, cpu, cuda, cuda:N, mps")
+    here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    require(here[device.type], f"device is '{name}', which this machine does not have; try 'auto'")
+    if device.type == "cuda" and device.index is not None:
+        count = torch.cuda.device_count()
+        require(device.index < count, f"device is '{name}'; this machine has {count} CUDA devices, cuda:0 to cuda:{count - 1}")
+    return device

@@ -1,0 +1,240 @@
+"""From labels to images: a model, its tokenizer, its class names and the settings it was found best with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from continuar.checkpoints.store import (
+    CONFIG,
+    EMA,
+    WEIGHTS,
+    ModelFile,
+    atomic_directory,
+    load_state,
+    read_model_file,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
+from continuar.devices import pick_device
+from continuar.diffusion.samplers import SamplerName
+from continuar.errors import UserError, require, unknown_name
+from continuar.generation.eager import Start, generate
+from continuar.generation.plan import SamplingOptions, make_plan
+from continuar.guidance import GuidanceSchedule
+from continuar.model import Model
+
+Weights = Literal["ema", "raw"]
+SHIPPED = Path(__file__).parent / "models"
+_SEED_LIMIT = 2**63
+
+
+class Pipeline:
+    """Generates images. Call it with labels; see `__call__`.
+
+    Attributes:
+        model: the network, in evaluation mode. tokenizer: tokens <-> images. classes: names in label order.
+        defaults: sampling settings used where a call does not say otherwise.
+    """
+
+    def __init__(self, file: ModelFile, model: Model) -> None:
+        self.file, self.model = file, model.eval()
+        self.tokenizer = file.tokenizer.build().to(self.device)
+        self.classes, self.defaults = file.classes, file.sampling
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return next(self.model.parameters()).device
+
+    def label(self, name: int | str) -> int:
+        """A class name or number as a label.
+
+        Raises:
+            UserError: unknown; the nearest names are suggested.
+        """
+        count = len(self.classes)
+        if isinstance(name, str) and name in self.classes:
+            return self.classes.index(name)
+        if isinstance(name, str) and not name.lstrip("-").isdecimal():
+            raise unknown_name("class", name, self.classes)
+        require(0 <= int(name) < count, f"class is {name}; allowed: 0 to {count - 1}" if count else "the model has no classes")
+        return int(name)
+
+    @overload
+    def __call__(self, labels: Sequence[int | str] | None = ..., *, output: Literal["images"] = ..., **kw) -> np.ndarray: ...
+    @overload
+    def __call__(self, labels: Sequence[int | str] | None = ..., *, output: Literal["tokens"], **kw) -> Tensor: ...
+    def __call__(
+        self,
+        labels: Sequence[int | str] | None = None,
+        seeds: Sequence[int] | int = 0,
+        *,
+        steps: int | None = None,
+        diffusion_steps: int | None = None,
+        guidance: float | None = None,
+        guidance_schedule: GuidanceSchedule | None = None,
+        temperature: float | None = None,
+        sampler: SamplerName | None = None,
+        batch_size: int = 64,
+        output: Literal["images", "tokens"] = "images",
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> np.ndarray | Tensor:
+        """Generates one image per label.
+
+        Args:
+            labels: class numbers or names; None for images without a class, one per seed.
+            seeds: one per image, -2^63..2^63-1; a single number s means s, s+1, ... The same seed and settings give the same image
+                at any batch size.
+            steps, diffusion_steps, guidance, guidance_schedule, temperature, sampler: see `SamplingOptions`; None is the model's
+                default.
+            batch_size: images generated at once.
+            output: "images", or "tokens" for what the tokenizer would decode.
+            on_progress: called with (steps done, steps in all).
+
+        Returns:
+            uint8 [B, H, W, 3], or float32 tokens [B, N, D].
+
+        Raises:
+            UserError: an unknown class, or a setting out of range.
+        """
+        options = self.defaults.override(
+            steps=steps,
+            diffusion_steps=diffusion_steps,
+            guidance=guidance,
+            guidance_schedule=guidance_schedule,
+            temperature=temperature,
+            sampler=sampler,
+        )
+        require(output in ("images", "tokens"), f"output is '{output}'; allowed: images, tokens")
+        require(batch_size >= 1, f"batch size is {batch_size}; allowed: 1 or more")
+        names = self._labels(labels, seeds)
+        numbers = self._seeds(seeds, len(names))
+        steps_per_batch = len(make_plan(self.model.order, options, self.model.order.positions))
+        total = -(-len(names) // batch_size) * steps_per_batch
+        done = 0
+
+        def count(_: object) -> None:
+            nonlocal done
+            done += 1
+            if on_progress is not None:
+                on_progress(done, total)
+
+        parts: list[Tensor] = []
+        for first in range(0, len(names), batch_size):
+            chosen = slice(first, first + batch_size)
+            tokens = generate(self.model, self._start(names[chosen], numbers[chosen]), options, on_step=count)
+            parts.append(tokens if output == "tokens" else to_uint8(self.tokenizer.decode(tokens)))
+        if output == "tokens":
+            spec = self.file.model.tokens
+            return torch.cat(parts) if parts else torch.empty(0, spec.positions, spec.dim)
+        return torch.cat(parts).cpu().numpy() if parts else np.zeros((0, 0, 0, 3), np.uint8)
+
+    def _labels(self, labels: Sequence[int | str] | None, seeds: Sequence[int] | int) -> list[int]:
+        if labels is None:
+            return [self.model.null_label] * (1 if isinstance(seeds, int) else len(seeds))
+        require(not isinstance(labels, str), f"labels is the text {labels!r}; allowed: a list of class numbers or names")
+        return [self.label(name) for name in labels]
+
+    def _seeds(self, seeds: Sequence[int] | int, count: int) -> list[int]:
+        numbers = list(range(seeds, seeds + count)) if isinstance(seeds, int) else [int(s) for s in seeds]
+        require(len(numbers) == count, f"{len(numbers)} seeds for {count} labels; allowed: one each, or a single number")
+        for s in numbers:
+            require(-_SEED_LIMIT <= s < _SEED_LIMIT, f"seed is {s}; allowed: -2^63 to 2^63-1")
+        return numbers
+
+    def _start(self, labels: list[int], seeds: list[int]) -> Start:
+        spec, batch, device = self.file.model.tokens, len(labels), self.device
+        return Start(
+            torch.tensor(labels, device=device),
+            torch.tensor(seeds, device=device),
+            torch.zeros(batch, spec.positions, spec.dim, device=device),
+            torch.zeros(batch, spec.positions, dtype=torch.bool, device=device),
+        )
+
+    def save_pretrained(self, directory: str | Path, dtype: torch.dtype | None = None) -> Path:
+        """Writes a saved model; an existing one there is replaced at once.
+
+        Args:
+            dtype: store weights as this, e.g. ``torch.bfloat16`` for half the size; None keeps them as they are.
+        """
+        directory = Path(directory)
+        require(
+            not directory.exists() or (directory / CONFIG).is_file() or not any(directory.iterdir()),
+            f"{directory} exists and is not a saved model; choose another directory",
+        )
+        with atomic_directory(directory) as temporary:
+            write_json(temporary / CONFIG, self.file)
+            write_tensors(temporary / WEIGHTS, self.model.state_dict(), dtype)
+        return directory
+
+    @classmethod
+    def from_pretrained(
+        cls, model: str | Path, *, weights: Weights = "ema", device: str | torch.device = "auto"
+    ) -> Pipeline:
+        """Loads a model.
+
+        Args:
+            model: a saved directory, a run directory (its newest checkpoint), a checkpoint, or a shipped name.
+            weights: "ema" (where there are two), or "raw".
+
+        Raises:
+            UserError: not found, incomplete, truncated or of another format.
+        """
+        require(weights in ("ema", "raw"), f"weights is '{weights}'; allowed: ema, raw")
+        directory = find_model(model)
+        file = read_model_file(directory)
+        source = directory / (EMA if weights == "ema" and (directory / EMA).is_file() else WEIGHTS)
+        with torch.device("meta"):
+            network = file.model.build()
+        network.to_empty(device="cpu")
+        load_state(network, read_tensors(source), str(source))
+        return cls(file, network.float().to(pick_device(device)))
+
+
+load = Pipeline.from_pretrained
+
+
+def shipped_models() -> list[str]:
+    """Names of the models inside the package."""
+    return sorted(p.name for p in SHIPPED.iterdir() if (p / CONFIG).is_file()) if SHIPPED.is_dir() else []
+
+
+def find_model(model: str | Path) -> Path:
+    """The directory that holds ``config.json`` and weights for a name, a saved directory, a run directory or a checkpoint.
+
+    Raises:
+        UserError: nothing of that name; a run without a checkpoint.
+    """
+    path = Path(model)
+    if str(model) in shipped_models() and not path.exists():
+        return SHIPPED / str(model)
+    if not path.exists():
+        names = [*shipped_models(), *(p.name for p in path.parent.iterdir() if p.is_dir())] if path.parent.is_dir() else []
+        raise unknown_name("model", str(model), names or shipped_models())
+    require(path.is_dir(), f"model is the file {path}; allowed: a directory (official files: see `continuar convert`)")
+    if (path / WEIGHTS).is_file():
+        return path
+    if (path / "checkpoints").is_dir():
+        found = newest_checkpoints(path)
+        require(bool(found), f"{path} has no complete checkpoint yet")
+        return found[0]
+    raise UserError(f"{path} is neither a saved model nor a run directory: it has no {WEIGHTS} and no checkpoints")
+
+
+def newest_checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoints of a run directory, newest first."""
+    folder = run / "checkpoints"
+    found = folder.glob("step-*") if folder.is_dir() else []
+    return sorted((p for p in found if (p / CONFIG).is_file()), reverse=True)
+
+
+def to_uint8(images_B3HW: Tensor) -> Tensor:
+    """[-1, 1] floats [B, 3, H, W] -> uint8 [B, H, W, 3], rounded to nearest."""
+    return ((images_B3HW.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)

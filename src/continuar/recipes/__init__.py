@@ -1,0 +1,44 @@
+"""Recipes: one Python function per run, each returning a `Run`. `RECIPES` is the closed table of them.
+
+A recipe's docstring holds its command, what it costs and what to expect. Any field can be overridden on the command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from continuar.errors import unknown_name
+from continuar.recipes.cifar10 import cifar10
+from continuar.recipes.digits import digits
+from continuar.recipes.folder import folder
+from continuar.recipes.imagenet256 import (
+    mar_b_imagenet256,
+    mar_h_imagenet256,
+    mar_l_imagenet256,
+    mar_l_imagenet256_ablation,
+)
+from continuar.training.config import Run
+
+RECIPES: dict[str, Callable[[], Run]] = {
+    recipe.__name__: recipe
+    for recipe in (
+        digits,
+        folder,
+        cifar10,
+        mar_b_imagenet256,
+        mar_l_imagenet256,
+        mar_h_imagenet256,
+        mar_l_imagenet256_ablation,
+    )
+}
+
+
+def find_recipe(name: str) -> Callable[[], Run]:
+    """The recipe of that name.
+
+    Raises:
+        UserError: unknown; the nearest names are suggested.
+    """
+    if name not in RECIPES:
+        raise unknown_name("recipe", name, RECIPES)
+    return RECIPES[name]

@@ -1,0 +1,26 @@
+"""CIFAR-10."""
+
+from continuar.backbones import MAEConfig
+from continuar.generation.plan import SamplingOptions
+from continuar.heads import DiffusionHeadConfig
+from continuar.tokenizers import PixelConfig
+from continuar.training.config import DataConfig, EMAConfig, LoopConfig, OptimConfig, Run
+
+
+def cifar10() -> Run:
+    """MAR on CIFAR-10 (32x32), 64 tokens of 4x4 pixels, on one GPU.
+
+    continuar train cifar10 --data.path DIR_OR_PARQUET
+    """
+    return Run(
+        data=DataConfig(classes=10, flip=True),
+        tokenizer=PixelConfig(image_size=32, patch=4),
+        backbone=MAEConfig(width=256, encoder_depth=4, heads=4, decoder_depth=4, buffer=16),
+        head=DiffusionHeadConfig(width=384, depth=3),
+        optim=OptimConfig(lr=6e-4, warmup_images=500_000),
+        ema=EMAConfig(decay=0.9998),
+        train=LoopConfig(
+            images=50_000_000, batch_size=512, log_images=50_000, sample_images=2_000_000, save_images=2_000_000
+        ),
+        sampling=SamplingOptions(steps=32, guidance=2.5),
+    )

@@ -1,0 +1,28 @@
+"""Handwritten digits on a CPU."""
+
+from continuar.backbones import MAEConfig
+from continuar.generation.plan import SamplingOptions
+from continuar.heads import DiffusionHeadConfig
+from continuar.tokenizers import PixelConfig
+from continuar.training.config import DataConfig, EMAConfig, LoopConfig, OptimConfig, Run
+
+
+def digits() -> Run:
+    """MAR on scikit-learn's 8x8 handwritten digits (1,797 images), 16 tokens of 2x2 pixels, on a CPU.
+
+    continuar train digits
+    """
+    return Run(
+        data=DataConfig(path="digits", classes=10),
+        tokenizer=PixelConfig(image_size=8, patch=2, channels=1),
+        backbone=MAEConfig(
+            width=128, encoder_depth=3, heads=4, decoder_depth=3, buffer=4, attention_dropout=0.0, dropout=0.05
+        ),
+        head=DiffusionHeadConfig(width=192, depth=3),
+        optim=OptimConfig(lr=1e-3, warmup_images=10_000, decay="linear", decay_images=200_000),
+        ema=EMAConfig(decay=0.998),
+        train=LoopConfig(
+            images=300_000, batch_size=128, log_images=6_400, sample_images=100_000, save_images=100_000
+        ),
+        sampling=SamplingOptions(steps=16, diffusion_steps=50, guidance=2.0),
+    )

@@ -1,0 +1,28 @@
+"""Any folder of class folders."""
+
+from continuar.backbones import MAEConfig
+from continuar.generation.plan import SamplingOptions
+from continuar.heads import DiffusionHeadConfig
+from continuar.tokenizers import PixelConfig
+from continuar.training.config import DataConfig, EMAConfig, LoopConfig, OptimConfig, Run
+
+
+def folder() -> Run:
+    """MAR on any folder of class folders (ROOT/CLASS/IMAGE), pixel patches as tokens.
+
+    continuar train folder --data.path DIR --tokenizer.image-size 64 --tokenizer.patch 4
+
+    Tokens per image are (image_size / patch)^2; more than 256 get slow, and patches over 8x8 pixels lose detail.
+    """
+    return Run(
+        data=DataConfig(flip=True),
+        tokenizer=PixelConfig(image_size=32, patch=4),
+        backbone=MAEConfig(width=384, encoder_depth=6, heads=6, decoder_depth=6, buffer=16),
+        head=DiffusionHeadConfig(width=512, depth=3),
+        optim=OptimConfig(lr=4e-4, warmup_images=50_000),
+        ema=EMAConfig(decay=0.9995),
+        train=LoopConfig(
+            images=5_000_000, batch_size=128, log_images=10_000, sample_images=250_000, save_images=250_000
+        ),
+        sampling=SamplingOptions(steps=32, guidance=2.5),
+    )

@@ -1,0 +1,1 @@
+"""Training: the run's config, the step, the loop and its checkpoints."""

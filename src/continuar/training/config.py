@@ -1,0 +1,149 @@
+"""What a training run is: one frozen dataclass per concern, each field documented where it is declared."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from continuar.backbones import BackboneConfig, MAEConfig
+from continuar.errors import require
+from continuar.generation.plan import SamplingOptions
+from continuar.heads import DiffusionHeadConfig, HeadConfig
+from continuar.model import ModelConfig
+from continuar.orders import MAROrderConfig, OrderConfig
+from continuar.tokenizers import PixelConfig, TokenizerConfig
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where images come from."""
+
+    path: str = ""
+    """A folder of class folders, a Parquet file or a folder of them, or "digits"."""
+    split: str = "train"
+    """Which part of it, where there are several."""
+    classes: int = 0
+    """Number of classes, known before the data is read; 0: read from the data."""
+    flip: bool = False
+    """Mirror images left-right with probability 1/2."""
+    crop_padding: int = 0
+    """Shift images by up to this many pixels, edges repeated; 0: not at all."""
+    max_skipped_share: float = 0.01
+    """The share of unreadable images above which training does not start; 0..1."""
+
+    def __post_init__(self) -> None:
+        require(self.classes >= 0, f"data.classes is {self.classes}; allowed: 0 or more")
+        require(self.crop_padding >= 0, f"data.crop_padding is {self.crop_padding}; allowed: 0 or more")
+        require(0 <= self.max_skipped_share <= 1, f"data.max_skipped_share is {self.max_skipped_share}; allowed: 0 to 1")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its learning rate."""
+
+    lr: float = 1e-4
+    """Learning rate after warm-up. Paper: 1e-4 per 256 images of batch."""
+    warmup_images: int = 0
+    """Images over which the rate rises linearly from 0. Paper: 100 epochs."""
+    decay: Literal["constant", "cosine", "linear"] = "constant"
+    """After warm-up: constant (paper, diffusion loss), or falling to ``final_lr`` at the run's end."""
+    final_lr: float = 0.0
+    """Where a cosine or linear decay ends, as a fraction of ``lr``; 0..1."""
+    decay_images: int = 0
+    """For "linear": the last this many images are the decay; 0: everything after warm-up."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Moment decays."""
+    weight_decay: float = 0.02
+    """On all but biases, norms and the head."""
+    clip: float = 3.0
+    """Gradients are scaled down to this norm; 0: not clipped."""
+
+    def __post_init__(self) -> None:
+        require(0 < self.lr < math.inf, f"optim.lr is {self.lr}; allowed: above 0")
+        require(self.warmup_images >= 0, f"optim.warmup_images is {self.warmup_images}; allowed: 0 or more")
+        require(self.decay_images >= 0, f"optim.decay_images is {self.decay_images}; allowed: 0 or more")
+        require(0 <= self.final_lr <= 1, f"optim.final_lr is {self.final_lr}; allowed: 0 to 1")
+        require(all(0 <= b < 1 for b in self.betas), f"optim.betas is {self.betas}; allowed: 0 up to below 1")
+        require(0 <= self.weight_decay < math.inf, f"optim.weight_decay is {self.weight_decay}; allowed: 0 or more")
+        require(0 <= self.clip < math.inf, f"optim.clip is {self.clip}; allowed: 0 or more")
+
+
+@dataclass(frozen=True)
+class EMAConfig:
+    """The exponential moving average of the weights, which is what samples are made with."""
+
+    decay: float = 0.9999
+    """Per step; 0..1."""
+    warmup: bool = True
+    """Decay at most (1 + step)/(10 + step): without it early samples are made with initial weights (0.9999^steps of them)."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.decay < 1, f"ema.decay is {self.decay}; allowed: 0 up to below 1")
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How long, how large, how often."""
+
+    images: int = 1_000_000
+    """Training images in all, repetitions counted; rounded up to whole batches."""
+    batch_size: int = 64
+    """Images per step."""
+    label_dropout: float = 0.1
+    """Probability with which a label is replaced by the null condition, for guidance; 0..1."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """"auto": bfloat16 autocast on CUDA, float32 elsewhere. There is no float16: it gives NaN losses."""
+    compile: bool = False
+    """torch.compile the loss. Pays on GPUs, after a minute of compilation."""
+    log_images: int = 10_000
+    """Write metrics every so many images."""
+    sample_images: int = 200_000
+    """Draw sample grids every so many images; 0: never."""
+    save_images: int = 200_000
+    """Write a checkpoint every so many images (and at the end); 0: only at the end."""
+    keep: int = 2
+    """Newest checkpoints kept."""
+    max_bad_steps: int = 20
+    """Steps in a row with a non-finite loss or gradient (each is skipped) after which the run stops."""
+
+    def __post_init__(self) -> None:
+        for name in ("images", "batch_size", "log_images", "keep", "max_bad_steps"):
+            require(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}; allowed: 1 or more")
+        for name in ("sample_images", "save_images"):
+            require(getattr(self, name) >= 0, f"train.{name} is {getattr(self, name)}; allowed: 0 or more")
+        require(0 <= self.label_dropout < 1, f"train.label_dropout is {self.label_dropout}; allowed: 0 up to below 1")
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps in all."""
+        return -(-self.images // self.batch_size)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run: what a recipe returns and a run directory's config.json holds."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=PixelConfig)
+    order: OrderConfig = field(default_factory=MAROrderConfig)
+    backbone: BackboneConfig = field(default_factory=MAEConfig)
+    head: HeadConfig = field(default_factory=DiffusionHeadConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    ema: EMAConfig = field(default_factory=EMAConfig)
+    train: LoopConfig = field(default_factory=LoopConfig)
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    seed: int = 0
+    """Of initial weights, the order of images and every draw; 0 or more."""
+
+    def __post_init__(self) -> None:
+        require(self.seed >= 0, f"seed is {self.seed}; allowed: 0 or more")
+        positions = self.tokenizer.spec.positions
+        require(
+            self.sampling.steps <= positions,
+            f"sampling.steps is {self.sampling.steps}; allowed: 1 to {positions}, the number of tokens",
+        )
+
+    def model_config(self, classes: int) -> ModelConfig:
+        """The model this run trains on data of ``classes`` classes."""
+        return ModelConfig(self.tokenizer.spec, classes, self.order, self.backbone, self.head)

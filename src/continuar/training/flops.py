@@ -1,0 +1,60 @@
+"""FLOPs of a model, counted on the meta device: nothing is computed or allocated. A multiply-add is two."""
+
+from __future__ import annotations
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from continuar.generation.plan import SamplingOptions, make_plan
+from continuar.guidance import Guidance
+from continuar.model import Model, ModelConfig
+from continuar.noise import KeyedNoise
+from continuar.orders import View
+
+
+def training_flops(config: ModelConfig) -> float:
+    """Per image and step: forward and backward (twice the forward) at the mean number of masked tokens."""
+    with torch.device("meta"):
+        model = config.build()
+        spec = config.tokens
+        masked = min(spec.positions, round(model.order.mean_masked()))
+        view = View(torch.zeros(1, spec.positions, dtype=torch.int64), spec.positions - masked)
+        tokens, labels = torch.zeros(1, spec.positions, spec.dim), torch.zeros(1, dtype=torch.int64)
+        with FlopCounterMode(display=False) as counter:
+            model.loss(tokens, labels, view)
+    return 3.0 * counter.get_total_flops()
+
+
+def generation_flops(config: ModelConfig, options: SamplingOptions) -> float:
+    """Per image: the backbone at every step and the head for every token, both halves of each if guided."""
+    with torch.device("meta"):
+        model = config.build().eval()
+        plan = make_plan(model.order, options, config.tokens.positions)
+        backbone = sum(_backbone_flops(model, step.start) for step in plan)
+        guided = options.guidance != 1.0
+        return float(backbone * (2 if guided else 1) + _head_flops(model, options, guided) * config.tokens.positions)
+
+
+def _backbone_flops(model: Model, known: int) -> int:
+    """One evaluation for one image with ``known`` known tokens."""
+    spec = model.config.tokens
+    view = View(torch.zeros(1, spec.positions, dtype=torch.int64), known)
+    x = torch.zeros(1, spec.positions, model.backbone.width)
+    with FlopCounterMode(display=False) as counter:
+        model.backbone(x, model.condition(torch.zeros(1, dtype=torch.int64)), view)
+    return counter.get_total_flops()
+
+
+def _head_flops(model: Model, options: SamplingOptions, guided: bool) -> int:
+    """Drawing one token."""
+    z, row = torch.zeros(1, model.backbone.z_dim), torch.zeros(1, dtype=torch.int64)
+    scalar = torch.tensor(1.0)
+    with FlopCounterMode(display=False) as counter:
+        model.head.draw(
+            z,
+            options=options.head_options(),
+            temperature=scalar,
+            noise=KeyedNoise(row, row),
+            guidance=Guidance(z, scalar) if guided else None,
+        )
+    return counter.get_total_flops()

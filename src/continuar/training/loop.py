@@ -1,0 +1,257 @@
+"""The training loop.
+
+1. Read the images; measure the tokens' std where the run does not give it.
+2. Build the model, or restore the newest intact checkpoint of the run.
+3. For each step: seed, batch, step. Now and then: metrics, sample grids, a checkpoint.
+
+Every step is a function of (seed, step), so a resumed run continues the same stream exactly.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+from continuar.checkpoints.store import ModelFile, read_json, write_json
+from continuar.configs import differences, to_json
+from continuar.data.images import ImageSet, load_images
+from continuar.errors import UserError, require
+from continuar.pictures import grid, save_png
+from continuar.pipeline import Pipeline, newest_checkpoints
+from continuar.tokenizers import PixelConfig
+from continuar.training.config import Run
+from continuar.training.log import RunLog
+from continuar.training.optim import learning_rate
+from continuar.training.state import load_newest, save_checkpoint
+from continuar.training.step import TrainStep
+from continuar.training.stream import ImageStream, measure_std
+
+_LOG = logging.getLogger("continuar")
+
+
+@dataclass(frozen=True)
+class Report:
+    """Where a run stands: step of steps, the metrics just written (or empty)."""
+
+    step: int
+    steps: int
+    metrics: dict[str, float | int]
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C after which a checkpoint was kept; ``checkpoint`` says where."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        super().__init__(str(checkpoint))
+        self.checkpoint = checkpoint
+
+
+def train(
+    run: Run,
+    directory: Path,
+    *,
+    device: torch.device,
+    resume: bool = False,
+    force: bool = False,
+    on_report: Callable[[Report], None] | None = None,
+    on_read: Callable[[int, int], None] | None = None,
+) -> Pipeline:
+    """Trains a run in ``directory`` and returns a pipeline with its averaged weights.
+
+    Args:
+        resume: continue the run in ``directory``; a directory without one starts from the beginning.
+        force: resume although the config differs.
+        on_report: called after every step.
+        on_read: called with (images read, images in all) while the data is read.
+
+    Raises:
+        UserError: bad data, a directory that holds another run, too many non-finite steps in a row.
+        Interrupted: Ctrl-C; a checkpoint was kept.
+    """
+    check_directory(run, directory, resume, force)
+    images = read_images(run, on_read)
+    run = measured(run, images)
+    torch.manual_seed(run.seed)
+    with torch.device(device):
+        model = run.model_config(len(images.classes)).build()
+    trainer = TrainStep(model, run)
+    first = load_newest(directory, trainer) if resume else 0
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json(directory / "config.json", run)
+    file = ModelFile(model.config, run.tokenizer, images.classes, run.sampling)
+    loop = _Loop(run, directory, file, trainer, images, device, on_report)
+    loop.steps_from(first)
+    return Pipeline(file, trainer.ema.model)
+
+
+def check_directory(run: Run, directory: Path, resume: bool, force: bool) -> None:
+    """Refuses to mix runs: another run's directory, or a resumed run whose config changed."""
+    require(not directory.exists() or directory.is_dir(), f"{directory} is a file; allowed: a directory for the run")
+    config = directory / "config.json"
+    if not config.exists():
+        return
+    if not resume:
+        raise UserError(f"{directory} already holds a run; --resume continues it, or choose another --out")
+    old, new = read_json(config), to_json(run)
+    if isinstance(run.tokenizer, PixelConfig) and run.tokenizer.std == 0 and isinstance(old, dict):
+        new["tokenizer"]["std"] = old.get("tokenizer", {}).get("std", 0)
+    changed = differences(old, new)
+    if changed and not force:
+        raise UserError(f"the run in {directory} has another config ({'; '.join(changed)}); --force continues it all the same")
+
+
+def read_images(run: Run, on_read: Callable[[int, int], None] | None) -> ImageSet:
+    """The run's training images; what was skipped is said."""
+    tokenizer = run.tokenizer
+    require(isinstance(tokenizer, PixelConfig), "training on latents needs a tokenizer that encodes images; use kind 'pixel'")
+    require(bool(run.data.path), "data.path is empty; give a folder of class folders or a Parquet file (--data.path)")
+    images = load_images(
+        run.data.path,
+        size=tokenizer.image_size,
+        split=run.data.split,
+        max_skipped_share=run.data.max_skipped_share,
+        progress=on_read,
+    )
+    if images.skipped:
+        _LOG.warning("%d images could not be read and are skipped: %s", len(images.skipped), "; ".join(images.skipped[:5]))
+    expected = run.data.classes
+    require(expected in (0, len(images.classes)), f"the data has {len(images.classes)} classes, data.classes says {expected}")
+    return images
+
+
+def measured(run: Run, images: ImageSet) -> Run:
+    """The run with its tokenizer's std filled in from the images; a given std that is far off is said."""
+    tokenizer = run.tokenizer
+    assert isinstance(tokenizer, PixelConfig)
+    unit = dataclasses.replace(tokenizer, std=1.0).build()
+    _, std = measure_std(images, lambda x: unit.tokenize(unit.encode(x)))
+    require(std > 0, "all training images are of one colour: there is nothing to learn")
+    if tokenizer.std == 0:
+        return dataclasses.replace(run, tokenizer=dataclasses.replace(tokenizer, std=std))
+    if not 0.9 < std / tokenizer.std < 1.1:
+        _LOG.warning("tokens have std %.3f, not 1: tokenizer.std is %.4f, measured %.4f", std / tokenizer.std, tokenizer.std, std)
+    return run
+
+
+class _Loop:
+    """The steps of one run; see the module's docstring."""
+
+    def __init__(
+        self,
+        run: Run,
+        directory: Path,
+        file: ModelFile,
+        trainer: TrainStep,
+        images: ImageSet,
+        device: torch.device,
+        on_report: Callable[[Report], None] | None,
+    ) -> None:
+        self.run, self.directory, self.file, self.trainer = run, directory, file, trainer
+        self.on_report = on_report
+        tokenizer = run.tokenizer.build().to(device)
+        self.stream = ImageStream(images, tokenizer, run.data, run.train.batch_size, run.seed, device)
+
+    def steps_from(self, first: int) -> None:
+        loop = self.run.train
+        self.log = RunLog(self.directory, first)
+        self._since, self._since_step = time.monotonic(), first
+        with catch_interrupt() as interrupted:
+            for step in range(first, loop.steps):
+                self.trainer.seed(step)
+                tokens, labels = self.stream.batch(step)
+                self.trainer(step, tokens, labels)
+                done = step + 1
+                metrics = self._write_metrics(done) if self._due(done, loop.log_images) else {}
+                if loop.sample_images and self._due(done, loop.sample_images):
+                    self._draw_grids(done)
+                if done == loop.steps or (loop.save_images and self._due(done, loop.save_images)) or interrupted():
+                    self._save(done)
+                if self.on_report is not None:
+                    self.on_report(Report(done, loop.steps, metrics))
+                if interrupted() and done < loop.steps:
+                    self.log.close()
+                    raise Interrupted(newest_checkpoints(self.directory)[0])
+        self.log.close()
+
+    def _due(self, done: int, every_images: int) -> bool:
+        """Whether step ``done`` is the first to reach another multiple of ``every_images``, or the last step."""
+        batch = self.run.train.batch_size
+        return done == self.run.train.steps or done * batch // every_images > (done - 1) * batch // every_images
+
+    def _write_metrics(self, done: int) -> dict[str, float | int]:
+        averages = self.trainer.meter.read()
+        limit = self.run.train.max_bad_steps
+        if averages.bad_in_a_row >= limit:
+            kept = newest_checkpoints(self.directory)
+            raise UserError(
+                f"{averages.bad_in_a_row} steps in a row had a non-finite loss or gradient (train.max_bad_steps is {limit}); try a "
+                "lower --optim.lr, a longer --optim.warmup-images, or --train.precision float32, and look at the data; "
+                + (f"the last checkpoint is {kept[0]}" if kept else "there is no checkpoint yet")
+            )
+        now, batch = time.monotonic(), self.run.train.batch_size
+        elapsed = max(now - self._since, 1e-9)
+        metrics: dict[str, float | int] = {
+            "images": done * batch,
+            "loss": averages.loss,
+            "gradient_norm": averages.gradient_norm,
+            "token_std": averages.token_std,
+            "lr": learning_rate(self.run.optim, (done - 1) * batch, self.run.train.steps * batch),
+            "skipped_steps": averages.skipped,
+            "images_per_second": (done - self._since_step) * batch / elapsed,
+        }
+        self.log.write(done, metrics)
+        self._since, self._since_step = now, done
+        return metrics
+
+    def _draw_grids(self, done: int) -> None:
+        """Sample grids of the averaged and of the raw weights: when one is bad, the other tells why."""
+        began = time.monotonic()
+        folder = self.directory / "samples"
+        folder.mkdir(exist_ok=True)
+        classes = self.file.classes
+        labels = [i % len(classes) for i in range(max(16, min(32, 2 * len(classes))))] if classes else None
+        seeds = list(range(len(labels) if labels else 16))
+        for name, model in (("ema", self.trainer.ema.model), ("raw", self.trainer.model)):
+            images = Pipeline(self.file, model)(labels, seeds, batch_size=len(seeds))
+            picture = grid(images, [classes[i] for i in labels] if labels else None, columns=min(8, len(seeds)))
+            save_png(picture, folder / f"step-{done:08d}-{name}.png")
+            self.log.picture(done, f"samples/{name}", picture)
+        self.trainer.model.train()
+        # Drawing is not training: keep it out of images per second.
+        self._since += time.monotonic() - began
+
+    def _save(self, done: int) -> None:
+        began = time.monotonic()
+        save_checkpoint(self.directory, self.file, self.trainer, done, self.run.train.keep)
+        self._since += time.monotonic() - began
+
+
+@contextmanager
+def catch_interrupt() -> Iterator[Callable[[], bool]]:
+    """Within the block the first Ctrl-C only sets a flag, so that a step is never torn; the second interrupts at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    flag = threading.Event()
+    previous = signal.getsignal(signal.SIGINT)
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        if flag.is_set():
+            raise KeyboardInterrupt
+        flag.set()
+
+    signal.signal(signal.SIGINT, handler)
+    try:
+        yield flag.is_set
+    finally:
+        signal.signal(signal.SIGINT, previous)
