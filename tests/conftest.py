@@ -1,11 +1,11 @@
-"""Every test process computes on one thread, so that the suite runs one process per core and timings do not depend on neighbours."""
+"""Every test process computes on one thread, so that the suite can run one process per core."""
 
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import hypothesis  # noqa: E402
-import torch  # noqa: E402
+import hypothesis
+import torch
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("fixed", deadline=None, derandomize=True, max_examples=50)

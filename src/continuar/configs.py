@@ -45,14 +45,14 @@ def from_json(kind: type[T] | Any, value: Any, where: str = "config") -> T:
     if origin is typing.Literal:
         if value not in args:
             raise unknown_name(where, str(value), [str(a) for a in args])
-        return value
+        return typing.cast(T, value)
     if origin is tuple:
         if not isinstance(value, list):
             raise UserError(f"{where} is {value!r}; a list is expected")
         each = args[:1] * len(value) if len(args) == 2 and args[1] is Ellipsis else args
         if len(each) != len(value):
             raise UserError(f"{where} has {len(value)} entries; {len(each)} are expected")
-        return typing.cast(T, tuple(from_json(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(each, value))))
+        return typing.cast(T, tuple(from_json(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(each, value, strict=True))))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return typing.cast(T, float(value))
     if kind is Path and isinstance(value, str):
@@ -60,7 +60,7 @@ def from_json(kind: type[T] | Any, value: Any, where: str = "config") -> T:
     if kind is type(None) and value is None:
         return typing.cast(T, None)
     if isinstance(kind, type) and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
-        return value
+        return typing.cast(T, value)
     raise UserError(f"{where} is {value!r}; {getattr(kind, '__name__', kind)} is expected")
 
 

@@ -30,5 +30,8 @@ def pick_device(name: str | torch.device = "auto") -> torch.device:
     require(here[device.type], f"device is '{name}', which this machine does not have; try 'auto'")
     if device.type == "cuda" and device.index is not None:
         count = torch.cuda.device_count()
-        require(device.index < count, f"device is '{name}'; this machine has {count} CUDA devices, cuda:0 to cuda:{count - 1}")
+        require(
+            device.index < count,
+            f"device is '{name}'; this machine has {count} CUDA devices, cuda:0 to cuda:{count - 1}",
+        )
     return device

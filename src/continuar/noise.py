@@ -1,7 +1,7 @@
 """Randomness that belongs to an image, not to a batch.
 
 Every draw is a pure function of (image seed, position, purpose, step): Philox4x32-10, the counter-based generator of Salmon et al.,
-"Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011), written in integer tensor operations. The same seed therefore gives the same
+"Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011), written in integer tensor operations. So the same seed gives the same
 image at any batch size, in any batch order, on any rank and any device.
 
 Counter words: (position, step, purpose, block); key words: the seed's low and high 32 bits.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal, overload
+from typing import Literal
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from continuar.checkpoints.store import (
 from continuar.devices import pick_device
 from continuar.diffusion.samplers import SamplerName
 from continuar.errors import UserError, require, unknown_name
-from continuar.generation.eager import Start, generate
+from continuar.generation.eager import Start, stream
 from continuar.generation.plan import SamplingOptions, make_plan
 from continuar.guidance import GuidanceSchedule
 from continuar.model import Model
@@ -64,13 +65,12 @@ class Pipeline:
             return self.classes.index(name)
         if isinstance(name, str) and not name.lstrip("-").isdecimal():
             raise unknown_name("class", name, self.classes)
-        require(0 <= int(name) < count, f"class is {name}; allowed: 0 to {count - 1}" if count else "the model has no classes")
+        require(
+            0 <= int(name) < count,
+            f"class is {name}; allowed: 0 to {count - 1}" if count else "the model has no classes",
+        )
         return int(name)
 
-    @overload
-    def __call__(self, labels: Sequence[int | str] | None = ..., *, output: Literal["images"] = ..., **kw) -> np.ndarray: ...
-    @overload
-    def __call__(self, labels: Sequence[int | str] | None = ..., *, output: Literal["tokens"], **kw) -> Tensor: ...
     def __call__(
         self,
         labels: Sequence[int | str] | None = None,
@@ -83,9 +83,8 @@ class Pipeline:
         temperature: float | None = None,
         sampler: SamplerName | None = None,
         batch_size: int = 64,
-        output: Literal["images", "tokens"] = "images",
         on_progress: Callable[[int, int], None] | None = None,
-    ) -> np.ndarray | Tensor:
+    ) -> np.ndarray:
         """Generates one image per label.
 
         Args:
@@ -95,11 +94,10 @@ class Pipeline:
             steps, diffusion_steps, guidance, guidance_schedule, temperature, sampler: see `SamplingOptions`; None is the model's
                 default.
             batch_size: images generated at once.
-            output: "images", or "tokens" for what the tokenizer would decode.
             on_progress: called with (steps done, steps in all).
 
         Returns:
-            uint8 [B, H, W, 3], or float32 tokens [B, N, D].
+            uint8 [B, H, W, 3].
 
         Raises:
             UserError: an unknown class, or a setting out of range.
@@ -112,29 +110,36 @@ class Pipeline:
             temperature=temperature,
             sampler=sampler,
         )
-        require(output in ("images", "tokens"), f"output is '{output}'; allowed: images, tokens")
+        tokens = self.tokens(labels, seeds, options=options, batch_size=batch_size, on_progress=on_progress)
+        return np.concatenate([to_uint8(self.tokenizer.decode(part)).cpu().numpy() for part in tokens.split(batch_size)])
+
+    def tokens(
+        self,
+        labels: Sequence[int | str] | None = None,
+        seeds: Sequence[int] | int = 0,
+        *,
+        options: SamplingOptions | None = None,
+        batch_size: int = 64,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> Tensor:
+        """Generates tokens [B, N, D] float32, what the tokenizer would decode; arguments as of `__call__`."""
+        options = options or self.defaults
         require(batch_size >= 1, f"batch size is {batch_size}; allowed: 1 or more")
         names = self._labels(labels, seeds)
         numbers = self._seeds(seeds, len(names))
+        require(bool(names), "no labels and no seeds: there is nothing to generate")
         steps_per_batch = len(make_plan(self.model.order, options, self.model.order.positions))
         total = -(-len(names) // batch_size) * steps_per_batch
-        done = 0
-
-        def count(_: object) -> None:
-            nonlocal done
-            done += 1
-            if on_progress is not None:
-                on_progress(done, total)
-
         parts: list[Tensor] = []
-        for first in range(0, len(names), batch_size):
+        for number, first in enumerate(range(0, len(names), batch_size)):
             chosen = slice(first, first + batch_size)
-            tokens = generate(self.model, self._start(names[chosen], numbers[chosen]), options, on_step=count)
-            parts.append(tokens if output == "tokens" else to_uint8(self.tokenizer.decode(tokens)))
-        if output == "tokens":
-            spec = self.file.model.tokens
-            return torch.cat(parts) if parts else torch.empty(0, spec.positions, spec.dim)
-        return torch.cat(parts).cpu().numpy() if parts else np.zeros((0, 0, 0, 3), np.uint8)
+            start = self._start(names[chosen], numbers[chosen])
+            for progress in stream(self.model, start, options):
+                start = replace(start, tokens_BND=progress.tokens_BND)
+                if on_progress is not None:
+                    on_progress(number * steps_per_batch + progress.step + 1, total)
+            parts.append(start.tokens_BND)
+        return torch.cat(parts)
 
     def _labels(self, labels: Sequence[int | str] | None, seeds: Sequence[int] | int) -> list[int]:
         if labels is None:
@@ -175,9 +180,7 @@ class Pipeline:
         return directory
 
     @classmethod
-    def from_pretrained(
-        cls, model: str | Path, *, weights: Weights = "ema", device: str | torch.device = "auto"
-    ) -> Pipeline:
+    def from_pretrained(cls, model: str | Path, *, weights: Weights = "ema", device: str | torch.device = "auto") -> Pipeline:
         """Loads a model.
 
         Args:

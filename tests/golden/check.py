@@ -2,8 +2,8 @@
 
     python tests/golden/check.py FILE...
 
-Reads any file of the formats `mar_*` (a MAR in the official key layout), `diffusion` and `diffusion_steps`, of any sizes. Prints the error
-of each quantity, max|ours - golden| / max|golden|, and exits 1 if one is over 1e-4.
+Reads any file of the formats `mar_*` (a MAR in the official key layout), `diffusion` and `diffusion_steps`, of any sizes. Prints
+the error of each quantity, max|ours - golden| / max|golden|, and exits 1 if one is over 1e-4.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def read(path: Path) -> tuple[dict, dict[str, Tensor]]:
     """(meta, tensors) of a golden file, weights in float32."""
     with safe_open(path, "pt") as file:
         meta = json.loads(file.metadata()["meta"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        names = file.keys()
+        tensors = {name: file.get_tensor(name) for name in names}
     return meta, {k: v.float() if v.dtype is torch.bfloat16 else v for k, v in tensors.items()}
 
 
@@ -87,7 +88,7 @@ def check_diffusion(meta: dict, g: dict[str, Tensor]) -> Errors:
     eps, v = head.net(torch.cat((x[:half], x[:half])), torch.cat((t[:half], t[:half])), c)
     guided = eps[half:] + 2.0 * (eps[:half] - eps[half:])
     yield "net_out_cfg2", error(torch.cat((torch.cat((guided, guided)), v), -1), g["net_out_cfg2"])
-    for name in g:
+    for name, golden in g.items():
         kind, _, count = name.partition("_")
         if kind in ("steps", "betas"):
             number = int(count.removeprefix("ddim"))
@@ -96,17 +97,17 @@ def check_diffusion(meta: dict, g: dict[str, Tensor]) -> Errors:
             else:
                 schedule = training_schedule().respace((strided if "ddim" in count else spaced)(1000, number))
             ours = torch.tensor(schedule.timesteps) if kind == "steps" else torch.from_numpy(schedule.betas)
-            yield name, error(ours, g[name])
-    for name in g:
+            yield name, error(ours, golden)
+    for name, golden in g.items():
         if name.startswith("ddpm") and not name.endswith("_noise"):
             steps, temperature = name.removeprefix("ddpm").split("_temp")
             ours = chain(head, sampling_schedule(int(steps)), x, c, float(temperature), g[f"{name}_noise"])
-            yield name, error(ours, g[name])
+            yield name, error(ours, golden)
         elif name.startswith("ddim"):
             schedule = training_schedule().respace(strided(1000, int(name.removeprefix("ddim").split("_")[0])))
             denoise = head._guided(c, None)
             ours = ddim(denoise, x, coefficients(schedule), temperature=torch.tensor(1.0), step_noise=lambda i: x)
-            yield name, error(ours, g[name])
+            yield name, error(ours, golden)
 
 
 def chain(head: DiffusionHead, schedule: Schedule, x: Tensor, z: Tensor, temperature: float, noise: Tensor) -> Tensor:
@@ -133,15 +134,15 @@ def check_steps(meta: dict, g: dict[str, Tensor]) -> Errors:
         schedule = sampling_schedule(int(name.removeprefix("chain")))
         noise = g[f"{name}.noise"]
         assert len(noise) == int(g[f"{name}.start"]) + 1
-        for key in g:
+        for key, golden in g.items():
             if key.startswith(f"{name}.out_temp"):
                 ours = chain(head, schedule, g[f"{name}.x"], g["c"], float(key.rsplit("temp", 1)[1]), noise)
-                yield key, error(ours, g[key])
+                yield key, error(ours, golden)
     yield from check_loss(head, g)
-    for name in g:
+    for name, golden in g.items():
         if name.startswith("groups."):
             tokens, steps = map(int, name.removeprefix("groups.").split("_"))
-            yield name, error(torch.tensor(MAROrder(tokens).group_sizes(steps, tokens)), g[name])
+            yield name, error(torch.tensor(MAROrder(tokens).group_sizes(steps, tokens)), golden)
 
 
 def single_step(head: DiffusionHead, g: dict[str, Tensor], name: str, total: int, i: int) -> Errors:
@@ -198,7 +199,9 @@ def check_loss(head: DiffusionHead, g: dict[str, Tensor]) -> Errors:
 
 def load_mar(meta: dict, g: dict[str, Tensor]) -> tuple[Model, LatentConfig]:
     size = meta["config"]
-    tokenizer = LatentConfig("latent", "golden", size["img_size"], size["vae_stride"], size["vae_embed_dim"], size["patch_size"], 1.0)
+    tokenizer = LatentConfig(
+        "latent", "golden", size["img_size"], size["vae_stride"], size["vae_embed_dim"], size["patch_size"], 1.0
+    )
     state = weights(g)
     config = config_from_official(
         state, heads=size["encoder_num_heads"], decoder_heads=size["decoder_num_heads"], classes=size["class_num"]

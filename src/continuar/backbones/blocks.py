@@ -36,7 +36,11 @@ class Block(nn.Module):
         self.attention = Attention(width, heads, attention_dropout, dropout)
         self.norm2 = nn.LayerNorm(width, eps=LN_EPS)
         self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(), nn.Dropout(dropout), nn.Linear(4 * width, width), nn.Dropout(dropout)
+            nn.Linear(width, 4 * width),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(4 * width, width),
+            nn.Dropout(dropout),
         )
 
     def forward(self, x_BLE: Tensor) -> Tensor:

@@ -45,9 +45,7 @@ class ModelFile:
 
     def __post_init__(self) -> None:
         require(self.format == FORMAT, f"format {self.format} of a saved model; this version reads {FORMAT}")
-        require(
-            len(self.classes) == self.model.classes, f"{len(self.classes)} class names for {self.model.classes} classes"
-        )
+        require(len(self.classes) == self.model.classes, f"{len(self.classes)} class names for {self.model.classes} classes")
         require(
             self.tokenizer.spec == self.model.tokens,
             f"the tokenizer gives {self.tokenizer.spec}, the model takes {self.model.tokens}",
@@ -103,10 +101,7 @@ def read_json(path: Path) -> Any:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
     """Writes tensors as safetensors, on the CPU, floating ones as ``dtype`` if given."""
     save_file(
-        {
-            k: v.detach().to("cpu", dtype if dtype and v.is_floating_point() else v.dtype).contiguous()
-            for k, v in tensors.items()
-        },
+        {k: v.detach().to("cpu", dtype if dtype and v.is_floating_point() else v.dtype).contiguous() for k, v in tensors.items()},
         path,
     )
 

@@ -64,7 +64,7 @@ def main(arguments: list[str]) -> int:
         args=rest,
         prog=f"continuar train {name}",
         description=inspect.getdoc(recipe) or "",
-        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+        config=(tyro.conf.AvoidSubcommands,),
     )
     if options.dry_run:
         print(dry_run(options.run), end="")

@@ -95,39 +95,43 @@ def log_variance(c: Coefficients, v: Tensor, i: Tensor | int) -> Tensor:
     return f * _at(c.log_beta, i) + (1 - f) * _at(c.log_posterior_variance, i)
 
 
+def velocity(c: Coefficients, x0: Tensor, i: Tensor, eps: Tensor) -> Tensor:
+    """v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0 (Salimans & Ho 2022)."""
+    return _at(c.sqrt_abar, i) * eps - _at(c.sqrt_one_minus_abar, i) * x0
+
+
+def eps_from_velocity(c: Coefficients, x: Tensor, i: Tensor | int, v: Tensor) -> Tensor:
+    """eps as a velocity implies it: sqrt(abar_t) v + sqrt(1 - abar_t) x_t. Exact where t is high, whatever the network says."""
+    return _at(c.sqrt_abar, i) * v + _at(c.sqrt_one_minus_abar, i) * x
+
+
 @dataclass(frozen=True)
 class LossTerms:
-    """The two terms of the loss, one value per row [M]: mse of eps, and vb in bits per dimension."""
+    """The two terms of the loss, one value per row [M]: mse of the network's prediction, and vb in bits per dimension."""
 
     mse: Tensor
     vb: Tensor
 
     @property
     def total(self) -> Tensor:
+        """What is trained: MSE + VB, unweighted."""
         return self.mse + self.vb
 
 
-def loss_terms(c: Coefficients, eps: Tensor, v: Tensor, x0: Tensor, x: Tensor, i: Tensor, noise: Tensor) -> LossTerms:
-    """Paper, Eq. (1), plus the variational bound that trains v alone: its gradient stops at eps.
+def variational_bound(c: Coefficients, eps: Tensor, v: Tensor, x0: Tensor, x: Tensor, i: Tensor) -> Tensor:
+    """The variational bound that trains the variance alone: its gradient stops at eps. Bits per dimension, [M].
 
     Args:
-        eps, v: the network's outputs for x = add_noise(x0, i, noise).
+        eps, v: the network's noise prediction and variance interpolation for x = add_noise(x0, i, noise).
         i: [M] step indices of the process ``c``.
     """
-    mse = (noise - eps).square().mean(-1)
     truth = posterior_mean(c, x0, x, i)
     truth_log_variance = _at(c.log_posterior_variance, i)
     mean = posterior_mean(c, predict_x0(c, x, i, eps.detach()), x, i)
     logvar = log_variance(c, v, i)
-    kl = 0.5 * (
-        logvar
-        - truth_log_variance
-        - 1
-        + (truth_log_variance - logvar).exp()
-        + (truth - mean).square() * (-logvar).exp()
-    )
+    kl = 0.5 * (logvar - truth_log_variance - 1 + (truth_log_variance - logvar).exp() + (truth - mean).square() * (-logvar).exp())
     nll = -_discretized_log_likelihood(x0, mean, logvar / 2)
-    return LossTerms(mse, torch.where(i == 0, nll.mean(-1), kl.mean(-1)) / math.log(2))
+    return torch.where(i == 0, nll.mean(-1), kl.mean(-1)) / math.log(2)
 
 
 def _normal_cdf(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,9 +86,7 @@ def stream(
         rows = batch * step.size
         guidance = Guidance(z[rows:], torch.tensor(step.scale, device=device)) if guided else None
         noise = noise_of(start.seeds_B.repeat_interleave(step.size), index.flatten())
-        drawn = model.head.draw(
-            z[:rows], options=options.head_options(), temperature=temperature, noise=noise, guidance=guidance
-        )
+        drawn = model.head.draw(z[:rows], options=options.head_options(), temperature=temperature, noise=noise, guidance=guidance)
         drawn_BKD = drawn.tokens.view(batch, step.size, -1).to(tokens.dtype)
         tokens.scatter_(1, index.unsqueeze(-1).expand_as(drawn_BKD), drawn_BKD)
         known_BN.scatter_(1, index, True)
@@ -100,7 +99,6 @@ def generate(
     start: Start,
     options: SamplingOptions,
     *,
-    on_step: Callable[[Progress], None] | None = None,
     order_BN: Tensor | None = None,
     noise_of: NoiseOf = KeyedNoise,
 ) -> Tensor:
@@ -108,12 +106,10 @@ def generate(
     tokens = start.tokens_BND
     for progress in stream(model, start, options, order_BN=order_BN, noise_of=noise_of):
         tokens = progress.tokens_BND
-        if on_step is not None:
-            on_step(progress)
     return tokens
 
 
-def _commit(model: Model, state: object, tokens_BND: Tensor, index_BK: Tensor, copies: int) -> None:
+def _commit(model: Model, state: Any, tokens_BND: Tensor, index_BK: Tensor, copies: int) -> None:
     """Embeds the tokens at these positions and tells the backbone, in every copy of the batch."""
     if index_BK.shape[1]:
         x = model.token_embedding(tokens_BND.gather(1, index_BK.unsqueeze(-1).expand(-1, -1, tokens_BND.shape[-1])))

@@ -79,8 +79,6 @@ def make_plan(order: Order, options: SamplingOptions, unknown: int) -> tuple[Pla
     steps, start = [], total - unknown
     for size in order.group_sizes(min(options.steps, unknown), unknown) if unknown else ():
         remaining = total - start - size
-        steps.append(
-            PlanStep(start, size, guidance_scale(options.guidance, options.guidance_schedule, remaining, total))
-        )
+        steps.append(PlanStep(start, size, guidance_scale(options.guidance, options.guidance_schedule, remaining, total)))
         start += size
     return tuple(steps)

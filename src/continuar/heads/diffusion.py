@@ -12,7 +12,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from continuar.diffusion.process import LossTerms, add_noise, coefficients, loss_terms
+from continuar.diffusion.process import (
+    LossTerms,
+    add_noise,
+    coefficients,
+    eps_from_velocity,
+    variational_bound,
+    velocity,
+)
 from continuar.diffusion.samplers import SAMPLERS, SamplerName
 from continuar.diffusion.schedule import sampling_schedule, training_schedule
 from continuar.errors import require
@@ -20,6 +27,9 @@ from continuar.guidance import Guidance
 from continuar.heads.base import Head, HeadOptions, HeadSample
 from continuar.heads.mlp import DenoisingMLP
 from continuar.noise import GeneratorNoise, Purpose, RowNoise
+from continuar.precision import without_autocast
+
+Prediction = Literal["eps", "velocity"]
 
 
 @dataclass(frozen=True)
@@ -33,15 +43,24 @@ class DiffusionHeadConfig:
     """Residual blocks of the denoising MLP."""
     timesteps_per_token: int = 4
     """Noise levels drawn per token and training step (paper, Section 3.2: 4)."""
+    prediction: Prediction = "eps"
+    """What the network predicts: "eps" as the paper's, or "velocity" (Salimans & Ho 2022), which small or short-trained heads need:
+    sampling multiplies an error of eps at t = 999 by 300 and more, and a velocity has none there."""
 
     def __post_init__(self) -> None:
         for name in ("width", "depth", "timesteps_per_token"):
             require(getattr(self, name) >= 1, f"head.{name} is {getattr(self, name)}; allowed: 1 or more")
+        require(self.prediction in ("eps", "velocity"), f"head.prediction is '{self.prediction}'; allowed: eps, velocity")
 
     def build(self, token_dim: int, cond_dim: int) -> DiffusionHead:
         """The head for tokens of ``token_dim`` and condition vectors of ``cond_dim``."""
         return DiffusionHead(
-            token_dim, cond_dim, width=self.width, depth=self.depth, timesteps_per_token=self.timesteps_per_token
+            token_dim,
+            cond_dim,
+            width=self.width,
+            depth=self.depth,
+            timesteps_per_token=self.timesteps_per_token,
+            prediction=self.prediction,
         )
 
 
@@ -53,15 +72,24 @@ class DiffusionHead(Head):
         cond_dim: Z, the size of the condition vector.
         width, depth: of the denoising MLP.
         timesteps_per_token: draws of (t, noise) per row in `loss`.
+        prediction: "eps" or "velocity"; see `DiffusionHeadConfig`.
     """
 
     def __init__(
-        self, token_dim: int, cond_dim: int, width: int = 1024, depth: int = 3, timesteps_per_token: int = 4
+        self,
+        token_dim: int,
+        cond_dim: int,
+        width: int = 1024,
+        depth: int = 3,
+        timesteps_per_token: int = 4,
+        prediction: Prediction = "eps",
     ) -> None:
         super().__init__()
         for name, value in (("token_dim", token_dim), ("cond_dim", cond_dim), ("width", width), ("depth", depth)):
             require(value >= 1, f"{name} is {value}; allowed: 1 or more")
         self.token_dim, self.cond_dim, self.timesteps_per_token = token_dim, cond_dim, timesteps_per_token
+        require(prediction in ("eps", "velocity"), f"prediction is '{prediction}'; allowed: eps, velocity")
+        self.prediction = prediction
         self.net = DenoisingMLP(token_dim, cond_dim, width, depth)
 
     def loss(self, z: Tensor, target: Tensor) -> Tensor:
@@ -82,17 +110,19 @@ class DiffusionHead(Head):
         """Both terms for given timesteps t [...] in 0..999 and noise [..., D]; z [..., Z], x0 [..., D]."""
         c = coefficients(training_schedule(), z.device)
         x0, noise = x0.float(), noise.float()
-        with torch.autocast(z.device.type, enabled=False):
+        with without_autocast(z):
             x = add_noise(c, x0, t, noise)
-        eps, v = self.net(x, t, z)
-        with torch.autocast(z.device.type, enabled=False):
-            return loss_terms(c, eps.float(), v.float(), x0, x, t, noise)
+        out, v = self.net(x, t, z)
+        with without_autocast(z):
+            out, target = out.float(), noise if self.prediction == "eps" else velocity(c, x0, t, noise)
+            eps = out if self.prediction == "eps" else eps_from_velocity(c, x, t, out)
+            return LossTerms((target - out).square().mean(-1), variational_bound(c, eps, v.float(), x0, x, t))
 
     def draw(
         self, z: Tensor, *, options: HeadOptions, temperature: Tensor, noise: RowNoise, guidance: Guidance | None = None
     ) -> HeadSample:
         c = coefficients(sampling_schedule(options.diffusion_steps), z.device)
-        with torch.autocast(z.device.type, enabled=False):
+        with without_autocast(z):
             denoise = self._guided(z.float(), guidance)
             x = noise.normal(Purpose.INITIAL, 0, self.token_dim)
             x = SAMPLERS[options.sampler](
@@ -105,18 +135,24 @@ class DiffusionHead(Head):
         return HeadSample(x)
 
     def _guided(self, z: Tensor, guidance: Guidance | None) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """denoise(x, t) with z's share of the condition computed once; with guidance, eps_u + w (eps_c - eps_u).
+        """denoise(x, t) -> (eps, v) with z's share of the condition computed once; with guidance, eps_u + w (eps_c - eps_u).
 
         Both halves see the same x_t; the variance is the conditional half's (paper, Section 4; Appendix B).
         """
-        net = self.net
+        net, c = self.net, coefficients(training_schedule(), z.device)
+
+        def evaluate(x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            out, v = net.denoise(x, net.modulate(net.time_embedding(t) + y))
+            # t is 0-d: one timestep for all rows.
+            return out if self.prediction == "eps" else eps_from_velocity(c, x, t[None], out), v
+
         if guidance is None:
             y = net.condition(z)
-            return lambda x, t: net.denoise(x, net.modulate(net.time_embedding(t) + y))
+            return lambda x, t: evaluate(x, t, y)
         y = net.condition(torch.cat((z, guidance.z_uncond.float())))
 
         def denoise(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-            eps, v = net.denoise(torch.cat((x, x)), net.modulate(net.time_embedding(t) + y))
+            eps, v = evaluate(torch.cat((x, x)), t, y)
             eps_cond, eps_uncond = eps.chunk(2)
             return eps_uncond + guidance.scale * (eps_cond - eps_uncond), v[: len(x)]
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from continuar.precision import without_autocast
+
 LN_EPS = 1e-6
 TIME_FEATURES = 256
 
@@ -59,14 +61,15 @@ class DenoisingMLP(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for index in (0, 2):
-            nn.init.normal_(self.time[index].weight, std=0.02)
+        for module in self.time:
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.output.weight)
 
     def time_embedding(self, t: Tensor) -> Tensor:
         """[...] timesteps in 0..999 -> [..., W], always in float32: t = 999 is 1000 in bf16."""
-        with torch.autocast(t.device.type, enabled=False):
+        with without_autocast(t):
             return self.time(timestep_features(t).to(self.input.weight.dtype))
 
     def modulate(self, y: Tensor) -> tuple[Tensor, ...]:
@@ -79,7 +82,7 @@ class DenoisingMLP(nn.Module):
         for i, block in enumerate(self.blocks):
             h = block(h, *modulations[3 * i : 3 * i + 3])
         shift, scale = modulations[-2:]
-        with torch.autocast(h.device.type, enabled=False):
+        with without_autocast(h):
             h = h.to(self.output.weight.dtype)
             h = torch.addcmul(shift.to(h.dtype), F.layer_norm(h, (self.width,), eps=LN_EPS), 1 + scale.to(h.dtype))
             eps, v = self.output(h).chunk(2, dim=-1)

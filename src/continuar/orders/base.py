@@ -52,6 +52,10 @@ class Order(ABC):
     def training_view(self, batch: int, device: torch.device) -> View:
         """A random view from torch's default generators; the number of known tokens is drawn on the host."""
 
+    @abstractmethod
+    def mean_masked(self) -> float:
+        """Expected number of predicted tokens per training image, for FLOP counts."""
+
 
 def known_first(order_BN: Tensor, known_BN: Tensor) -> Tensor:
     """Moves known positions to the front of each row, otherwise keeping the order."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Literal
 
 import torch
@@ -17,6 +18,9 @@ from torch import Tensor
 from continuar.errors import require
 from continuar.noise import keyed_permutation
 from continuar.orders.base import Order, View, known_first
+
+# Of the masked share, before truncation (paper, Section 4).
+_RATIO = NormalDist(1.0, 0.25)
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class MAROrder(Order):
         self.mask_ratio_min, self.mask_granularity = mask_ratio_min, mask_granularity
 
     def group_sizes(self, steps: int, unknown: int) -> tuple[int, ...]:
-        require(1 <= steps, f"steps is {steps}; allowed: 1 to {unknown}")
+        require(steps >= 1, f"steps is {steps}; allowed: 1 to {unknown}")
         sizes: list[int] = []
         left = unknown
         for s in range(min(steps, unknown)):
@@ -70,13 +74,11 @@ class MAROrder(Order):
 
     def _mask_ratio(self, uniform: float) -> float:
         """The truncated normal's quantile function at ``uniform`` in [0, 1)."""
-        normal = torch.distributions.Normal(torch.tensor(1.0, dtype=torch.float64), 0.25)
-        low = normal.cdf(torch.tensor(self.mask_ratio_min, dtype=torch.float64))
-        value = normal.icdf(low + uniform * (0.5 - low)).item()
+        low = _RATIO.cdf(self.mask_ratio_min)
+        value = _RATIO.inv_cdf(min(low + uniform * (0.5 - low), 0.5))
         return min(1.0, max(self.mask_ratio_min, value))
 
     def mean_masked(self) -> float:
         """Expected number of masked tokens per training image, for FLOP counts."""
-        grid = [(i + 0.5) / 1000 for i in range(1000)]
-        counts = (max(1, math.ceil(self.positions * self._mask_ratio(u))) for u in grid)
-        return sum(counts) / len(grid)
+        counts = [math.ceil(self.positions * self._mask_ratio((i + 0.5) / 1000)) for i in range(1000)]
+        return sum(counts) / len(counts)

@@ -18,11 +18,9 @@ def folder() -> Run:
         data=DataConfig(flip=True),
         tokenizer=PixelConfig(image_size=32, patch=4),
         backbone=MAEConfig(width=384, encoder_depth=6, heads=6, decoder_depth=6, buffer=16),
-        head=DiffusionHeadConfig(width=512, depth=3),
+        head=DiffusionHeadConfig(width=512, depth=3, prediction="velocity"),
         optim=OptimConfig(lr=4e-4, warmup_images=50_000),
         ema=EMAConfig(decay=0.9995),
-        train=LoopConfig(
-            images=5_000_000, batch_size=128, log_images=10_000, sample_images=250_000, save_images=250_000
-        ),
+        train=LoopConfig(images=5_000_000, batch_size=128, log_images=10_000, sample_images=250_000, save_images=250_000),
         sampling=SamplingOptions(steps=32, guidance=2.5),
     )

@@ -1,6 +1,6 @@
 """The paper's ImageNet 256x256 models (Li et al., NeurIPS 2024, Section 4, Tables 3 and 4, Appendix B).
 
-Tokens are the latents of KL-16: 16 x 16 of 16 channels, times 0.2325. The FIDs are the paper's, of 50,000 samples. The recipes build
+Tokens are the latents of KL-16: 16 x 16 of 16 channels, times 0.2325. The FIDs are the paper's, of 50,000 samples. They build
 and can be sized up with ``--dry-run``; training needs an image tokenizer with an encoder, which this version does not have yet.
 """
 

@@ -71,5 +71,5 @@ class LatentTokenizer(Tokenizer):
     def decode(self, tokens_BND: Tensor) -> Tensor:
         raise UserError(
             f"images need the autoencoder '{self.config.autoencoder}', which is not part of this model; "
-            "ask for tokens instead (output='tokens') and decode `tokenizer.latents(tokens)` with it"
+            "take `pipe.tokens(...)` instead and decode `pipe.tokenizer.latents(tokens)` with it"
         )

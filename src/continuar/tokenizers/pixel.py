@@ -26,7 +26,10 @@ class PixelConfig:
     """Standard deviation of pixels in [-1, 1]; tokens are divided by it. 0: measured on the training images."""
 
     def __post_init__(self) -> None:
-        require(self.image_size >= 1 and self.patch >= 1, f"image size {self.image_size}, patch {self.patch}: 1 or more each")
+        require(
+            self.image_size >= 1 and self.patch >= 1,
+            f"image size {self.image_size}, patch {self.patch}: 1 or more each",
+        )
         require(
             self.image_size % self.patch == 0,
             f"image size {self.image_size} is not divisible by the patch {self.patch}; allowed patches: "

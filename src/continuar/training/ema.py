@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 
 import torch
+from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from continuar.model import Model
 from continuar.training.config import EMAConfig
@@ -21,8 +23,8 @@ class EMA:
     def __init__(self, source: Model, config: EMAConfig) -> None:
         self.config = config
         self.model = copy.deepcopy(source).requires_grad_(False).eval()
-        self._average = list(self.model.parameters())
-        self._source = list(source.parameters())
+        self._average: list[Tensor] = list(self.model.parameters())
+        self._source: list[Tensor] = list(source.parameters())
 
     def decay(self, step: int) -> float:
         """The decay of the update after optimizer step ``step`` (0-based)."""
@@ -31,4 +33,4 @@ class EMA:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """average += (1 - decay)(weights - average), in one multi-tensor call."""
-        torch._foreach_lerp_(self._average, self._source, 1 - self.decay(step))
+        get_ema_multi_avg_fn(self.decay(step))(self._average, self._source, step)

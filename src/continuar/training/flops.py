@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -30,9 +33,15 @@ def generation_flops(config: ModelConfig, options: SamplingOptions) -> float:
     with torch.device("meta"):
         model = config.build().eval()
         plan = make_plan(model.order, options, config.tokens.positions)
-        backbone = sum(_backbone_flops(model, step.start) for step in plan)
+        # Attention makes a backbone step quadratic in the number of known tokens: three points determine it.
+        points = [0, config.tokens.positions // 2, config.tokens.positions - 1]
+        curve = np.polyfit(points, [_backbone_flops(model, known) for known in points], 2)
+        backbone = sum(float(np.polyval(curve, step.start)) for step in plan)
         guided = options.guidance != 1.0
-        return float(backbone * (2 if guided else 1) + _head_flops(model, options, guided) * config.tokens.positions)
+        # Denoising steps are alike: the second costs what every further one does.
+        one, two = (_head_flops(model, replace(options, diffusion_steps=n), guided) for n in (1, 2))
+        head = one + (options.diffusion_steps - 1) * (two - one)
+        return backbone * (2 if guided else 1) + head * config.tokens.positions
 
 
 def _backbone_flops(model: Model, known: int) -> int:

@@ -113,7 +113,10 @@ def check_directory(run: Run, directory: Path, resume: bool, force: bool) -> Non
 def read_images(run: Run, on_read: Callable[[int, int], None] | None) -> ImageSet:
     """The run's training images; what was skipped is said."""
     tokenizer = run.tokenizer
-    require(isinstance(tokenizer, PixelConfig), "training on latents needs a tokenizer that encodes images; use kind 'pixel'")
+    require(
+        isinstance(tokenizer, PixelConfig),
+        "training on latents needs a tokenizer that encodes images; use kind 'pixel'",
+    )
     require(bool(run.data.path), "data.path is empty; give a folder of class folders or a Parquet file (--data.path)")
     images = load_images(
         run.data.path,
@@ -125,7 +128,10 @@ def read_images(run: Run, on_read: Callable[[int, int], None] | None) -> ImageSe
     if images.skipped:
         _LOG.warning("%d images could not be read and are skipped: %s", len(images.skipped), "; ".join(images.skipped[:5]))
     expected = run.data.classes
-    require(expected in (0, len(images.classes)), f"the data has {len(images.classes)} classes, data.classes says {expected}")
+    require(
+        expected in (0, len(images.classes)),
+        f"the data has {len(images.classes)} classes, data.classes says {expected}",
+    )
     return images
 
 

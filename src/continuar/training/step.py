@@ -1,6 +1,6 @@
 """One training step: forward, backward, clip, update, average; without a host synchronisation.
 
-A step whose loss or gradient norm is not finite changes nothing: the fused optimizer is told so by a flag that never leaves the device.
+A step whose loss or gradient norm is not finite changes nothing: a flag that never leaves the device tells the fused optimizer so.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class TrainStep:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), optim.clip or float("inf"), foreach=True)
         bad = ~(loss.detach() + norm).isfinite()
         # The fused kernel reads this flag as gradient scaling does, and leaves weights and moments alone if it is 1.
-        self.optimizer.found_inf = bad.float()
+        setattr(self.optimizer, "found_inf", bad.float())  # noqa: B010 (an attribute AdamW reads but does not declare)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update(step)

@@ -1,0 +1,74 @@
+"""One file's bytes to one square RGB image."""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+import zlib
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from continuar.errors import require
+
+MAX_PIXELS = 200_000_000
+"""Larger images are not decoded: 0.6 GB of pixels are a mistake or an attack."""
+
+
+class Unusable(Exception):
+    """Why an image is skipped, in a few words."""
+
+
+def decode(data: bytes, size: int, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """The image in ``data`` as uint8 [size, size, 3]: upright, on white where transparent, centre-cropped.
+
+    Raises:
+        Unusable: unreadable, truncated, or of more than ``max_pixels`` pixels (read from the header, before decoding).
+    """
+    try:
+        # Our own limit replaces Pillow's, which warns at one size and raises at another.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data))
+        width, height = image.size
+        if width * height > max_pixels:
+            raise Unusable(f"{width}x{height} pixels; allowed: {max_pixels:,} pixels")
+        return np.asarray(centre_crop(to_rgb(ImageOps.exif_transpose(image)), size))
+    except Unusable:
+        raise
+    except Image.DecompressionBombError as problem:
+        raise Unusable(f"more than {max_pixels:,} pixels") from problem
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError) as problem:
+        raise Unusable(f"unreadable ({problem or type(problem).__name__})") from problem
+    except (struct.error, zlib.error, MemoryError, AttributeError, ZeroDivisionError, RuntimeError) as problem:
+        raise Unusable(f"unreadable ({problem or type(problem).__name__})") from problem
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode as RGB; transparent parts on white."""
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, layer).convert("RGB")
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image, np.uint16) >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def centre_crop(image: Image.Image, size: int) -> Image.Image:
+    """ADM's crop (Dhariwal & Nichol 2021): halve by box filter while the short side is at least twice ``size``, then bicubic until
+    the short side is ``size``, then the centre. An image of that size already is returned as it is.
+
+    Raises:
+        UserError: a size below 1.
+    """
+    require(size >= 1, f"image size is {size}; allowed: 1 or more")
+    if image.size == (size, size):
+        return image
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((max(size, round(image.width * scale)), max(size, round(image.height * scale))), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))

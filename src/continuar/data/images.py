@@ -1,0 +1,125 @@
+"""Images in memory: from folders of class folders, Hugging Face style Parquet, or scikit-learn's digits.
+
+A file that cannot be used is skipped, named and counted; more than a set share of them stops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from continuar.data.decode import Unusable, decode
+from continuar.data.sources import Source, find_source
+from continuar.errors import UserError, require
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Decoded images in memory."""
+
+    images: np.ndarray
+    """uint8 [n, H, W, 3]"""
+    labels: np.ndarray
+    """int64 [n], 0..len(classes)-1"""
+    classes: tuple[str, ...]
+    """Class names in label order."""
+    skipped: tuple[str, ...] = ()
+    """One line per file that could not be used: "name: reason"."""
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def load_images(
+    source: str | Path,
+    *,
+    size: int,
+    split: str = "train",
+    max_skipped_share: float = 0.01,
+    max_memory_gib: float = 32.0,
+    progress: Callable[[int, int], None] | None = None,
+) -> ImageSet:
+    """Reads every image of a source at size x size, by ADM's centre crop where it is not that size.
+
+    Args:
+        source: a folder of class folders (ROOT/CLASS/IMAGE), a Parquet file or a folder of them, or "digits".
+        size: pixels.
+        split: which part, where the source has several (sub-folders or file names "train", "val", "test").
+        max_skipped_share: of files that cannot be used, 0..1.
+        max_memory_gib: the most that decoded images may take.
+        progress: called with (images read, images in all).
+
+    Raises:
+        UserError: no such source, no images, too many unusable ones, or too much memory.
+    """
+    require(size >= 1, f"image size is {size}; allowed: 1 or more")
+    if str(source) == "digits":
+        require(size == 8, f"image size is {size}; the digits are 8x8")
+        return load_digits()
+    found = find_source(Path(source), split)
+    count = len(found)
+    needed = count * size * size * 3
+    require(
+        needed <= max_memory_gib * GIB,
+        f"{count} images of {size}x{size} take {needed / GIB:.1f} GiB of memory; allowed: {max_memory_gib}; try a smaller size",
+    )
+    return _decode_all(found, size, max_skipped_share, progress)
+
+
+def class_names(source: str | Path, split: str = "train") -> tuple[str, ...]:
+    """The class names of a source, without decoding its images."""
+    return tuple(str(i) for i in range(10)) if str(source) == "digits" else find_source(Path(source), split).classes
+
+
+def load_digits() -> ImageSet:
+    """scikit-learn's 1,797 handwritten digits, 8x8, grey values 0..16 scaled to 0..255."""
+    try:
+        from sklearn import datasets
+    except ImportError as problem:
+        raise UserError("the digits come with scikit-learn: pip install 'continuar[demo]'") from problem
+    pixels, labels = datasets.load_digits(return_X_y=True)
+    grey = np.round(np.asarray(pixels).reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
+    return ImageSet(np.repeat(grey, 3, axis=-1), np.asarray(labels, np.int64), tuple(str(i) for i in range(10)))
+
+
+def _decode_all(
+    source: Source, size: int, max_skipped_share: float, progress: Callable[[int, int], None] | None, block: int = 256
+) -> ImageSet:
+    """Decodes in a thread pool (Pillow works outside the interpreter's lock), in the source's order."""
+    count = len(source)
+    images = np.empty((count, size, size, 3), np.uint8)
+    usable = np.ones(count, bool)
+    skipped: list[str] = []
+
+    def one(index: int) -> str | None:
+        try:
+            images[index] = decode(source.read(index), size)
+        except (Unusable, OSError) as problem:
+            return f"{source.name(index)}: {problem}"
+        return None
+
+    # Blocks keep few futures waiting, so that Ctrl-C stops at once.
+    with ThreadPoolExecutor() as pool:
+        for first in range(0, count, block):
+            chosen = range(first, min(first + block, count))
+            for index, reason in zip(chosen, pool.map(one, chosen), strict=True):
+                if reason is not None:
+                    usable[index] = False
+                    skipped.append(reason)
+            if progress is not None:
+                progress(chosen.stop, count)
+    if skipped:
+        share = len(skipped) / count
+        few = "; ".join(skipped[:3])
+        require(
+            share <= max_skipped_share and len(skipped) < count,
+            f"{len(skipped)} of {count} images cannot be used ({share:.1%}; allowed: {max_skipped_share:.1%}): {few}",
+        )
+        images = images[usable]
+    return ImageSet(images, source.labels[usable], source.classes, tuple(skipped))
