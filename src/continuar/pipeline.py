@@ -17,6 +17,7 @@ from continuar.checkpoints.store import (
     WEIGHTS,
     ModelFile,
     atomic_directory,
+    is_replaceable,
     load_state,
     read_model_file,
     read_tensors,
@@ -170,10 +171,7 @@ class Pipeline:
             dtype: store weights as this, e.g. ``torch.bfloat16`` for half the size; None keeps them as they are.
         """
         directory = Path(directory)
-        require(
-            not directory.exists() or (directory / CONFIG).is_file() or not any(directory.iterdir()),
-            f"{directory} exists and is not a saved model; choose another directory",
-        )
+        require(is_replaceable(directory), f"{directory} exists and is not a saved model; choose another directory")
         with atomic_directory(directory) as temporary:
             write_json(temporary / CONFIG, self.file)
             write_tensors(temporary / WEIGHTS, self.model.state_dict(), dtype)

@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from continuar.checkpoints.official import OfficialFile, model_file, official_args, read_official, write_official
+from continuar.checkpoints.official import read_official, write_official
+from continuar.checkpoints.official_args import OfficialFile, model_file, official_args
 from continuar.checkpoints.store import (
     CONFIG,
     EMA,

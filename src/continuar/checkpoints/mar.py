@@ -96,6 +96,8 @@ def official_parts(config: ModelConfig) -> tuple[MAROrderConfig, MAEConfig, Diff
         raise _no_place("backbone", backbone.kind, "mae")
     if not isinstance(head, DiffusionHeadConfig):
         raise _no_place("head", head.kind, "diffusion")
+    if head.prediction != "eps":
+        raise _no_place("head.prediction", head.prediction, "eps")
     return order, backbone, head
 
 

@@ -54,23 +54,42 @@ class ModelFile:
 
 @contextmanager
 def atomic_directory(destination: Path) -> Iterator[Path]:
-    """Yields a directory to fill; it becomes ``destination`` when the block ends, and vanishes if the block raises."""
+    """Yields a directory to fill with files; it becomes ``destination`` when the block ends, and vanishes if the block raises.
+
+    What stood at ``destination`` is replaced, or put back if the last step fails.
+    """
     destination.parent.mkdir(parents=True, exist_ok=True)
     temporary = destination.parent / f".{destination.name}.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
+    old = destination.parent / f".{destination.name}.{os.getpid()}.old"
+    for stale in (temporary, old):
+        shutil.rmtree(stale, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
         for file in temporary.iterdir():
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
-        old = destination.parent / f".{destination.name}.{os.getpid()}.old"
         if destination.exists():
             destination.rename(old)
-        temporary.rename(destination)
+        try:
+            temporary.rename(destination)
+        except OSError:
+            if old.exists():
+                old.rename(destination)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def is_replaceable(directory: Path) -> bool:
+    """Whether a saved model may be written there: nothing, an empty directory, or another saved model (not a training run)."""
+    if not directory.exists():
+        return True
+    if not directory.is_dir():
+        return False
+    names = {p.name for p in directory.iterdir()}
+    return not names or names == {CONFIG, WEIGHTS}
 
 
 def write_text(path: Path, text: str) -> None:
@@ -104,6 +123,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype 
         {k: v.detach().to("cpu", dtype if dtype and v.is_floating_point() else v.dtype).contiguous() for k, v in tensors.items()},
         path,
     )
+    # safetensors creates files that only their owner may read; weights are shared like any other file.
+    path.chmod(0o644)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
