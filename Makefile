@@ -30,7 +30,7 @@ $(VENV)/dev.stamp: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@ $(VENV)/demo.stamp
 
 demo: $(VENV)/demo.stamp
-	$(BIN)/continuar train digits --out out/digits --restart
+	$(BIN)/continuar train digits --out out/digits --resume
 	$(BIN)/continuar sample out/digits --classes 0,1,2,3,4,5,6,7,8,9 --per-class 8 --out out/samples
 	@echo "look at out/samples/grid.png: each row is the digit that was asked for"
 

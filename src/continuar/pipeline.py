@@ -217,8 +217,9 @@ def find_model(model: str | Path) -> Path:
     if str(model) in shipped_models() and not path.exists():
         return SHIPPED / str(model)
     if not path.exists():
-        names = [*shipped_models(), *(p.name for p in path.parent.iterdir() if p.is_dir())] if path.parent.is_dir() else []
-        raise unknown_name("model", str(model), names or shipped_models())
+        beside = path.parent.iterdir() if path.parent.is_dir() else ()
+        models = (p for p in beside if (p / CONFIG).is_file())
+        raise unknown_name("model", str(model), [*shipped_models(), *sorted(map(str, models))])
     require(path.is_dir(), f"model is the file {path}; allowed: a directory (official files: see `continuar convert`)")
     if (path / WEIGHTS).is_file():
         return path

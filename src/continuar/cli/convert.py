@@ -10,6 +10,7 @@ import tyro
 
 from continuar.checkpoints.mar import describe
 from continuar.checkpoints.official import Converted, export_official, import_official
+from continuar.cli.parse import parse
 from continuar.errors import require
 from continuar.pipeline import find_model, shipped_models
 
@@ -39,13 +40,7 @@ class Arguments:
 
 def main(arguments: list[str]) -> int:
     """See the module's docstring."""
-    options = tyro.cli(
-        Arguments,
-        args=arguments,
-        prog="continuar convert",
-        description=_DESCRIPTION,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    options = parse(Arguments, arguments, prog="continuar convert", description=_DESCRIPTION)
     done = _export(options) if options.dst.suffix == ".pth" else _import(options)
     print(summary(options.src, options.dst, done), end="")
     return 0

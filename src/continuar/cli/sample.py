@@ -12,7 +12,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 from continuar.checkpoints.store import write_json
+from continuar.cli.parse import parse
 from continuar.errors import require
+from continuar.generation.plan import make_plan
 from continuar.pictures import grid, save_png
 from continuar.pipeline import Pipeline, load, shipped_models
 
@@ -54,12 +56,8 @@ class Arguments:
 def main(arguments: list[str]) -> int:
     """See the module's docstring."""
     shipped = ", ".join(shipped_models()) or "none"
-    options = tyro.cli(
-        Arguments,
-        args=arguments,
-        prog="continuar sample",
-        description=f"Generate images from a model. Settings that are not given are the model's own. Shipped models: {shipped}.",
-    )
+    description = f"Generate images from a model. Settings that are not given are the model's own. Shipped models: {shipped}."
+    options = parse(Arguments, arguments, prog="continuar sample", description=description)
     require(options.per_class >= 1, f"--per-class is {options.per_class}; allowed: 1 or more")
     pipe = load(options.model, weights=options.weights, device=options.device)
     labels = _labels(pipe, options.classes, options.per_class)
@@ -73,6 +71,8 @@ def main(arguments: list[str]) -> int:
         temperature=options.temperature,
         sampler=options.sampler,
     )
+    require(options.batch_size >= 1, f"--batch-size is {options.batch_size}; allowed: 1 or more")
+    make_plan(pipe.model.order, settings, pipe.model.order.positions)  # refuses steps that the model cannot take
     _check_writable(options.out)
     with Progress(console=Console(file=sys.stderr)) as progress:
         task = progress.add_task("generating", total=None)

@@ -12,8 +12,9 @@ from typing import Annotated
 import torch
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from continuar.cli.parse import parse
 from continuar.configs import to_json
 from continuar.devices import pick_device
 from continuar.errors import require
@@ -58,46 +59,45 @@ def main(arguments: list[str]) -> int:
     name, rest = arguments[0], arguments[1:]
     require(not name.startswith("-"), f"the recipe comes first, not '{name}': continuar train RECIPE {name} ...")
     recipe = find_recipe(name)
-    options = tyro.cli(
-        Arguments,
-        default=Arguments(recipe()),
-        args=rest,
-        prog=f"continuar train {name}",
-        description=inspect.getdoc(recipe) or "",
-        config=(tyro.conf.AvoidSubcommands,),
-    )
+    description = inspect.getdoc(recipe) or ""
+    options = parse(Arguments, rest, prog=f"continuar train {name}", description=description, default=Arguments(recipe()))
     if options.dry_run:
         print(dry_run(options.run), end="")
         return 0
     directory = options.out or Path("runs") / name
     device = pick_device(options.device)
     with _progress() as progress:
-        reading = progress.add_task("reading images", total=None, status="")
-        training: list = []
-
-        def on_read(done: int, total: int) -> None:
-            progress.update(reading, completed=done, total=total)
-
-        def on_report(report: Report) -> None:
-            if not training:
-                progress.update(reading, visible=False)
-                training.append(progress.add_task("training", total=report.steps, completed=report.step, status=""))
-            progress.update(training[0], completed=report.step)
-            if report.metrics:
-                m = report.metrics
-                progress.update(training[0], status=f"loss {m['loss']:.3f}  {m['images_per_second']:,.0f} images/s")
-
         train(
             options.run,
             directory,
             device=device,
             resume=options.resume,
             force=options.force,
-            on_report=on_report,
-            on_read=on_read,
+            on_report=_Bar(progress, "training").report,
+            on_read=_Bar(progress, "reading images").update,
         )
     print(f"trained: {directory}  (continuar sample {directory})")
     return 0
+
+
+class _Bar:
+    """A progress bar that appears when there is progress to show."""
+
+    def __init__(self, progress: Progress, name: str) -> None:
+        self._progress, self._name = progress, name
+        self._task: TaskID | None = None
+
+    def update(self, done: int, total: int, status: str | None = None) -> None:
+        if self._task is None:
+            self._task = self._progress.add_task(self._name, total=total, status="")
+        self._progress.update(self._task, completed=done, total=total)
+        if status is not None:
+            self._progress.update(self._task, status=status)
+
+    def report(self, report: Report) -> None:
+        m = report.metrics
+        status = f"loss {m['loss']:.3f}  {m['images_per_second']:,.0f} images/s" if m else None
+        self.update(report.step, report.steps, status)
 
 
 def list_recipes() -> str:

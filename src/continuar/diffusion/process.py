@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from continuar.diffusion.schedule import Schedule
+from continuar.diffusion.schedule import Schedule, training_schedule
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,12 @@ class Coefficients:
 def coefficients(schedule: Schedule, device: torch.device | str = "cpu") -> Coefficients:
     """The coefficients of ``schedule`` on ``device``; computed once per pair."""
     return _coefficients(schedule.timesteps, schedule.betas.tobytes(), str(device))
+
+
+@torch.compiler.assume_constant_result
+def training_coefficients(device: torch.device) -> Coefficients:
+    """The coefficients of the training process; to torch.compile a constant, where it would trace their computation."""
+    return coefficients(training_schedule(), device)
 
 
 @lru_cache(maxsize=256)

@@ -15,6 +15,9 @@ import numpy as np
 
 from continuar.errors import require
 
+TRAIN_STEPS = 1000
+"""T, the steps of the training process."""
+
 
 def cosine_betas(steps: int, cap: float = 0.999) -> np.ndarray:
     """beta_t = min(1 - abar(t+1)/abar(t), cap), abar(t) = cos^2((t/T + 0.008)/1.008 * pi/2). Float64 [steps]."""
@@ -70,12 +73,12 @@ class Schedule:
 
 
 @lru_cache(maxsize=64)
-def training_schedule(steps: int = 1000) -> Schedule:
+def training_schedule(steps: int = TRAIN_STEPS) -> Schedule:
     """The process every diffusion head trains with: cosine, 1000 steps unless said otherwise."""
     return Schedule(tuple(range(steps)), cosine_betas(steps))
 
 
 @lru_cache(maxsize=256)
-def sampling_schedule(steps: int, train_steps: int = 1000) -> Schedule:
+def sampling_schedule(steps: int, train_steps: int = TRAIN_STEPS) -> Schedule:
     """The respaced process of ``steps`` evenly spaced steps."""
     return training_schedule(train_steps).respace(spaced(train_steps, steps))

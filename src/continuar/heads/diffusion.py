@@ -17,11 +17,12 @@ from continuar.diffusion.process import (
     add_noise,
     coefficients,
     eps_from_velocity,
+    training_coefficients,
     variational_bound,
     velocity,
 )
 from continuar.diffusion.samplers import SAMPLERS, SamplerName
-from continuar.diffusion.schedule import sampling_schedule, training_schedule
+from continuar.diffusion.schedule import TRAIN_STEPS, sampling_schedule
 from continuar.errors import require
 from continuar.guidance import Guidance
 from continuar.heads.base import Head, HeadOptions, HeadSample
@@ -102,13 +103,13 @@ class DiffusionHead(Head):
             f"z is {tuple(z.shape)} and x {tuple(target.shape)}; allowed: [M, {self.cond_dim}] and [M, {self.token_dim}]",
         )
         k = self.timesteps_per_token
-        t = torch.randint(len(training_schedule()), (k, *z.shape[:-1]), device=z.device)
+        t = torch.randint(TRAIN_STEPS, (k, *z.shape[:-1]), device=z.device)
         noise = torch.randn(k, *target.shape, device=z.device)
         return self.loss_terms(z.expand(k, *z.shape), target.expand(k, *target.shape), t, noise).total.mean(0)
 
     def loss_terms(self, z: Tensor, x0: Tensor, t: Tensor, noise: Tensor) -> LossTerms:
         """Both terms for given timesteps t [...] in 0..999 and noise [..., D]; z [..., Z], x0 [..., D]."""
-        c = coefficients(training_schedule(), z.device)
+        c = training_coefficients(z.device)
         x0, noise = x0.float(), noise.float()
         with without_autocast(z):
             x = add_noise(c, x0, t, noise)
@@ -139,7 +140,7 @@ class DiffusionHead(Head):
 
         Both halves see the same x_t; the variance is the conditional half's (paper, Section 4; Appendix B).
         """
-        net, c = self.net, coefficients(training_schedule(), z.device)
+        net, c = self.net, training_coefficients(z.device)
 
         def evaluate(x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             out, v = net.denoise(x, net.modulate(net.time_embedding(t) + y))

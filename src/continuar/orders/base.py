@@ -53,8 +53,12 @@ class Order(ABC):
         """A random view from torch's default generators; the number of known tokens is drawn on the host."""
 
     @abstractmethod
+    def masked_counts(self) -> dict[int, float]:
+        """Every number of predicted tokens that a training view can have, with its probability."""
+
     def mean_masked(self) -> float:
         """Expected number of predicted tokens per training image, for FLOP counts."""
+        return sum(count * share for count, share in self.masked_counts().items())
 
 
 def known_first(order_BN: Tensor, known_BN: Tensor) -> Tensor:

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Literal
@@ -66,19 +67,22 @@ class MAROrder(Order):
         return known_first(keyed_permutation(seeds_B, self.positions), known_BN)
 
     def training_view(self, batch: int, device: torch.device) -> View:
-        ratio = self._mask_ratio(torch.rand((), dtype=torch.float64).item())
-        masked = min(self.positions, max(1, math.ceil(self.positions * ratio)))
-        masked = min(self.positions, -(-masked // self.mask_granularity) * self.mask_granularity)
+        masked = self._masked(torch.rand((), dtype=torch.float64).item())
         order = torch.rand(batch, self.positions, device=device).argsort(dim=1)
         return View(order, self.positions - masked)
+
+    def masked_counts(self) -> dict[int, float]:
+        grid = 4096
+        drawn = Counter(self._masked((i + 0.5) / grid) for i in range(grid))
+        return {count: times / grid for count, times in sorted(drawn.items())}
+
+    def _masked(self, uniform: float) -> int:
+        """ceil(N ratio), rounded up to the granularity."""
+        masked = max(1, math.ceil(self.positions * self._mask_ratio(uniform)))
+        return min(self.positions, -(-masked // self.mask_granularity) * self.mask_granularity)
 
     def _mask_ratio(self, uniform: float) -> float:
         """The truncated normal's quantile function at ``uniform`` in [0, 1)."""
         low = _RATIO.cdf(self.mask_ratio_min)
         value = _RATIO.inv_cdf(min(low + uniform * (0.5 - low), 0.5))
         return min(1.0, max(self.mask_ratio_min, value))
-
-    def mean_masked(self) -> float:
-        """Expected number of masked tokens per training image, for FLOP counts."""
-        counts = [math.ceil(self.positions * self._mask_ratio((i + 0.5) / 1000)) for i in range(1000)]
-        return sum(counts) / len(counts)

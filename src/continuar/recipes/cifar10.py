@@ -3,6 +3,7 @@
 from continuar.backbones import MAEConfig
 from continuar.generation.plan import SamplingOptions
 from continuar.heads import DiffusionHeadConfig
+from continuar.orders import MAROrderConfig
 from continuar.tokenizers import PixelConfig
 from continuar.training.config import DataConfig, EMAConfig, LoopConfig, OptimConfig, Run
 
@@ -15,7 +16,8 @@ def cifar10() -> Run:
     return Run(
         data=DataConfig(classes=10, flip=True),
         tokenizer=PixelConfig(image_size=32, patch=4),
-        backbone=MAEConfig(width=256, encoder_depth=4, heads=4, decoder_depth=4, buffer=16),
+        order=MAROrderConfig(mask_granularity=8),
+        backbone=MAEConfig(width=224, encoder_depth=4, heads=7, decoder_depth=4, buffer=16),
         head=DiffusionHeadConfig(width=384, depth=3, prediction="velocity"),
         optim=OptimConfig(lr=6e-4, warmup_images=500_000),
         ema=EMAConfig(decay=0.9998),

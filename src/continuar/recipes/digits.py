@@ -17,8 +17,8 @@ def digits() -> Run:
         tokenizer=PixelConfig(image_size=8, patch=2, channels=1),
         backbone=MAEConfig(width=96, encoder_depth=2, heads=4, decoder_depth=2, buffer=4, attention_dropout=0.0, dropout=0.0),
         head=DiffusionHeadConfig(width=128, depth=3, prediction="velocity"),
-        optim=OptimConfig(lr=2e-3, warmup_images=6_400, decay="linear", decay_images=100_000),
-        ema=EMAConfig(decay=0.995),
-        train=LoopConfig(images=150_000, batch_size=128, log_images=6_400, sample_images=100_000, save_images=100_000),
+        optim=OptimConfig(lr=2e-3, warmup_images=6_400, decay="linear", decay_images=50_000),
+        ema=EMAConfig(decay=0.998),
+        train=LoopConfig(images=75_000, batch_size=64, log_images=6_400, sample_images=75_000, save_images=75_000),
         sampling=SamplingOptions(steps=16, diffusion_steps=50, guidance=2.0),
     )

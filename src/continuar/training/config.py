@@ -94,8 +94,9 @@ class LoopConfig:
     """Probability with which a label is replaced by the null condition, for guidance; 0..1."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """"auto": bfloat16 autocast on CUDA, float32 elsewhere. There is no float16: it gives NaN losses."""
-    compile: bool = False
-    """torch.compile the loss. Pays on GPUs, after a minute of compilation."""
+    compile: Literal["no", "default", "reduce-overhead"] = "no"
+    """torch.compile of the loss; "reduce-overhead" adds CUDA graphs, which pays for small models. Each number of masked tokens is
+    compiled on its own, so set order.mask_granularity to leave at most 8."""
     log_images: int = 10_000
     """Write metrics every so many images."""
     sample_images: int = 200_000

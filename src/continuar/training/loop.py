@@ -85,6 +85,9 @@ def train(
     with torch.device(device):
         model = run.model_config(len(images.classes)).build()
     trainer = TrainStep(model, run)
+    if device.type == "cuda" and run.train.precision != "float32":
+        # What autocast leaves in float32 (time embedding, output layer) may use TF32 in training, never in sampling.
+        torch.set_float32_matmul_precision("high")
     first = load_newest(directory, trainer) if resume else 0
     directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / "config.json", run)
@@ -228,7 +231,8 @@ class _Loop:
         labels = [i % len(classes) for i in range(max(16, min(32, 2 * len(classes))))] if classes else None
         seeds = list(range(len(labels) if labels else 16))
         for name, model in (("ema", self.trainer.ema.model), ("raw", self.trainer.model)):
-            images = Pipeline(self.file, model)(labels, seeds, batch_size=len(seeds))
+            with full_matmul_precision():
+                images = Pipeline(self.file, model)(labels, seeds, batch_size=len(seeds))
             picture = grid(images, [classes[i] for i in labels] if labels else None, columns=min(8, len(seeds)))
             save_png(picture, folder / f"step-{done:08d}-{name}.png")
             self.log.picture(done, f"samples/{name}", picture)
@@ -240,6 +244,17 @@ class _Loop:
         began = time.monotonic()
         save_checkpoint(self.directory, self.file, self.trainer, done, self.run.train.keep)
         self._since += time.monotonic() - began
+
+
+@contextmanager
+def full_matmul_precision() -> Iterator[None]:
+    """Within the block, float32 matrix products are float32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @contextmanager

@@ -6,15 +6,20 @@ A step whose loss or gradient norm is not finite changes nothing: a flag that ne
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from continuar.errors import require
 from continuar.model import Model
 from continuar.training.config import Run
 from continuar.training.ema import EMA
 from continuar.training.optim import build_optimizer, learning_rate
+
+# What torch.compile keeps of one function before it gives up on compiling it.
+MAX_GRAPHS = 8
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,18 @@ class TrainStep:
         self.meter = Meter(self._device)
         precision = run.train.precision
         self._bf16 = precision == "bfloat16" or (precision == "auto" and self._device.type == "cuda")
-        self._loss = torch.compile(model.loss) if run.train.compile else model.loss
+        self._loss = self._compiled(run.train.compile)
+
+    def _compiled(self, mode: str) -> Callable[..., Tensor]:
+        """The loss, compiled as asked: one static graph per number of masked tokens."""
+        if mode == "no":
+            return self.model.loss
+        counts = self.model.order.masked_counts()
+        require(
+            len(counts) <= MAX_GRAPHS,
+            f"train.compile is '{mode}' with {len(counts)} masked counts; allowed: {MAX_GRAPHS}, see order.mask_granularity",
+        )
+        return torch.compile(self.model.loss, dynamic=False, mode=None if mode == "default" else mode)
 
     def seed(self, step: int) -> None:
         """Makes every draw of a step (view, dropout, timesteps, noise, augmentation) a function of (seed, step)."""
@@ -99,6 +115,8 @@ class TrainStep:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         view = self.model.order.training_view(len(tokens_BND), self._device)
+        if self.run.train.compile == "reduce-overhead":
+            torch.compiler.cudagraph_mark_step_begin()
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
             loss = self._loss(tokens_BND, labels_B, view, loop.label_dropout).mean()
         loss.backward()

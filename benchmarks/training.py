@@ -1,0 +1,132 @@
+"""Images per second, peak memory and share of the bf16 peak of the training step.
+
+    python benchmarks/training.py --recipes cifar10 --modes no,default,reduce-overhead --out benchmarks/results/training.json
+
+Random tokens of the recipe's shape, already on the device, so that the step alone is measured; the model FLOPs are those of
+`continuar train RECIPE --dry-run`. The peak is an 8192^3 bf16 matrix product on random data, measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import torch
+
+from continuar.devices import pick_device
+from continuar.recipes import find_recipe
+from continuar.training.config import Run
+from continuar.training.flops import training_flops
+from continuar.training.step import TrainStep
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def matmul_peak(device: torch.device, size: int = 8192, repeats: int = 20) -> float:
+    """FLOP/s of a bf16 matrix product."""
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(3):
+        a @ b
+    synchronize(device)
+    began = time.perf_counter()
+    for _ in range(repeats):
+        a @ b
+    synchronize(device)
+    return 2 * size**3 * repeats / (time.perf_counter() - began)
+
+
+def measure(run: Run, device: torch.device, steps: int) -> dict[str, float]:
+    """One run's step: warm-up over every number of masked tokens, then ``steps`` timed steps in two halves."""
+    config = run.model_config(run.data.classes or 10)
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = config.build()
+    trainer = TrainStep(model, run)
+    batch = run.train.batch_size
+    tokens = torch.randn(batch, config.tokens.positions, config.tokens.dim, device=device)
+    labels = torch.randint(config.classes, (batch,), device=device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        torch.set_float32_matmul_precision("high")
+    began = time.perf_counter()
+    seen: set[int] = set()
+    step = 0
+    wanted = set(model.order.masked_counts()) if run.train.compile != "no" else set()
+    while step < 3 or (wanted - seen and step < 400):
+        trainer.seed(step)
+        seen.add(config.tokens.positions - model.order.training_view(1, torch.device("cpu")).known)
+        trainer.seed(step)
+        trainer(step, tokens, labels)
+        step += 1
+    synchronize(device)
+    warmup = time.perf_counter() - began
+    halves = []
+    for _ in range(2):
+        synchronize(device)
+        began = time.perf_counter()
+        for _ in range(steps // 2):
+            trainer.seed(step)
+            trainer(step, tokens, labels)
+            step += 1
+        synchronize(device)
+        halves.append((time.perf_counter() - began) / (steps // 2))
+    averages = trainer.meter.read()
+    seconds = sum(halves) / 2
+    return {
+        "images_per_second": batch / seconds,
+        "milliseconds_per_step": 1e3 * seconds,
+        "spread": abs(halves[0] - halves[1]) / seconds,
+        "model_tflops_per_second": training_flops(config) * batch / seconds / 1e12,
+        "peak_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else float("nan"),
+        "warmup_seconds": warmup,
+        "loss": averages.loss,
+        "skipped_steps": averages.skipped,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--recipes", default="cifar10")
+    parser.add_argument("--modes", default="no,default,reduce-overhead", help="values of train.compile")
+    parser.add_argument("--batch-size", type=int, default=0, help="0: the recipe's")
+    parser.add_argument("--granularity", type=int, default=0, help="order.mask_granularity; 0: the recipe's")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    device = pick_device(options.device)
+    peak = matmul_peak(device) if device.type == "cuda" else float("nan")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    print(f"{name}, torch {torch.__version__}, bf16 8192^3 product {peak / 1e12:.0f} TFLOP/s")
+    results = []
+    for recipe in options.recipes.split(","):
+        run = find_recipe(recipe)()
+        batch = options.batch_size or run.train.batch_size
+        order = dataclasses.replace(run.order, mask_granularity=options.granularity or run.order.mask_granularity)
+        for mode in options.modes.split(","):
+            train = dataclasses.replace(run.train, batch_size=batch, compile=mode)
+            result = measure(dataclasses.replace(run, train=train, order=order), device, options.steps)
+            share = result["model_tflops_per_second"] * 1e12 / peak
+            results.append({"recipe": recipe, "compile": mode, "batch_size": batch, "share_of_peak": share, **result})
+            print(
+                f"{recipe:<28} batch {batch:<5} compile {mode:<16} {result['images_per_second']:>9,.0f} images/s "
+                f"{result['milliseconds_per_step']:8.2f} ms/step ±{result['spread']:.1%}  {share:6.1%} of peak "
+                f"{result['peak_memory_gib']:6.2f} GiB  warm-up {result['warmup_seconds']:.0f} s",
+                flush=True,
+            )
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        header = {"device": name, "torch": torch.__version__, "matmul_tflops": peak / 1e12}
+        options.out.write_text(json.dumps({**header, "results": results}, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
