@@ -7,7 +7,6 @@ import torch
 from torch._inductor import config as inductor
 
 from continuar.backbones import MAEConfig
-from continuar.errors import UserError
 from continuar.heads import DiffusionHeadConfig
 from continuar.orders import MAROrderConfig
 from continuar.tokenizers import PixelConfig
@@ -18,7 +17,7 @@ from continuar.training.step import TrainStep
 def tiny_run(**train) -> Run:
     return Run(
         tokenizer=PixelConfig(image_size=8, patch=2, std=1.0),
-        order=MAROrderConfig(mask_granularity=16),
+        order=MAROrderConfig(mask_granularity=4),
         backbone=MAEConfig(width=32, encoder_depth=1, heads=2, decoder_depth=1, buffer=2),
         head=DiffusionHeadConfig(width=32, depth=1, prediction="velocity"),
         train=LoopConfig(batch_size=4, **train),
@@ -48,13 +47,7 @@ def test_compiled_loss_equals_the_plain_one_in_value_and_gradients(monkeypatch: 
     (plain, plain_gradients), (fast, fast_gradients) = results
     assert torch.allclose(plain, fast, rtol=1e-5)
     assert plain_gradients.keys() == fast_gradients.keys()
+    assert sum(bool(g.any()) for g in plain_gradients.values()) > 0.9 * len(plain_gradients)
     for name, gradient in plain_gradients.items():
         scale = gradient.abs().max()
         assert (gradient - fast_gradients[name]).abs().max() <= 1e-4 * scale + 1e-8, name
-
-
-def test_compiling_too_many_shapes_is_refused() -> None:
-    run = tiny_run(compile="default")
-    run = dataclasses.replace(run, order=MAROrderConfig(mask_ratio_min=0.1, mask_granularity=1))
-    with pytest.raises(UserError, match=r"15 masked counts; allowed: 8"):
-        TrainStep(run.model_config(3).build(), run)

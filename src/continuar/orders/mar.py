@@ -32,7 +32,7 @@ class MAROrderConfig:
     mask_ratio_min: float = 0.7
     """Lower end of the truncated normal (mean 1, std 0.25, upper end 1) that the masked share is drawn from; 0..1."""
     mask_granularity: int = 1
-    """The masked count is rounded up to a multiple of this, so that few shapes occur and compilation pays."""
+    """The masked count is rounded to the nearest multiple of this, so that few shapes occur and compilation pays."""
 
     def __post_init__(self) -> None:
         require(0 <= self.mask_ratio_min <= 1, f"mask_ratio_min is {self.mask_ratio_min}; allowed: 0 to 1")
@@ -77,9 +77,10 @@ class MAROrder(Order):
         return {count: times / grid for count, times in sorted(drawn.items())}
 
     def _masked(self, uniform: float) -> int:
-        """ceil(N ratio), rounded up to the granularity."""
-        masked = max(1, math.ceil(self.positions * self._mask_ratio(uniform)))
-        return min(self.positions, -(-masked // self.mask_granularity) * self.mask_granularity)
+        """ceil(N ratio), rounded to the granularity."""
+        masked = math.ceil(self.positions * self._mask_ratio(uniform))
+        grain = self.mask_granularity
+        return min(self.positions, max(grain, (masked + grain // 2) // grain * grain))
 
     def _mask_ratio(self, uniform: float) -> float:
         """The truncated normal's quantile function at ``uniform`` in [0, 1)."""

@@ -95,8 +95,8 @@ class LoopConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """"auto": bfloat16 autocast on CUDA, float32 elsewhere. There is no float16: it gives NaN losses."""
     compile: Literal["no", "default", "reduce-overhead"] = "no"
-    """torch.compile of the loss; "reduce-overhead" adds CUDA graphs, which pays for small models. Each number of masked tokens is
-    compiled on its own, so set order.mask_granularity to leave at most 8."""
+    """torch.compile of the loss; takes a minute or two; "reduce-overhead" adds CUDA graphs, which pay for small models: one per number of
+    masked tokens, so set order.mask_granularity to have few of them."""
     log_images: int = 10_000
     """Write metrics every so many images."""
     sample_images: int = 200_000

@@ -12,14 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from continuar.errors import require
 from continuar.model import Model
 from continuar.training.config import Run
 from continuar.training.ema import EMA
 from continuar.training.optim import build_optimizer, learning_rate
-
-# What torch.compile keeps of one function before it gives up on compiling it.
-MAX_GRAPHS = 8
 
 
 @dataclass(frozen=True)
@@ -93,15 +89,10 @@ class TrainStep:
         self._loss = self._compiled(run.train.compile)
 
     def _compiled(self, mode: str) -> Callable[..., Tensor]:
-        """The loss, compiled as asked: one static graph per number of masked tokens."""
+        """The loss, compiled as asked; the number of known tokens is symbolic, so that two or three graphs serve all of them."""
         if mode == "no":
             return self.model.loss
-        counts = self.model.order.masked_counts()
-        require(
-            len(counts) <= MAX_GRAPHS,
-            f"train.compile is '{mode}' with {len(counts)} masked counts; allowed: {MAX_GRAPHS}, see order.mask_granularity",
-        )
-        return torch.compile(self.model.loss, dynamic=False, mode=None if mode == "default" else mode)
+        return torch.compile(self.model.loss, dynamic=True, mode=None if mode == "default" else mode)
 
     def seed(self, step: int) -> None:
         """Makes every draw of a step (view, dropout, timesteps, noise, augmentation) a function of (seed, step)."""
