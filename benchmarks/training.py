@@ -1,6 +1,6 @@
 """Images per second, peak memory and share of the bf16 peak of the training step.
 
-    python benchmarks/training.py --recipes cifar10 --modes no,default,reduce-overhead --out benchmarks/results/training.json
+    python benchmarks/training.py --recipes cifar10 --engines eager,graphs --out benchmarks/results/training.json
 
 Random tokens of the recipe's shape, already on the device, so that the step alone is measured; the model FLOPs are those of
 `continuar train RECIPE --dry-run`. The peak is an 8192^3 bf16 matrix product on random data, measured in the same run.
@@ -57,7 +57,7 @@ def measure(run: Run, device: torch.device, steps: int) -> dict[str, float]:
     began = time.perf_counter()
     seen: set[int] = set()
     step = 0
-    wanted = set(model.order.masked_counts()) if run.train.compile != "no" else set()
+    wanted = set(model.order.masked_counts()) if run.train.engine != "eager" else set()
     while step < 3 or (wanted - seen and step < 400):
         trainer.seed(step)
         seen.add(config.tokens.positions - model.order.training_view(1, torch.device("cpu")).known)
@@ -93,7 +93,7 @@ def measure(run: Run, device: torch.device, steps: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--recipes", default="cifar10")
-    parser.add_argument("--modes", default="no,default,reduce-overhead", help="values of train.compile")
+    parser.add_argument("--engines", default="eager", help="values of train.engine")
     parser.add_argument("--batch-size", type=int, default=0, help="0: the recipe's")
     parser.add_argument("--granularity", type=int, default=0, help="order.mask_granularity; 0: the recipe's")
     parser.add_argument("--steps", type=int, default=40)
@@ -109,13 +109,13 @@ def main() -> None:
         run = find_recipe(recipe)()
         batch = options.batch_size or run.train.batch_size
         order = dataclasses.replace(run.order, mask_granularity=options.granularity or run.order.mask_granularity)
-        for mode in options.modes.split(","):
-            train = dataclasses.replace(run.train, batch_size=batch, compile=mode)
+        for engine in options.engines.split(","):
+            train = dataclasses.replace(run.train, batch_size=batch, engine=engine)
             result = measure(dataclasses.replace(run, train=train, order=order), device, options.steps)
             share = result["model_tflops_per_second"] * 1e12 / peak
-            results.append({"recipe": recipe, "compile": mode, "batch_size": batch, "share_of_peak": share, **result})
+            results.append({"recipe": recipe, "engine": engine, "batch_size": batch, "share_of_peak": share, **result})
             print(
-                f"{recipe:<28} batch {batch:<5} compile {mode:<16} {result['images_per_second']:>9,.0f} images/s "
+                f"{recipe:<28} batch {batch:<5} {engine:<8} {result['images_per_second']:>9,.0f} images/s "
                 f"{result['milliseconds_per_step']:8.2f} ms/step ±{result['spread']:.1%}  {share:6.1%} of peak "
                 f"{result['peak_memory_gib']:6.2f} GiB  warm-up {result['warmup_seconds']:.0f} s",
                 flush=True,

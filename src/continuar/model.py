@@ -75,7 +75,7 @@ class Model(nn.Module):
         """
         if label_dropout > 0:
             dropped = torch.rand(labels_B.shape, device=labels_B.device) < label_dropout
-            labels_B = torch.where(dropped, self.null_label, labels_B)
+            labels_B = labels_B.masked_fill(dropped, self.null_label)
         z = self.backbone(self.token_embedding(tokens_BND), self.condition(labels_B), view)
         target = take(tokens_BND, view.query_BQ)
         return self.head.loss(z.flatten(0, 1), target.flatten(0, 1)).view(view.query_BQ.shape)

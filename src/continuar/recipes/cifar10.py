@@ -18,7 +18,7 @@ def cifar10() -> Run:
         tokenizer=PixelConfig(image_size=32, patch=4),
         order=MAROrderConfig(mask_granularity=2),
         backbone=MAEConfig(width=224, encoder_depth=4, heads=7, decoder_depth=4, buffer=16),
-        head=DiffusionHeadConfig(width=384, depth=3, prediction="velocity"),
+        head=DiffusionHeadConfig(width=384, depth=3, timesteps_per_token=2, prediction="velocity"),
         optim=OptimConfig(lr=8e-4, warmup_images=500_000, decay="linear", decay_images=15_000_000),
         ema=EMAConfig(decay=0.9998),
         train=LoopConfig(
@@ -27,7 +27,7 @@ def cifar10() -> Run:
             log_images=100_000,
             sample_images=10_000_000,
             save_images=5_000_000,
-            compile="reduce-overhead",
+            engine="graphs",
         ),
         sampling=SamplingOptions(steps=32, guidance=2.5),
     )

@@ -6,7 +6,6 @@ A step whose loss or gradient norm is not finite changes nothing: a flag that ne
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from continuar.model import Model
 from continuar.training.config import Run
 from continuar.training.ema import EMA
+from continuar.training.engines import ENGINES
 from continuar.training.optim import build_optimizer, learning_rate
 
 
@@ -41,14 +41,13 @@ class Meter:
     def add(self, loss: Tensor, norm: Tensor, std: Tensor, bad: Tensor) -> None:
         """Counts one step; ``bad`` is a bool tensor."""
         loss_sum, norm_sum, std_sum, good, skipped, streak, longest = self._sums.unbind()
-        fine = ~bad
-        streak = torch.where(bad, streak + 1, 0)
+        streak = (streak + 1) * bad
         self._sums = torch.stack(
             (
-                loss_sum + torch.where(fine, loss, 0),
-                norm_sum + torch.where(fine, norm, 0),
-                std_sum + torch.where(fine, std, 0),
-                good + fine,
+                loss_sum + loss.masked_fill(bad, 0),
+                norm_sum + norm.masked_fill(bad, 0),
+                std_sum + std.masked_fill(bad, 0),
+                good + ~bad,
                 skipped + bad,
                 streak,
                 torch.maximum(longest, streak),
@@ -85,14 +84,8 @@ class TrainStep:
         self._device = next(model.parameters()).device
         self.meter = Meter(self._device)
         precision = run.train.precision
-        self._bf16 = precision == "bfloat16" or (precision == "auto" and self._device.type == "cuda")
-        self._loss = self._compiled(run.train.compile)
-
-    def _compiled(self, mode: str) -> Callable[..., Tensor]:
-        """The loss, compiled as asked; the number of known tokens is symbolic, so that two or three graphs serve all of them."""
-        if mode == "no":
-            return self.model.loss
-        return torch.compile(self.model.loss, dynamic=True, mode=None if mode == "default" else mode)
+        bf16 = precision == "bfloat16" or (precision == "auto" and self._device.type == "cuda")
+        self._engine = ENGINES[run.train.engine](model, run.train.label_dropout, bf16)
 
     def seed(self, step: int) -> None:
         """Makes every draw of a step (view, dropout, timesteps, noise, augmentation) a function of (seed, step)."""
@@ -106,16 +99,11 @@ class TrainStep:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         view = self.model.order.training_view(len(tokens_BND), self._device)
-        if self.run.train.compile == "reduce-overhead":
-            torch.compiler.cudagraph_mark_step_begin()
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
-            loss = self._loss(tokens_BND, labels_B, view, loop.label_dropout).mean()
-        loss.backward()
+        loss = self._engine(tokens_BND, labels_B, view)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), optim.clip or float("inf"), foreach=True)
-        bad = ~(loss.detach() + norm).isfinite()
+        bad = ~(loss + norm).isfinite()
         # The fused kernel reads this flag as gradient scaling does, and leaves weights and moments alone if it is 1.
         setattr(self.optimizer, "found_inf", bad.float())  # noqa: B010 (an attribute AdamW reads but does not declare)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         self.ema.update(step)
-        self.meter.add(loss.detach(), norm, tokens_BND.std(), bad)
+        self.meter.add(loss, norm, tokens_BND.std(), bad)

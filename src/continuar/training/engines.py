@@ -1,0 +1,123 @@
+"""How forward and backward of one step are executed. Each engine leaves gradients in ``parameter.grad`` and returns the loss.
+
+* `EagerEngine`: as written.
+* `CompiledEngine`: torch.compile, one static graph per number of masked tokens; minutes of compilation, fused kernels.
+* `GraphEngine`: forward and backward captured once per number of masked tokens and replayed as one launch; no compilation. It pays
+  where a step is many small kernels. Random numbers stay functions of the generator's seed: a replay reads the state it finds.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from continuar.errors import UserError, require
+from continuar.model import Model
+from continuar.orders import View
+
+MAX_COMPILED = 8
+"""What torch.compile keeps of one function before it gives up on compiling it."""
+WARMUP_STEPS = 3
+"""Eager steps before a capture, in which libraries allocate what they will reuse."""
+
+
+class Engine(Protocol):
+    """Forward and backward of one batch."""
+
+    def __call__(self, tokens_BND: Tensor, labels_B: Tensor, view: View) -> Tensor:
+        """The mean loss, detached; gradients replace what was in ``parameter.grad``."""
+        ...
+
+
+class EagerEngine:
+    """Args: model; label_dropout, see `Model.loss`; bf16: run under bfloat16 autocast."""
+
+    def __init__(self, model: Model, label_dropout: float, bf16: bool) -> None:
+        self._model, self._label_dropout, self._bf16 = model, label_dropout, bf16
+        self._loss = model.loss
+        self._device_type = next(model.parameters()).device.type
+
+    def __call__(self, tokens_BND: Tensor, labels_B: Tensor, view: View) -> Tensor:
+        self._model.zero_grad(set_to_none=True)
+        return self._forward_backward(tokens_BND, labels_B, view)
+
+    def _forward_backward(self, tokens_BND: Tensor, labels_B: Tensor, view: View) -> Tensor:
+        with torch.autocast(self._device_type, torch.bfloat16, enabled=self._bf16):
+            loss = self._loss(tokens_BND, labels_B, view, self._label_dropout).mean()
+        loss.backward()
+        return loss.detach()
+
+
+class CompiledEngine(EagerEngine):
+    """See the module's docstring.
+
+    Raises:
+        UserError: more numbers of masked tokens than torch.compile keeps graphs for.
+    """
+
+    def __init__(self, model: Model, label_dropout: float, bf16: bool) -> None:
+        super().__init__(model, label_dropout, bf16)
+        counts = len(model.order.masked_counts())
+        require(
+            counts <= MAX_COMPILED,
+            f"train.engine is 'compile' with {counts} masked counts; allowed: {MAX_COMPILED}, see order.mask_granularity",
+        )
+        self._loss = torch.compile(model.loss, dynamic=False)
+
+
+class GraphEngine(EagerEngine):
+    """See the module's docstring. All graphs share one memory pool, and gradients live in buffers of their own.
+
+    Raises:
+        UserError: the device is not a CUDA device.
+    """
+
+    def __init__(self, model: Model, label_dropout: float, bf16: bool) -> None:
+        super().__init__(model, label_dropout, bf16)
+        if self._device_type != "cuda":
+            raise UserError(f"train.engine is 'graphs' on a {self._device_type} device; allowed on CUDA only")
+        self._gradients = [torch.zeros_like(p) for p in model.parameters()]
+        self._inputs: tuple[Tensor, Tensor, Tensor] | None = None
+        self._captured: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, tokens_BND: Tensor, labels_B: Tensor, view: View) -> Tensor:
+        if self._inputs is None:
+            self._inputs = tokens_BND.clone(), labels_B.clone(), view.order_BN.clone()
+        for static, given in zip(self._inputs, (tokens_BND, labels_B, view.order_BN), strict=True):
+            static.copy_(given)
+        for parameter, gradient in zip(self._model.parameters(), self._gradients, strict=True):
+            parameter.grad = gradient
+        if view.known not in self._captured:
+            self._captured[view.known] = self._capture(view.known)
+        graph, loss = self._captured[view.known]
+        graph.replay()
+        return loss
+
+    def _capture(self, known: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        assert self._inputs is not None
+        tokens, labels, order = self._inputs
+        view = View(order, known)
+        # Capturing draws nothing, but warming up does: leave the generator as this step found it.
+        state = torch.cuda.get_rng_state(tokens.device)
+        side = torch.cuda.Stream(tokens.device)
+        side.wait_stream(torch.cuda.current_stream(tokens.device))
+        with torch.cuda.stream(side):
+            for _ in range(WARMUP_STEPS):
+                self._zero_and_run(tokens, labels, view)
+        torch.cuda.current_stream(tokens.device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            loss = self._zero_and_run(tokens, labels, view)
+        torch.cuda.set_rng_state(state, tokens.device)
+        return graph, loss
+
+    def _zero_and_run(self, tokens_BND: Tensor, labels_B: Tensor, view: View) -> Tensor:
+        for gradient in self._gradients:
+            gradient.zero_()
+        return self._forward_backward(tokens_BND, labels_B, view)
+
+
+ENGINES: dict[str, type[EagerEngine]] = {"eager": EagerEngine, "compile": CompiledEngine, "graphs": GraphEngine}

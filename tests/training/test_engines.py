@@ -1,0 +1,83 @@
+"""The fast step equals the plain one, in loss and in every gradient."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch._inductor import config as inductor
+
+from continuar.backbones import MAEConfig
+from continuar.errors import UserError
+from continuar.heads import DiffusionHeadConfig
+from continuar.orders import MAROrderConfig
+from continuar.tokenizers import PixelConfig
+from continuar.training.config import LoopConfig, Run
+from continuar.training.engines import CompiledEngine, EagerEngine, GraphEngine
+
+
+def tiny_run(**train) -> Run:
+    return Run(
+        tokenizer=PixelConfig(image_size=8, patch=2, std=1.0),
+        order=MAROrderConfig(mask_granularity=4),
+        backbone=MAEConfig(width=32, encoder_depth=1, heads=2, decoder_depth=1, buffer=2),
+        head=DiffusionHeadConfig(width=32, depth=1, prediction="velocity"),
+        train=LoopConfig(batch_size=4, **train),
+        sampling=dataclasses.replace(Run().sampling, steps=4),
+    )
+
+
+def test_compiled_loss_equals_the_plain_one_in_value_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inductor, "fallback_random", True)
+    torch.manual_seed(0)
+    run = tiny_run(engine="compile")
+    model = run.model_config(3).build().train()
+    # The output and adaLN layers start at zero, which would hide most gradients.
+    with torch.no_grad():
+        for parameter in model.head.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    tokens, labels = torch.randn(4, 16, 12), torch.tensor([0, 1, 2, 0])
+    results = []
+    for engine in (EagerEngine, CompiledEngine):
+        torch.manual_seed(7)
+        view = model.order.training_view(4, torch.device("cpu"))
+        loss = engine(model, 0.1, False)(tokens, labels, view)
+        results.append((loss, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
+    (plain, plain_gradients), (fast, fast_gradients) = results
+    assert torch.allclose(plain, fast, rtol=1e-5)
+    assert plain_gradients.keys() == fast_gradients.keys()
+    assert sum(bool(g.any()) for g in plain_gradients.values()) > 0.9 * len(plain_gradients)
+    for name, gradient in plain_gradients.items():
+        scale = gradient.abs().max()
+        assert (gradient - fast_gradients[name]).abs().max() <= 1e-4 * scale + 1e-8, name
+
+
+def test_compiling_too_many_shapes_is_refused() -> None:
+    run = dataclasses.replace(tiny_run(), order=MAROrderConfig(mask_ratio_min=0.1))
+    with pytest.raises(UserError, match="15 masked counts; allowed: 8"):
+        CompiledEngine(run.model_config(3).build(), 0.1, False)
+
+
+def test_graphs_are_refused_on_a_cpu() -> None:
+    with pytest.raises(UserError, match="allowed on CUDA only"):
+        GraphEngine(tiny_run().model_config(3).build(), 0.1, False)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA device")
+def test_graph_engine_equals_the_eager_one_for_several_masked_counts() -> None:
+    torch.manual_seed(0)
+    model = tiny_run().model_config(3).build().train().to("cuda")
+    with torch.no_grad():
+        for parameter in model.head.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    tokens, labels = torch.randn(4, 16, 12, device="cuda"), torch.tensor([0, 1, 2, 0], device="cuda")
+    eager, graphs = EagerEngine(model, 0.1, False), GraphEngine(model, 0.1, False)
+    for seed in range(8):
+        results = []
+        for engine in (eager, graphs):
+            torch.manual_seed(seed)
+            view = model.order.training_view(4, torch.device("cuda"))
+            loss = engine(tokens, labels, view).clone()
+            results.append((loss, [p.grad.clone() for p in model.parameters() if p.grad is not None]))
+        assert torch.allclose(results[0][0], results[1][0], rtol=1e-5)
+        for plain, fast in zip(results[0][1], results[1][1], strict=True):
+            assert (plain - fast).abs().max() <= 1e-4 * plain.abs().max() + 1e-7
