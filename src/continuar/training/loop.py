@@ -174,6 +174,7 @@ class _Loop:
         loop = self.run.train
         self.log = RunLog(self.directory, first)
         self._since, self._since_step = time.monotonic(), first
+        checkpoint = self.directory
         with catch_interrupt() as interrupted:
             for step in range(first, loop.steps):
                 self.trainer.seed(step)
@@ -183,13 +184,14 @@ class _Loop:
                 metrics = self._write_metrics(done) if self._due(done, loop.log_images) else {}
                 if loop.sample_images and self._due(done, loop.sample_images):
                     self._draw_grids(done)
-                if done == loop.steps or (loop.save_images and self._due(done, loop.save_images)) or interrupted():
-                    self._save(done)
+                stop = interrupted() and done < loop.steps
+                if stop or done == loop.steps or (loop.save_images and self._due(done, loop.save_images)):
+                    checkpoint = self._save(done)
                 if self.on_report is not None:
                     self.on_report(Report(done, loop.steps, metrics))
-                if interrupted() and done < loop.steps:
+                if stop:
                     self.log.close()
-                    raise Interrupted(newest_checkpoints(self.directory)[0])
+                    raise Interrupted(checkpoint)
         self.log.close()
 
     def _due(self, done: int, every_images: int) -> bool:
@@ -240,10 +242,11 @@ class _Loop:
         # Drawing is not training: keep it out of images per second.
         self._since += time.monotonic() - began
 
-    def _save(self, done: int) -> None:
+    def _save(self, done: int) -> Path:
         began = time.monotonic()
-        save_checkpoint(self.directory, self.file, self.trainer, done, self.run.train.keep)
+        checkpoint = save_checkpoint(self.directory, self.file, self.trainer, done, self.run.train.keep)
         self._since += time.monotonic() - began
+        return checkpoint
 
 
 @contextmanager
