@@ -29,7 +29,7 @@ def unknown_name(what: str, name: str, allowed: Iterable[str], shown: int = 12) 
         shown: how many valid names the message lists at most.
     """
     names = list(allowed)
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     listed = ", ".join(names[:shown]) + (f", ... ({len(names)} in all)" if len(names) > shown else "")
     return UserError(f"unknown {what} '{name}'{hint} (allowed: {listed or 'none'})")

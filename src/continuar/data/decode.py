@@ -8,7 +8,7 @@ import warnings
 import zlib
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from continuar.errors import require
 
@@ -37,6 +37,8 @@ def decode(data: bytes, size: int, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         return np.asarray(centre_crop(to_rgb(ImageOps.exif_transpose(image)), size))
     except Unusable:
         raise
+    except UnidentifiedImageError as problem:
+        raise Unusable("not an image of a known format") from problem
     except Image.DecompressionBombError as problem:
         raise Unusable(f"more than {max_pixels:,} pixels") from problem
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError) as problem:
