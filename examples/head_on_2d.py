@@ -1,6 +1,6 @@
 """The diffusion head alone: a 2-D distribution whose shape depends on a condition.
 
-    python examples/head_on_2d.py [--out out/head_on_2d.png] [--steps 1500]
+    python examples/head_on_2d.py [--out out/head_on_2d.png] [--steps 1200]
 
 For an angle c the points lie on a ring with a gap at c, a shape that no Gaussian and no regression describes. Trains in under
 a minute on a CPU, plots samples beside data, and prints the energy distance between them (0 if the distributions are equal; that
@@ -36,7 +36,7 @@ def energy_distance(x: Tensor, y: Tensor) -> float:
     return (2 * torch.cdist(x, y).mean() - torch.cdist(x, x).mean() - torch.cdist(y, y).mean()).item()
 
 
-def train(steps: int, batch: int = 512) -> DiffusionHead:
+def train(steps: int, batch: int = 256) -> DiffusionHead:
     """A head for 2-D tokens with a 2-D condition."""
     head = DiffusionHead(token_dim=2, cond_dim=2, width=128, depth=3, prediction="velocity")
     optimizer = torch.optim.AdamW(head.parameters(), lr=2e-3, weight_decay=0.0)
@@ -57,7 +57,7 @@ def train(steps: int, batch: int = 512) -> DiffusionHead:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("out/head_on_2d.png"))
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=1200)
     options = parser.parse_args()
     torch.manual_seed(0)
     head = train(options.steps)

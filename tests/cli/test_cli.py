@@ -185,6 +185,12 @@ def test_train_refuses_bad_values_and_writes_nothing(
     assert not (tmp_path / "run").exists()
 
 
+def test_train_refuses_an_output_below_a_file(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    pytest.importorskip("sklearn")
+    (tmp_path / "file").write_text("kept")
+    assert "file is a file; allowed: a directory" in refused(["train", "digits", "--out", str(tmp_path / "file" / "run")], capsys)
+
+
 def test_train_refuses_folders_it_cannot_use(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     options = ["--tokenizer.image-size", "8", "--sampling.steps", "4", "--out", str(tmp_path / "run")]
     (tmp_path / "empty").mkdir()

@@ -153,6 +153,7 @@ def test_centre_crop_has_the_size_asked_for(width: int, height: int, size: int) 
     assert centre_crop(gradient(width, height), size).size == (size, size)
 
 
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
 @given(
     st.sampled_from(["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"]),
     st.integers(0, 2000),

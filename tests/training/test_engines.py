@@ -26,6 +26,7 @@ def tiny_run(**train) -> Run:
     )
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiled_loss_equals_the_plain_one_in_value_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inductor, "fallback_random", True)
     torch.manual_seed(0)

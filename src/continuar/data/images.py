@@ -5,6 +5,7 @@ A file that cannot be used is skipped, named and counted; more than a set share 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -104,8 +105,10 @@ def _decode_all(
             return f"{source.name(index)}: {problem}"
         return None
 
+    # What Pillow warns of (odd tags, sizes beyond its own limit) either does no harm or makes the image unusable, which is said.
     # Blocks keep few futures waiting, so that Ctrl-C stops at once.
-    with ThreadPoolExecutor() as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
+        warnings.simplefilter("ignore")
         for first in range(0, count, block):
             chosen = range(first, min(first + block, count))
             for index, reason in zip(chosen, pool.map(one, chosen), strict=True):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import signal
 import threading
 import time
@@ -99,7 +100,9 @@ def train(
 
 def check_directory(run: Run, directory: Path, resume: bool, force: bool) -> None:
     """Refuses to mix runs: another run's directory, or a resumed run whose config changed."""
-    require(not directory.exists() or directory.is_dir(), f"{directory} is a file; allowed: a directory for the run")
+    standing = next(p for p in (directory, *directory.absolute().parents) if p.exists())
+    require(standing.is_dir(), f"{standing} is a file; allowed: a directory for the run")
+    require(os.access(standing, os.W_OK), f"{standing} cannot be written to; choose another --out")
     config = directory / "config.json"
     if not config.exists():
         return
