@@ -2,9 +2,9 @@
 
     python benchmarks/digits.py out/digits
 
-A support vector machine trained on all real digits judges (its own accuracy on held-out real digits, by 5-fold cross-validation,
-is printed first); diversity is the mean distance of an image to its nearest neighbour of the same class among the generated ones, beside
-that of as many real images.
+A support vector machine trained on all real digits judges; its own accuracy on held-out real digits (5-fold cross-validation) is
+printed first. Diversity is the mean distance of an image to its nearest neighbour of the same class among the generated ones,
+beside that of as many real images.
 """
 
 from __future__ import annotations
