@@ -54,7 +54,7 @@ def test_compiled_loss_equals_the_plain_one_in_value_and_gradients(monkeypatch: 
 
 def test_compiling_too_many_shapes_is_refused() -> None:
     run = dataclasses.replace(tiny_run(), order=MAROrderConfig(mask_ratio_min=0.1))
-    with pytest.raises(UserError, match="15 masked counts; allowed: 8"):
+    with pytest.raises(UserError, match="compiles 15 masked counts; allowed: 8"):
         CompiledEngine(run.model_config(3).build(), 0.1, False)
 
 

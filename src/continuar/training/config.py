@@ -94,9 +94,9 @@ class LoopConfig:
     """Probability with which a label is replaced by the null condition, for guidance; 0..1."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """"auto": bfloat16 autocast on CUDA, float32 elsewhere. There is no float16: it gives NaN losses."""
-    engine: Literal["eager", "compile", "graphs"] = "eager"
-    """How a step is executed: "compile" (torch.compile, after minutes of compilation) or "graphs" (CUDA graphs, at once). Both work
-    per number of masked tokens: set order.mask_granularity to have few of them."""
+    engine: Literal["eager", "compile", "graphs", "compile-graphs"] = "eager"
+    """How a step is executed: "compile" (torch.compile, after minutes of compilation), "graphs" (CUDA graphs, at once), or both.
+    They work per number of masked tokens: set order.mask_granularity to have few of them."""
     log_images: int = 10_000
     """Write metrics every so many images."""
     sample_images: int = 200_000

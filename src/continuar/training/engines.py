@@ -4,10 +4,12 @@
 * `CompiledEngine`: torch.compile, one static graph per number of masked tokens; minutes of compilation, fused kernels.
 * `GraphEngine`: forward and backward captured once per number of masked tokens and replayed as one launch; no compilation. It pays
   where a step is many small kernels. Random numbers stay functions of the generator's seed: a replay reads the state it finds.
+* `CompiledGraphEngine`: both, the compiled step captured.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -59,12 +61,7 @@ class CompiledEngine(EagerEngine):
 
     def __init__(self, model: Model, label_dropout: float, bf16: bool) -> None:
         super().__init__(model, label_dropout, bf16)
-        counts = len(model.order.masked_counts())
-        require(
-            counts <= MAX_COMPILED,
-            f"train.engine is 'compile' with {counts} masked counts; allowed: {MAX_COMPILED}, see order.mask_granularity",
-        )
-        self._loss = torch.compile(model.loss, dynamic=False)
+        self._loss = _compiled(model)
 
 
 class GraphEngine(EagerEngine):
@@ -120,4 +117,27 @@ class GraphEngine(EagerEngine):
         return self._forward_backward(tokens_BND, labels_B, view)
 
 
-ENGINES: dict[str, type[EagerEngine]] = {"eager": EagerEngine, "compile": CompiledEngine, "graphs": GraphEngine}
+class CompiledGraphEngine(GraphEngine):
+    """See the module's docstring. Compilation happens while the first steps of each masked count warm up."""
+
+    def __init__(self, model: Model, label_dropout: float, bf16: bool) -> None:
+        super().__init__(model, label_dropout, bf16)
+        self._loss = _compiled(model)
+
+
+def _compiled(model: Model) -> Callable[..., Tensor]:
+    counts = len(model.order.masked_counts())
+    require(
+        counts <= MAX_COMPILED,
+        f"train.engine compiles {counts} masked counts; allowed: {MAX_COMPILED}, see order.mask_granularity",
+    )
+    # Symbolic shapes would serve all counts at once, but Inductor of torch 2.11 fails on them on CUDA.
+    return torch.compile(model.loss, dynamic=False)
+
+
+ENGINES: dict[str, type[EagerEngine]] = {
+    "eager": EagerEngine,
+    "compile": CompiledEngine,
+    "graphs": GraphEngine,
+    "compile-graphs": CompiledGraphEngine,
+}

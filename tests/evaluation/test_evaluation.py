@@ -1,0 +1,140 @@
+"""Moments and distances in closed form; features and classifier on real classes at small size."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import linalg
+from torch.nn import functional as F
+
+from continuar.data.images import load_images
+from continuar.errors import UserError
+from continuar.evaluation.classifier import Classifier, ClassifierConfig, class_accuracy
+from continuar.evaluation.features import SqueezeNet, extract
+from continuar.evaluation.moments import MomentAccumulator, Moments, frechet_distance, moments
+from continuar.evaluation.neighbours import nearest_neighbours
+
+SHARED = Path(__file__).parents[3] / "shared"
+WEIGHTS = SHARED / "weights" / "squeezenet1_1_imagenet.safetensors"
+needs_weights = pytest.mark.skipif(not WEIGHTS.exists(), reason="the SqueezeNet weights are not beside the repository")
+
+
+def gaussian(mean: list[float], std: list[float]) -> Moments:
+    return Moments(10, np.array(mean), np.diag(np.array(std) ** 2))
+
+
+@given(st.lists(st.tuples(*[st.floats(-3, 3)] * 2, *[st.floats(0, 3)] * 2), min_size=1, max_size=5))
+def test_frechet_distance_of_diagonal_gaussians(rows: list[tuple[float, float, float, float]]) -> None:
+    m1, m2, s1, s2 = (list(column) for column in zip(*rows, strict=True))
+    expected = sum((a - b) ** 2 + (c - d) ** 2 for a, b, c, d in rows)
+    assert frechet_distance(gaussian(m1, s1), gaussian(m2, s2)) == pytest.approx(expected, abs=1e-6)
+
+
+def test_frechet_distance_agrees_with_the_matrix_square_root_also_for_low_rank() -> None:
+    rng = np.random.default_rng(0)
+    for count in (8, 500):
+        a, b = moments(rng.normal(size=(count, 12)) @ rng.normal(size=(12, 12))), moments(rng.normal(size=(500, 12)))
+        root = linalg.sqrtm(a.covariance @ b.covariance).real
+        expected = ((a.mean - b.mean) ** 2).sum() + np.trace(a.covariance + b.covariance - 2 * root)
+        assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-3)
+        assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-6)
+        assert frechet_distance(a, a) < 1e-8 * np.trace(a.covariance)
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=5).filter(lambda sizes: sum(sizes) > 1))
+def test_streamed_moments_are_numpy_s(sizes: list[int]) -> None:
+    x = np.random.default_rng(0).normal(1000, 1, size=(sum(sizes), 4))
+    whole, other = MomentAccumulator(), MomentAccumulator()
+    for i, part in enumerate(np.split(x, np.cumsum(sizes)[:-1])):
+        (whole if i % 2 else other).add(part)
+    whole.merge(other)
+    found = whole.moments()
+    np.testing.assert_allclose(found.mean, x.mean(0))
+    np.testing.assert_allclose(found.covariance, np.cov(x.T), rtol=1e-6, atol=1e-9)
+    assert found.count == len(x)
+
+
+def test_moments_survive_a_file_and_refuse_what_they_cannot_use(tmp_path: Path) -> None:
+    found = moments(np.random.default_rng(0).normal(size=(9, 3)))
+    found.save(tmp_path / "m.safetensors")
+    again = Moments.load(tmp_path / "m.safetensors")
+    assert np.array_equal(again.covariance, found.covariance)
+    assert again.count == 9
+    with pytest.raises(UserError, match="1 features; at least 2"):
+        moments(np.zeros((1, 3)))
+    with pytest.raises(UserError, match="3 and 4 dimensions"):
+        frechet_distance(found, moments(np.zeros((5, 4))))
+
+
+def test_nearest_neighbours_are_those_of_brute_force() -> None:
+    rng = np.random.default_rng(0)
+    query, reference = rng.normal(size=(20, 5)), rng.normal(size=(50, 5))
+    distances, indices = nearest_neighbours(query, reference, k=3, block=7)
+    expected = np.linalg.norm(query[:, None] - reference[None], axis=-1)
+    assert np.array_equal(indices, expected.argsort(1)[:, :3])
+    np.testing.assert_allclose(distances, np.sort(expected, 1)[:, :3], rtol=1e-3)
+    with pytest.raises(UserError, match="k is 51; allowed: 1 to 50"):
+        nearest_neighbours(query, reference, k=51)
+
+
+@needs_weights
+def test_squeezenet_takes_bgr_with_caffe_s_means() -> None:
+    from safetensors.torch import load_file
+
+    network = SqueezeNet.from_file(WEIGHTS)
+    image = np.random.default_rng(0).integers(0, 256, (1, 224, 224, 3), np.uint8)
+    seen = []
+    network.layers[0].register_forward_hook(lambda m, i, o: seen.append(o))
+    assert network(torch.from_numpy(image)).shape == (1, 512)
+    weights = load_file(WEIGHTS)
+    blue_first = torch.from_numpy(image[..., ::-1].copy()).permute(0, 3, 1, 2).float()
+    centred = blue_first - torch.tensor([103.939, 116.779, 123.68]).view(1, 3, 1, 1)
+    expected = F.conv2d(centred, weights["features.0.weight"], weights["features.0.bias"], stride=2)
+    torch.testing.assert_close(seen[0], expected, rtol=1e-4, atol=1e-2)
+
+
+@needs_weights
+def test_squeezenet_features_tell_classes_apart() -> None:
+    path = SHARED / "data" / "imagenette128-val.parquet"
+    if not path.exists():
+        pytest.skip("Imagenette is not beside the repository")
+    images = load_images(path, size=128)
+    features = extract(SqueezeNet.from_file(WEIGHTS), images.images[:260], batch_size=64)
+    _, nearest = nearest_neighbours(features[200:], features[:200], k=5)
+    votes = np.array([np.bincount(images.labels[row], minlength=10).argmax() for row in nearest])
+    assert class_accuracy(votes, images.labels[200:260]) > 0.6
+
+
+def test_squeezenet_refuses_other_weights(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        SqueezeNet.from_file(tmp_path / "none.safetensors")
+    from safetensors.torch import save_file
+
+    save_file({"0.weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match=r"missing: .*of another shape: layers.0.weight"):
+        SqueezeNet.from_file(tmp_path / "other.safetensors")
+
+
+def test_classifier_learns_colours_and_survives_a_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 96)
+    images = rng.integers(0, 120, (96, 8, 8, 3), np.uint8)
+    images[np.arange(96), :, :, labels] += 100
+    network = Classifier(ClassifierConfig(("red", "green", "blue"), width=4, blocks=1))
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)
+    for _ in range(40):
+        loss = F.cross_entropy(network(torch.from_numpy(images)), torch.from_numpy(labels))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert class_accuracy(network.predict(images), labels) > 0.95
+    network.save(tmp_path / "c")
+    again = Classifier.load(tmp_path / "c")
+    assert again.config == network.config
+    assert np.array_equal(again.predict(images), network.predict(images))
+    with pytest.raises(UserError, match="1 predictions for 2 labels"):
+        class_accuracy(np.zeros(1), np.zeros(2))
