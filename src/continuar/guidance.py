@@ -7,6 +7,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from continuar.errors import require
+
 GuidanceSchedule = Literal["linear", "constant"]
 
 
@@ -33,3 +35,8 @@ def guidance_scale(scale: float, schedule: GuidanceSchedule, remaining: int, tot
     if schedule == "constant":
         return scale
     return 1 + (scale - 1) * (total - max(remaining, 1)) / total
+
+
+def check_scale(name: str, value: float) -> None:
+    """Refuses a guidance scale or temperature that is negative, infinite or NaN."""
+    require(0 <= value < float("inf"), f"{name} is {value}; allowed: 0 or more, finite")

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from continuar.cli.parse import parse
 from continuar.configs import to_json
+from continuar.data.images import class_names
 from continuar.devices import pick_device
 from continuar.errors import require
 from continuar.model import parameter_counts
@@ -109,8 +110,9 @@ def list_recipes() -> str:
 
 def dry_run(run: Run) -> str:
     """The resolved config and what it costs; nothing is allocated."""
-    # Without data at hand the number of classes moves one small embedding; say one then.
-    config = run.model_config(run.data.classes or 1)
+    classes = run.data.classes or (len(class_names(run.data.path, run.data.split)) if run.data.path else 0)
+    # Without data at hand the number of classes is unknown; it moves one small embedding.
+    config = run.model_config(classes or 1)
     with torch.device("meta"):
         model = config.build()
     parts = ", ".join(f"{part} {count / 1e6:.2f}M" for part, count in parameter_counts(model))
@@ -118,7 +120,7 @@ def dry_run(run: Run) -> str:
     spec = config.tokens
     lines = [
         json.dumps(to_json(run), indent=2),
-        f"classes           {run.data.classes or 'read from the data'}",
+        f"classes           {classes or 'read from the data'}",
         f"parameters        {parameters / 1e6:.2f}M ({parts})",
         f"tokens per image  {spec.positions} ({spec.grid[0]} x {spec.grid[1]}) of dim {spec.dim}",
         f"training          {run.train.steps:,} steps of {run.train.batch_size} images",

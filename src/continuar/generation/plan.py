@@ -7,9 +7,8 @@ from typing import Any
 
 from continuar.diffusion.samplers import SamplerName
 from continuar.errors import require
-from continuar.guidance import GuidanceSchedule, guidance_scale
+from continuar.guidance import GuidanceSchedule, check_scale, guidance_scale
 from continuar.heads import HeadOptions
-from continuar.heads.diffusion import check_scale
 from continuar.orders import Order
 
 

@@ -24,7 +24,7 @@ from continuar.diffusion.process import (
 from continuar.diffusion.samplers import SAMPLERS, SamplerName
 from continuar.diffusion.schedule import TRAIN_STEPS, sampling_schedule
 from continuar.errors import require
-from continuar.guidance import Guidance
+from continuar.guidance import Guidance, check_scale
 from continuar.heads.base import Head, HeadOptions, HeadSample
 from continuar.heads.mlp import DenoisingMLP
 from continuar.noise import GeneratorNoise, Purpose, RowNoise
@@ -195,8 +195,3 @@ class DiffusionHead(Head):
             noise=GeneratorNoise(len(z), z.device, generator),
             guidance=guide,
         ).tokens
-
-
-def check_scale(name: str, value: float) -> None:
-    """Refuses a guidance scale or temperature that is negative, infinite or NaN."""
-    require(0 <= value < float("inf"), f"{name} is {value}; allowed: 0 or more, finite")

@@ -93,8 +93,7 @@ def train(
     directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / "config.json", run)
     file = ModelFile(model.config, run.tokenizer, images.classes, run.sampling)
-    loop = _Loop(run, directory, file, trainer, images, device, on_report)
-    loop.steps_from(first)
+    _Loop(run, directory, file, trainer, images, device, on_report, first).steps_from(first)
     return Pipeline(file, trainer.ema.model)
 
 
@@ -167,16 +166,18 @@ class _Loop:
         images: ImageSet,
         device: torch.device,
         on_report: Callable[[Report], None] | None,
+        first: int,
     ) -> None:
         self.run, self.directory, self.file, self.trainer = run, directory, file, trainer
         self.on_report = on_report
         tokenizer = run.tokenizer.build().to(device)
         self.stream = ImageStream(images, tokenizer, run.data, run.train.batch_size, run.seed, device)
+        self.log = RunLog(directory, first)
+        self._since, self._since_step = time.monotonic(), first
 
     def steps_from(self, first: int) -> None:
+        """Runs steps ``first`` to the last; Ctrl-C ends it after a checkpoint."""
         loop = self.run.train
-        self.log = RunLog(self.directory, first)
-        self._since, self._since_step = time.monotonic(), first
         checkpoint = self.directory
         with catch_interrupt() as interrupted:
             for step in range(first, loop.steps):
