@@ -5,6 +5,7 @@
 
 Image i shows class i mod 10 and has seed i. The distance is that of the samples to all training images; beside it stands that of as
 many real test images, which a perfect model would reach. Accuracy is the classifier's, over all samples and over the first 1,000.
+With --cache-features the training images' features stay in --out, named by checksums of images and weights.
 Writes result.json, grid.png (10 x 10) and neighbours.png (16 samples, each followed by its 4 nearest training images).
 """
 
@@ -13,11 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
 
 import continuar
+from continuar.checkpoints.store import checksum
 from continuar.data.images import load_images
 from continuar.devices import pick_device
 from continuar.evaluation.classifier import Classifier, class_accuracy
@@ -30,11 +33,14 @@ from continuar.pictures import grid, save_png
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("model")
-    for name in ("train", "test", "squeezenet", "classifier"):
+    parser.add_argument("--train", required=True)
+    for name in ("test", "squeezenet", "classifier"):
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--samples", type=int, default=10_000)
+    parser.add_argument("--accuracy-samples", type=int, default=1000, help="accuracy is given of the first so many, too")
     parser.add_argument("--batch-size", type=int, default=2500)
+    parser.add_argument("--cache-features", action="store_true", help="keep the training images' features in --out")
     parser.add_argument("--limit", type=int, default=0, help="use only so many real images of each kind; 0: all")
     parser.add_argument("--weights", default="ema", choices=("ema", "raw"))
     for name, kind in (("steps", int), ("diffusion-steps", int), ("guidance", float), ("temperature", float)):
@@ -55,10 +61,16 @@ def main() -> None:
     train, test = load_images(options.train, size=32), load_images(options.test, size=32)
     real, held_out = train.images[: options.limit or None], test.images[: options.limit or None]
     network = SqueezeNet.from_file(options.squeezenet, device)
-    features = {n: extract(network, x, device=device) for n, x in (("train", real), ("test", held_out), ("made", images))}
+    features = {n: extract(network, x, device=device) for n, x in (("test", held_out), ("made", images))}
+    cached = options.out / f"train-{zlib.crc32(real.tobytes()):08x}-{checksum(Path(options.squeezenet))}.npy"
+    features["train"] = np.load(cached) if cached.is_file() else extract(network, real, device=device)
     reference = moments(features["train"])
+    if options.cache_features and not cached.is_file():
+        temporary = cached.with_suffix(".tmp.npy")
+        np.save(temporary, features["train"])
+        temporary.replace(cached)
     judge = Classifier.load(options.classifier, device)
-    predicted = judge.predict(images)
+    predicted, first = judge.predict(images), min(options.accuracy_samples, options.samples)
     result = {
         "model": options.model,
         "weights": options.weights,
@@ -68,7 +80,7 @@ def main() -> None:
         "squeezenet_frechet_distance": frechet_distance(moments(features["made"]), reference),
         "of_as_many_real_test_images": frechet_distance(moments(features["test"][: options.samples]), reference),
         "class_accuracy": class_accuracy(predicted, labels),
-        "class_accuracy_of_first_1000": class_accuracy(predicted[:1000], labels[:1000]),
+        f"class_accuracy_of_first_{first}": class_accuracy(predicted[:first], labels[:first]),
         "class_accuracy_of_real_test_images": class_accuracy(judge.predict(held_out), test.labels[: len(held_out)]),
         "images_per_second": options.samples / seconds,
     }

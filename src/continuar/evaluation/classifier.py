@@ -33,7 +33,7 @@ class ClassifierConfig:
     """Width of the first stage (doubled twice), blocks per stage, class names in label order."""
 
     classes: tuple[str, ...]
-    width: int = 48
+    width: int = 40
     blocks: int = 2
 
     def __post_init__(self) -> None:

@@ -17,7 +17,7 @@ def nearest_neighbours(
     distances, indices = [], []
     for first in range(0, len(query_QD), block):
         query = torch.from_numpy(query_QD[first : first + block].astype(np.float32))
-        found = torch.cdist(query, reference).topk(k, dim=1, largest=False)
+        found = torch.cdist(query, reference, compute_mode="donot_use_mm_for_euclid_dist").topk(k, dim=1, largest=False)
         distances.append(found.values.numpy())
         indices.append(found.indices.numpy())
     return np.concatenate(distances), np.concatenate(indices)
