@@ -41,11 +41,11 @@ class SqueezeNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        pool = lambda: nn.MaxPool2d(3, 2)  # noqa: E731
-        fires = [_Fire(64, 16, 64), _Fire(128, 16, 64), pool(), _Fire(128, 32, 128), _Fire(256, 32, 128), pool()]
+        fires = [_Fire(64, 16, 64), _Fire(128, 16, 64), nn.MaxPool2d(3, 2)]
+        fires += [_Fire(128, 32, 128), _Fire(256, 32, 128), nn.MaxPool2d(3, 2)]
         fires += [_Fire(256, 48, 192), _Fire(384, 48, 192), _Fire(384, 64, 256), _Fire(512, 64, 256)]
         # The list's indices are the keys of torchvision's layout.
-        self.layers = nn.ModuleList([nn.Conv2d(3, 64, 3, 2), nn.ReLU(), pool(), *fires])
+        self.layers = nn.ModuleList([nn.Conv2d(3, 64, 3, 2), nn.ReLU(), nn.MaxPool2d(3, 2), *fires])
 
     @classmethod
     def from_file(cls, path: str | Path, device: torch.device | str = "cpu") -> SqueezeNet:

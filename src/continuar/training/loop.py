@@ -86,14 +86,14 @@ def train(
     with torch.device(device):
         model = run.model_config(len(images.classes)).build()
     trainer = TrainStep(model, run)
-    if device.type == "cuda" and run.train.precision != "float32":
-        # What autocast leaves in float32 (time embedding, output layer) may use TF32 in training, never in sampling.
-        torch.set_float32_matmul_precision("high")
     first = load_newest(directory, trainer) if resume else 0
     directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / "config.json", run)
     file = ModelFile(model.config, run.tokenizer, images.classes, run.sampling)
-    _Loop(run, directory, file, trainer, images, device, on_report, first).steps_from(first)
+    loop = _Loop(run, directory, file, trainer, images, device, on_report, first)
+    # What autocast leaves in float32 (time embedding, output layer) may use TF32 in training, never in sampling.
+    with matmul_precision("high" if device.type == "cuda" and run.train.precision != "float32" else "highest"):
+        loop.steps_from(first)
     return Pipeline(file, trainer.ema.model)
 
 
@@ -237,7 +237,7 @@ class _Loop:
         labels = [i % len(classes) for i in range(max(16, min(32, 2 * len(classes))))] if classes else None
         seeds = list(range(len(labels) if labels else 16))
         for name, model in (("ema", self.trainer.ema.model), ("raw", self.trainer.model)):
-            with full_matmul_precision():
+            with matmul_precision("highest"):
                 images = Pipeline(self.file, model)(labels, seeds, batch_size=len(seeds))
             picture = grid(images, [classes[i] for i in labels] if labels else None, columns=min(8, len(seeds)))
             save_png(picture, folder / f"step-{done:08d}-{name}.png")
@@ -254,10 +254,10 @@ class _Loop:
 
 
 @contextmanager
-def full_matmul_precision() -> Iterator[None]:
-    """Within the block, float32 matrix products are float32."""
+def matmul_precision(level: str) -> Iterator[None]:
+    """Within the block, float32 matrix products are "highest" (float32) or "high" (TF32, on GPUs that have it)."""
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    torch.set_float32_matmul_precision(level)
     try:
         yield
     finally:
