@@ -19,6 +19,7 @@ from continuar.evaluation.neighbours import nearest_neighbours
 
 SHARED = Path(__file__).parents[3] / "shared"
 WEIGHTS = SHARED / "weights" / "squeezenet1_1_imagenet.safetensors"
+IMAGENETTE = SHARED / "data" / "imagenette128-val.parquet"
 needs_weights = pytest.mark.skipif(not WEIGHTS.exists(), reason="the SqueezeNet weights are not beside the repository")
 
 
@@ -97,11 +98,9 @@ def test_squeezenet_takes_bgr_with_caffe_s_means() -> None:
 
 
 @needs_weights
+@pytest.mark.skipif(not IMAGENETTE.exists(), reason="Imagenette is not beside the repository")
 def test_squeezenet_features_tell_classes_apart() -> None:
-    path = SHARED / "data" / "imagenette128-val.parquet"
-    if not path.exists():
-        pytest.skip("Imagenette is not beside the repository")
-    images = load_images(path, size=128)
+    images = load_images(IMAGENETTE, size=128)
     features = extract(SqueezeNet.from_file(WEIGHTS), images.images[:260], batch_size=64)
     _, nearest = nearest_neighbours(features[200:], features[:200], k=5)
     votes = np.array([np.bincount(images.labels[row], minlength=10).argmax() for row in nearest])
