@@ -41,7 +41,23 @@ def matmul_peak(device: torch.device, size: int = 8192, repeats: int = 20) -> fl
     return 2 * size**3 * repeats / (time.perf_counter() - began)
 
 
-def measure(run: Run, device: torch.device, steps: int) -> dict[str, float]:
+def kernel_table(trainer: TrainStep, tokens: torch.Tensor, labels: torch.Tensor, rows: int = 15, steps: int = 5) -> str:
+    """Where the GPU's time goes: kernels by their share, over a few steps."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for step in range(steps):
+            trainer.seed(step)
+            trainer(step, tokens, labels)
+        torch.cuda.synchronize()
+    kernels = sorted(profile.key_averages(), key=lambda k: -k.self_device_time_total)
+    total = sum(k.self_device_time_total for k in kernels)
+    lines = [f"{total / steps / 1e3:.2f} ms of kernels per step, {sum(k.count for k in kernels) // steps} launches"]
+    for k in kernels[:rows]:
+        share, each = k.self_device_time_total / total, k.self_device_time_total / k.count
+        lines.append(f"  {share:6.1%} {k.count // steps:5d} x {each:8.1f} us  {k.key[:100]}")
+    return "\n".join(lines)
+
+
+def measure(run: Run, device: torch.device, steps: int, profile: bool = False) -> dict[str, float]:
     """One run's step: warm-up over every number of masked tokens, then ``steps`` timed steps in two halves."""
     config = run.model_config(run.data.classes or 10)
     torch.manual_seed(0)
@@ -77,6 +93,8 @@ def measure(run: Run, device: torch.device, steps: int) -> dict[str, float]:
         synchronize(device)
         halves.append((time.perf_counter() - began) / (steps // 2))
     averages = trainer.meter.read()
+    if profile:
+        print(kernel_table(trainer, tokens, labels))
     seconds = sum(halves) / 2
     return {
         "images_per_second": batch / seconds,
@@ -97,6 +115,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=0, help="0: the recipe's")
     parser.add_argument("--granularity", type=int, default=0, help="order.mask_granularity; 0: the recipe's")
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--profile", action="store_true", help="also print the kernels that take the time (CUDA)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -111,7 +130,7 @@ def main() -> None:
         order = dataclasses.replace(run.order, mask_granularity=options.granularity or run.order.mask_granularity)
         for engine in options.engines.split(","):
             train = dataclasses.replace(run.train, batch_size=batch, engine=engine)
-            result = measure(dataclasses.replace(run, train=train, order=order), device, options.steps)
+            result = measure(dataclasses.replace(run, train=train, order=order), device, options.steps, options.profile)
             share = result["model_tflops_per_second"] * 1e12 / peak
             results.append({"recipe": recipe, "engine": engine, "batch_size": batch, "share_of_peak": share, **result})
             print(

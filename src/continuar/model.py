@@ -78,7 +78,7 @@ class Model(nn.Module):
             labels_B = labels_B.masked_fill(dropped, self.null_label)
         z = self.backbone(self.token_embedding(tokens_BND), self.condition(labels_B), view)
         target = take(tokens_BND, view.query_BQ)
-        return self.head.loss(z.flatten(0, 1), target.flatten(0, 1)).view(view.query_BQ.shape)
+        return self.head(z.flatten(0, 1), target.flatten(0, 1)).view(view.query_BQ.shape)
 
     def parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """(with, without) weight decay: none on biases, norms and the whole head (paper, Appendix B)."""

@@ -54,12 +54,12 @@ def test_compiled_loss_equals_the_plain_one_in_value_and_gradients(monkeypatch: 
 
 def test_compiling_too_many_shapes_is_refused() -> None:
     run = dataclasses.replace(tiny_run(), order=MAROrderConfig(mask_ratio_min=0.1))
-    with pytest.raises(UserError, match="compiles 15 masked counts; allowed: 8"):
+    with pytest.raises(UserError, match="compiles 15 masked counts; allowed: 7"):
         CompiledEngine(run.model_config(3).build(), 0.1, False)
 
 
 def test_graphs_are_refused_on_a_cpu() -> None:
-    with pytest.raises(UserError, match="allowed on CUDA only"):
+    with pytest.raises(UserError, match="a cpu device device does not have"):
         GraphEngine(tiny_run().model_config(3).build(), 0.1, False)
 
 

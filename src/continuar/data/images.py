@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +35,10 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def take(self, count: int | None) -> ImageSet:
+        """The first ``count`` images; all of them for None."""
+        return replace(self, images=self.images[:count], labels=self.labels[:count])
 
 
 def load_images(

@@ -41,6 +41,10 @@ class Head(nn.Module, ABC):
 
     token_kind: TokenKind = "vector"
 
+    def forward(self, z: Tensor, target: Tensor) -> Tensor:
+        """The loss: what training calls, so that compilation and parallel wrappers can take hold of the head."""
+        return self.loss(z, target)
+
     @abstractmethod
     def loss(self, z: Tensor, target: Tensor) -> Tensor:
         """One value per row [M] for z [M, Z] and target [M, D] (or ids [M]); differentiable in z and the head."""

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from continuar.errors import unknown_name
 from continuar.recipes.cifar10 import cifar10
 from continuar.recipes.digits import digits
-from continuar.recipes.folder import folder
+from continuar.recipes.folder import folder, folder_gpu
 from continuar.recipes.imagenet256 import (
     mar_b_imagenet256,
     mar_h_imagenet256,
@@ -24,6 +24,7 @@ RECIPES: dict[str, Callable[[], Run]] = {
     for recipe in (
         digits,
         folder,
+        folder_gpu,
         cifar10,
         mar_b_imagenet256,
         mar_l_imagenet256,

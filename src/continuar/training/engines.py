@@ -1,7 +1,8 @@
 """How forward and backward of one step are executed. Each engine leaves gradients in ``parameter.grad`` and returns the loss.
 
 * `EagerEngine`: as written.
-* `CompiledEngine`: torch.compile, one static graph per number of masked tokens; minutes of compilation, fused kernels.
+* `CompiledEngine`: torch.compile of the parts that repeat, transformer block and head, per number of masked tokens: blocks
+  of equal shape share one compilation, where compiling the whole model would compile each of them again.
 * `GraphEngine`: forward and backward captured once per number of masked tokens and replayed as one launch; no compilation. It pays
   where a step is many small kernels. Random numbers stay functions of the generator's seed: a replay reads the state it finds.
 * `CompiledGraphEngine`: both, the compiled step captured.
@@ -9,18 +10,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from continuar.backbones.blocks import Block
 from continuar.errors import UserError, require
 from continuar.model import Model
 from continuar.orders import View
 
-MAX_COMPILED = 8
-"""What torch.compile keeps of one function before it gives up on compiling it."""
+MAX_COMPILED = 7
+"""Masked counts that can be compiled. torch.compile keeps 8 shapes of one function; the decoder's blocks use one of them."""
 WARMUP_STEPS = 3
 """Eager steps before a capture, in which libraries allocate what they will reuse."""
 
@@ -38,7 +39,6 @@ class EagerEngine:
 
     def __init__(self, model: Model, label_dropout: float, bf16: bool) -> None:
         self._model, self._label_dropout, self._bf16 = model, label_dropout, bf16
-        self._loss = model.loss
         self._device_type = next(model.parameters()).device.type
 
     def __call__(self, tokens_BND: Tensor, labels_B: Tensor, view: View) -> Tensor:
@@ -47,7 +47,7 @@ class EagerEngine:
 
     def _forward_backward(self, tokens_BND: Tensor, labels_B: Tensor, view: View) -> Tensor:
         with torch.autocast(self._device_type, torch.bfloat16, enabled=self._bf16):
-            loss = self._loss(tokens_BND, labels_B, view, self._label_dropout).mean()
+            loss = self._model.loss(tokens_BND, labels_B, view, self._label_dropout).mean()
         loss.backward()
         return loss.detach()
 
@@ -61,7 +61,7 @@ class CompiledEngine(EagerEngine):
 
     def __init__(self, model: Model, label_dropout: float, bf16: bool) -> None:
         super().__init__(model, label_dropout, bf16)
-        self._loss = _compiled(model)
+        _compile(model)
 
 
 class GraphEngine(EagerEngine):
@@ -74,7 +74,9 @@ class GraphEngine(EagerEngine):
     def __init__(self, model: Model, label_dropout: float, bf16: bool) -> None:
         super().__init__(model, label_dropout, bf16)
         if self._device_type != "cuda":
-            raise UserError(f"train.engine is 'graphs' on a {self._device_type} device; allowed on CUDA only")
+            raise UserError(
+                f"train.engine captures CUDA graphs, which a {self._device_type} device does not have; allowed there: eager, compile"
+            )
         self._gradients = [torch.zeros_like(p) for p in model.parameters()]
         self._inputs: tuple[Tensor, Tensor, Tensor] | None = None
         self._captured: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
@@ -122,17 +124,21 @@ class CompiledGraphEngine(GraphEngine):
 
     def __init__(self, model: Model, label_dropout: float, bf16: bool) -> None:
         super().__init__(model, label_dropout, bf16)
-        self._loss = _compiled(model)
+        _compile(model)
 
 
-def _compiled(model: Model) -> Callable[..., Tensor]:
+def _compile(model: Model) -> None:
+    """Compiles the model's parts in place; parameters, state dict and results stay what they were."""
     counts = len(model.order.masked_counts())
     require(
         counts <= MAX_COMPILED,
         f"train.engine compiles {counts} masked counts; allowed: {MAX_COMPILED}, see order.mask_granularity",
     )
     # Symbolic shapes would serve all counts at once, but Inductor of torch 2.11 fails on them on CUDA.
-    return torch.compile(model.loss, dynamic=False)
+    for module in model.backbone.modules():
+        if isinstance(module, Block):
+            module.compile(dynamic=False)
+    model.head.compile(dynamic=False)
 
 
 ENGINES: dict[str, type[EagerEngine]] = {
