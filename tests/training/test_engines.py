@@ -59,7 +59,7 @@ def test_compiling_too_many_shapes_is_refused() -> None:
 
 
 def test_graphs_are_refused_on_a_cpu() -> None:
-    with pytest.raises(UserError, match="a cpu device device does not have"):
+    with pytest.raises(UserError, match="a cpu device does not have"):
         GraphEngine(tiny_run().model_config(3).build(), 0.1, False)
 
 

@@ -75,7 +75,7 @@ class GraphEngine(EagerEngine):
         super().__init__(model, label_dropout, bf16)
         if self._device_type != "cuda":
             raise UserError(
-                f"train.engine captures CUDA graphs, which a {self._device_type} device does not have; allowed there: eager, compile"
+                f"train.engine captures CUDA graphs, which a {self._device_type} device does not have; allowed: eager, compile"
             )
         self._gradients = [torch.zeros_like(p) for p in model.parameters()]
         self._inputs: tuple[Tensor, Tensor, Tensor] | None = None
