@@ -72,6 +72,7 @@ def measure(options: argparse.Namespace, reference: Reference) -> Iterator[tuple
         for guidance in options.guidance or [pipe.defaults.guidance]:
             settings = pipe.defaults.override(
                 guidance=guidance,
+                guidance_schedule=options.guidance_schedule,
                 steps=options.steps,
                 diffusion_steps=options.diffusion_steps,
                 temperature=options.temperature,
@@ -106,6 +107,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=0, help="use only so many real images of each kind; 0: all")
     parser.add_argument("--weights", default="ema", choices=("ema", "raw"))
     parser.add_argument("--guidance", type=float, nargs="+", help="default: the model's")
+    parser.add_argument("--guidance-schedule", choices=("linear", "constant"), help="default: the model's")
     for name, kind in (("steps", int), ("diffusion-steps", int), ("temperature", float)):
         parser.add_argument(f"--{name}", type=kind, help="default: the model's")
     parser.add_argument("--tf32", action="store_true", help="sample with TF32 matrix products (NVIDIA GPUs; faster, slightly off)")

@@ -78,9 +78,11 @@ class Classifier(nn.Module):
         return self.output(h.mean((2, 3)))
 
     def predict(self, images_BHW3: np.ndarray, batch_size: int = 500) -> np.ndarray:
-        """Labels [n] int64 of uint8 images."""
-        logits = extract(self.eval(), images_BHW3, device=next(self.parameters()).device, batch_size=batch_size)
-        return logits.argmax(1)
+        """Labels [n] int64 of uint8 images; the logits of an image and of its mirror image are averaged."""
+        device = next(self.parameters()).device
+        mirrored = np.ascontiguousarray(images_BHW3[:, :, ::-1])
+        logits = [extract(self.eval(), images, device=device, batch_size=batch_size) for images in (images_BHW3, mirrored)]
+        return (logits[0] + logits[1]).argmax(1)
 
     def save(self, directory: Path, dtype: torch.dtype | None = None) -> None:
         """Writes config.json and model.safetensors."""

@@ -16,18 +16,18 @@ def cifar10() -> Run:
     return Run(
         data=DataConfig(classes=10, flip=True),
         tokenizer=PixelConfig(image_size=32, patch=4),
-        order=MAROrderConfig(mask_granularity=2),
+        order=MAROrderConfig(mask_granularity=6),
         backbone=MAEConfig(width=224, encoder_depth=4, heads=7, decoder_depth=4, buffer=16),
         head=DiffusionHeadConfig(width=384, depth=3, timesteps_per_token=2, prediction="velocity"),
-        optim=OptimConfig(lr=8e-4, warmup_images=500_000, decay="linear", decay_images=15_000_000),
+        optim=OptimConfig(lr=1e-3, warmup_images=500_000, decay="linear", decay_images=12_000_000),
         ema=EMAConfig(decay=0.9998),
         train=LoopConfig(
-            images=50_000_000,
+            images=30_000_000,
             batch_size=512,
             log_images=100_000,
             sample_images=10_000_000,
             save_images=5_000_000,
-            engine="graphs",
+            engine="compile-graphs",
         ),
-        sampling=SamplingOptions(steps=32, guidance=2.5),
+        sampling=SamplingOptions(steps=32, guidance=2.5, guidance_schedule="constant"),
     )

@@ -23,7 +23,7 @@ def folder() -> Run:
         optim=OptimConfig(lr=4e-4, warmup_images=50_000),
         ema=EMAConfig(decay=0.9995),
         train=LoopConfig(images=5_000_000, batch_size=128, log_images=10_000, sample_images=250_000, save_images=250_000),
-        sampling=SamplingOptions(steps=32, guidance=2.5),
+        sampling=SamplingOptions(steps=32, guidance=2.5, guidance_schedule="constant"),
     )
 
 
@@ -32,7 +32,7 @@ def folder_gpu() -> Run:
 
     continuar train folder_gpu --data.path DIR_OR_PARQUET
 
-    4x4 pixel patches are the paper's own for ImageNet 64x64 (Section 5). Mask counts are multiples of 16, for CUDA graphs.
+    4x4 pixel patches are the paper's own for ImageNet 64x64 (Section 5). Mask counts are multiples of 16, so that compiling is short.
     """
     return Run(
         data=DataConfig(flip=True),
@@ -48,7 +48,7 @@ def folder_gpu() -> Run:
             log_images=25_000,
             sample_images=2_000_000,
             save_images=500_000,
-            engine="graphs",
+            engine="compile-graphs",
         ),
-        sampling=SamplingOptions(steps=64, guidance=2.5),
+        sampling=SamplingOptions(steps=64, guidance=2.5, guidance_schedule="constant"),
     )
