@@ -46,8 +46,8 @@ def test_what_does_not_fit_is_named(change, message: str) -> None:
 def test_a_missing_field_is_named() -> None:
     from continuar.tokenizers import TokenSpec
 
-    with pytest.raises(UserError, match="spec lacks the field 'dim'"):
-        from_json(TokenSpec, {"grid": [2, 2]}, "spec")
+    with pytest.raises(UserError, match="spec lacks the field 'grid'"):
+        from_json(TokenSpec, {"dim": 2}, "spec")
 
 
 json_values = st.recursive(

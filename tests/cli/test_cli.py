@@ -174,7 +174,7 @@ def test_commands_and_recipes_suggest_the_nearest_name(capsys: pytest.CaptureFix
         (["folder"], "data.path is empty"),
         (["folder", "--data.path", "/nonexistent"], "data path /nonexistent does not exist"),
         (["mar_b_imagenet256"], "training on latents"),
-        (["digits", "--train.engine", "graphs", "--device", "cpu"], "allowed on CUDA only"),
+        (["digits", "--train.engine", "graphs", "--device", "cpu"], "a cpu device does not have; allowed: eager, compile"),
     ],
 )
 def test_train_refuses_bad_values_and_writes_nothing(

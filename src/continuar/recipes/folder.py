@@ -32,7 +32,8 @@ def folder_gpu() -> Run:
 
     continuar train folder_gpu --data.path DIR_OR_PARQUET
 
-    4x4 pixel patches are the paper's own for ImageNet 64x64 (Section 5). Mask counts are multiples of 16, so that compiling is short.
+    4x4 pixel patches are the paper's own for ImageNet 64x64 (Section 5). Mask counts are multiples of 16, so that compiling is
+    short.
     """
     return Run(
         data=DataConfig(flip=True),

@@ -1,6 +1,6 @@
 """Tokenizers: images <-> tokens. `TokenizerConfig` is the closed table of them."""
 
-from continuar.tokenizers.base import Tokenizer, TokenSpec
+from continuar.tokenizers.base import Tokenizer, TokenKind, TokenSpec
 from continuar.tokenizers.latent import LatentConfig, LatentTokenizer
 from continuar.tokenizers.pixel import PixelConfig, PixelTokenizer
 
@@ -11,6 +11,7 @@ __all__ = [
     "LatentTokenizer",
     "PixelConfig",
     "PixelTokenizer",
+    "TokenKind",
     "TokenSpec",
     "Tokenizer",
     "TokenizerConfig",

@@ -4,21 +4,38 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor, nn
 
 from continuar.errors import require
 
 
+TokenKind = Literal["vector", "id"]
+
+
 @dataclass(frozen=True)
 class TokenSpec:
-    """The tokens of one image: an h x w grid in raster order, of vectors [dim]."""
+    """The tokens of one image: an h x w grid in raster order, of vectors [dim] or of ids 0..vocabulary-1."""
 
     grid: tuple[int, int]
-    dim: int
+    dim: int = 0
+    """D, the size of a vector token; 0 for ids."""
+    vocabulary: int = 0
+    """V, the number of ids; 0 for vectors."""
 
     def __post_init__(self) -> None:
-        require(min(self.grid) >= 1 and self.dim >= 1, f"token grid {self.grid} of dim {self.dim}; allowed: 1 or more each")
+        require(min(self.grid) >= 1, f"token grid is {self.grid}; allowed: 1 or more each")
+        require(min(self.dim, self.vocabulary) >= 0, f"dim {self.dim}, vocabulary {self.vocabulary}; allowed: 0 or more")
+        require(
+            (self.dim > 0) != (self.vocabulary > 0),
+            f"dim {self.dim}, vocabulary {self.vocabulary}; allowed: one of them above 0, vectors or ids",
+        )
+
+    @property
+    def kind(self) -> TokenKind:
+        """"vector": tokens are floats [B, N, D]; "id": int64 [B, N]."""
+        return "id" if self.vocabulary else "vector"
 
     @property
     def positions(self) -> int:
@@ -27,7 +44,11 @@ class TokenSpec:
 
 
 class Tokenizer(nn.Module, ABC):
-    """Images are [B, 3, H, W] float in [-1, 1]; ``encode`` is what a cache may keep, ``tokenize`` what a model sees."""
+    """Images are [B, 3, H, W] float in [-1, 1]; ``encode`` is what a cache may keep, ``tokenize`` what a model sees.
+
+    Tokens are [B, N, D] floats of about unit std, or [B, N] int64 ids, as ``spec.kind`` says. Parameters and buffers, where a tokenizer
+    has them, are saved beside the model as tokenizer.safetensors.
+    """
 
     spec: TokenSpec
 
@@ -37,10 +58,10 @@ class Tokenizer(nn.Module, ABC):
 
     @abstractmethod
     def tokenize(self, latents: Tensor) -> Tensor:
-        """Model-ready tokens [B, N, D], about unit std. Draws from the posterior where there is one."""
+        """Model-ready tokens. Draws from the posterior where there is one."""
 
     @abstractmethod
-    def decode(self, tokens_BND: Tensor) -> Tensor:
+    def decode(self, tokens: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1], clamped."""
 
 

@@ -68,7 +68,7 @@ class LatentTokenizer(Tokenizer):
         """Tokens back to the autoencoder's latents [B, C, h, w]."""
         return unpatchify(tokens_BND / self.config.scale, self.config.patch, self.spec.grid)
 
-    def decode(self, tokens_BND: Tensor) -> Tensor:
+    def decode(self, tokens: Tensor) -> Tensor:
         raise UserError(
             f"images need the autoencoder '{self.config.autoencoder}', which is not part of this model; "
             "take `pipe.tokens(...)` instead and decode `pipe.tokenizer.latents(tokens)` with it"

@@ -67,6 +67,6 @@ class PixelTokenizer(Tokenizer):
     def tokenize(self, latents: Tensor) -> Tensor:
         return patchify(latents, self.config.patch) / self.config.std
 
-    def decode(self, tokens_BND: Tensor) -> Tensor:
-        pixels = unpatchify(tokens_BND * self.config.std, self.config.patch, self.spec.grid)
+    def decode(self, tokens: Tensor) -> Tensor:
+        pixels = unpatchify(tokens * self.config.std, self.config.patch, self.spec.grid)
         return pixels.clamp(-1, 1).expand(-1, 3, -1, -1)
