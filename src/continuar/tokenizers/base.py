@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from continuar.errors import require
 
-
 TokenKind = Literal["vector", "id"]
 
 
@@ -34,7 +33,7 @@ class TokenSpec:
 
     @property
     def kind(self) -> TokenKind:
-        """"vector": tokens are floats [B, N, D]; "id": int64 [B, N]."""
+        """ "vector": tokens are floats [B, N, D]; "id": int64 [B, N]."""
         return "id" if self.vocabulary else "vector"
 
     @property
@@ -46,8 +45,8 @@ class TokenSpec:
 class Tokenizer(nn.Module, ABC):
     """Images are [B, 3, H, W] float in [-1, 1]; ``encode`` is what a cache may keep, ``tokenize`` what a model sees.
 
-    Tokens are [B, N, D] floats of about unit std, or [B, N] int64 ids, as ``spec.kind`` says. Parameters and buffers, where a tokenizer
-    has them, are saved beside the model as tokenizer.safetensors.
+    Tokens are [B, N, D] floats of about unit std, or [B, N] int64 ids, as ``spec.kind`` says. Parameters and buffers, where a
+    tokenizer has them, are saved beside the model as tokenizer.safetensors.
     """
 
     spec: TokenSpec
