@@ -30,6 +30,8 @@ from continuar.tokenizers import Tokenizer, TokenizerConfig
 
 FORMAT = 1
 CONFIG, WEIGHTS, EMA, TOKENIZER = "config.json", "model.safetensors", "ema.safetensors", "tokenizer.safetensors"
+SHARDS = "shards"
+"""The folder of a checkpoint whose weights several processes wrote; see `checkpoints.shards`."""
 
 
 @dataclass(frozen=True)
@@ -61,16 +63,17 @@ def atomic_directory(destination: Path) -> Iterator[Path]:
     What stood at ``destination`` is replaced, or put back if the last step fails.
     """
     destination.parent.mkdir(parents=True, exist_ok=True)
-    temporary = destination.parent / f".{destination.name}.{os.getpid()}.tmp"
+    temporary = temporary_directory(destination, os.getpid())
     old = destination.parent / f".{destination.name}.{os.getpid()}.old"
     for stale in (temporary, old):
         shutil.rmtree(stale, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
-        for file in temporary.iterdir():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
         if destination.exists():
             destination.rename(old)
         try:
@@ -82,6 +85,11 @@ def atomic_directory(destination: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def temporary_directory(destination: Path, process: int) -> Path:
+    """Where the process of that id fills what will become ``destination``."""
+    return destination.parent / f".{destination.name}.{process}.tmp"
 
 
 def is_replaceable(directory: Path) -> bool:

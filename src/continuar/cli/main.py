@@ -11,7 +11,7 @@ import sys
 from importlib import import_module
 
 from continuar import __version__
-from continuar.errors import UserError, unknown_name
+from continuar.errors import SaidElsewhere, UserError, unknown_name
 
 COMMANDS = {
     "train": "train a model by a recipe: continuar train digits",
@@ -36,9 +36,13 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO)
+    # Of several processes the first says what all have to say; others speak of errors only.
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=level)
     try:
         return _run(arguments)
+    except SaidElsewhere:
+        return 2
     except UserError as problem:
         if debug:
             raise

@@ -90,7 +90,10 @@ class LoopConfig:
     images: int = 1_000_000
     """Training images in all, repetitions counted; rounded up to whole batches."""
     batch_size: int = 64
-    """Images per step."""
+    """Images per step, over all processes."""
+    micro_batch: int = 0
+    """Images per forward and backward, of which gradients are accumulated; divides the batch. 0: what one process has of a batch.
+    It is the unit of randomness: runs of the same micro-batch draw the same numbers on any number of processes."""
     label_dropout: float = 0.1
     """Probability with which a label is replaced by the null condition, for guidance; 0..1."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -114,12 +117,21 @@ class LoopConfig:
             require(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}; allowed: 1 or more")
         for name in ("sample_images", "save_images"):
             require(getattr(self, name) >= 0, f"train.{name} is {getattr(self, name)}; allowed: 0 or more")
+        require(
+            self.micro_batch >= 0 and self.batch_size % (self.micro_batch or 1) == 0,
+            f"train.micro_batch is {self.micro_batch}; allowed: a divisor of the batch size {self.batch_size}, or 0",
+        )
         require(0 <= self.label_dropout < 1, f"train.label_dropout is {self.label_dropout}; allowed: 0 up to below 1")
 
     @property
     def steps(self) -> int:
         """Optimizer steps in all."""
         return -(-self.images // self.batch_size)
+
+    @property
+    def micro_batches(self) -> int:
+        """How many of them make a batch."""
+        return self.batch_size // (self.micro_batch or self.batch_size)
 
 
 @dataclass(frozen=True)
