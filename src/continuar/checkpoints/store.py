@@ -128,11 +128,16 @@ def read_json(path: Path) -> Any:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
-    """Writes tensors as safetensors, on the CPU, floating ones as ``dtype`` if given."""
-    save_file(
-        {k: v.detach().to("cpu", dtype if dtype and v.is_floating_point() else v.dtype).contiguous() for k, v in tensors.items()},
-        path,
-    )
+    """Writes tensors as safetensors, on the CPU, floating ones as ``dtype`` if given.
+
+    Raises:
+        OSError: they cannot be written, because the disk is full, say.
+    """
+    on_cpu = {k: v.detach().to("cpu", dtype if dtype and v.is_floating_point() else v.dtype) for k, v in tensors.items()}
+    try:
+        save_file({k: v.contiguous() for k, v in on_cpu.items()}, path)
+    except SafetensorError as problem:
+        raise OSError(f"{path.name} cannot be written: {problem}") from problem
     # safetensors creates files that only their owner may read; weights are shared like any other file.
     path.chmod(0o644)
 

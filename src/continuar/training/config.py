@@ -109,13 +109,17 @@ class LoopConfig:
     """Write a checkpoint every so many images (and at the end); 0: only at the end."""
     keep: int = 2
     """Newest checkpoints kept."""
+    milestone_images: int = 0
+    """Write a checkpoint every so many images that is kept for good; 0: none."""
     max_bad_steps: int = 20
-    """Steps in a row with a non-finite loss or gradient (each is skipped) after which the run stops."""
+    """Steps in a row with a non-finite loss or gradient (each is skipped) after which the run goes back to its last checkpoint."""
+    max_rollbacks: int = 3
+    """How often a run goes back before it stops; 0: it stops at once."""
 
     def __post_init__(self) -> None:
         for name in ("images", "batch_size", "log_images", "keep", "max_bad_steps"):
             require(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}; allowed: 1 or more")
-        for name in ("sample_images", "save_images"):
+        for name in ("sample_images", "save_images", "milestone_images", "max_rollbacks"):
             require(getattr(self, name) >= 0, f"train.{name} is {getattr(self, name)}; allowed: 0 or more")
         require(
             self.micro_batch >= 0 and self.batch_size % (self.micro_batch or 1) == 0,
@@ -132,6 +136,10 @@ class LoopConfig:
     def micro_batches(self) -> int:
         """How many of them make a batch."""
         return self.batch_size // (self.micro_batch or self.batch_size)
+
+    def due(self, done: int, every_images: int) -> bool:
+        """Whether step ``done`` is the first to reach another multiple of ``every_images``; never for 0."""
+        return every_images > 0 and done * self.batch_size // every_images > (done - 1) * self.batch_size // every_images
 
 
 @dataclass(frozen=True)

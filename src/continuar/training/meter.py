@@ -26,7 +26,12 @@ class Meter:
     _FIELDS = ("loss", "norm", "std", "good", "skipped", "streak", "longest")
 
     def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(len(self._FIELDS), device=device)
+        self._device = device
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self._sums = torch.zeros(len(self._FIELDS), device=self._device)
 
     def add(self, loss: Tensor, norm: Tensor, std: Tensor, bad: Tensor) -> None:
         """Counts one step; ``bad`` is a bool tensor."""

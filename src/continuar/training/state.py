@@ -37,6 +37,7 @@ from continuar.checkpoints.store import (
 from continuar.errors import SaidElsewhere, UserError, require
 from continuar.pipeline import newest_checkpoints
 from continuar.tokenizers import Tokenizer
+from continuar.training.config import LoopConfig
 from continuar.training.parallel import Single, like, together, whole_state
 from continuar.training.step import TrainStep
 
@@ -44,20 +45,17 @@ OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
 _LOG = logging.getLogger("continuar")
 
 
-def save_checkpoint(
-    run_directory: Path, file: ModelFile, tokenizer: Tokenizer, trainer: TrainStep, step: int, keep: int, last: bool = False
-) -> Path:
-    """Writes ``checkpoints/step-NNNNNNNN`` (``step`` optimizer steps are done) and drops all but the newest ``keep``.
+def save_checkpoint(run_directory: Path, file: ModelFile, tokenizer: Tokenizer, trainer: TrainStep, step: int) -> Path:
+    """Writes ``checkpoints/step-NNNNNNNN`` (``step`` optimizer steps are done) and drops those that need not be kept.
 
-    Args:
-        last: of the run: whole weights are written even where they are sharded.
+    The last one of a run has whole weights even where they are sharded.
 
     Raises:
         OSError: in every process, if one cannot write; earlier checkpoints stay as they are.
     """
-    parallel = trainer.parallel
+    parallel, loop = trainer.parallel, trainer.run.train
     destination = run_directory / "checkpoints" / f"step-{step:08d}"
-    weights = {} if parallel.sharded and not last else _weights(trainer)
+    weights = {} if parallel.sharded and step < loop.steps else _weights(trainer)
     with _filled_together(destination, parallel) as temporary:
         if parallel.sharded:
             write_shards(temporary, _flat(_state(trainer)))
@@ -72,21 +70,24 @@ def save_checkpoint(
                 if not parallel.sharded:
                     write_tensors(temporary / OPTIMIZER, _state(trainer)["optimizer"])
                 sums = _sums(p for p in sorted(temporary.iterdir()) if p.is_file())
-                write_json(temporary / STATE, {"step": step, "processes": parallel.world, "checksums": sums})
+                counts = {"step": step, "rollbacks": trainer.rollbacks, "processes": parallel.world}
+                write_json(temporary / STATE, {**counts, "checksums": sums})
     if parallel.first:
-        for old in newest_checkpoints(run_directory)[keep:]:
-            shutil.rmtree(old)
+        _drop_old(run_directory, loop)
     return destination
 
 
-def load_newest(run_directory: Path, trainer: TrainStep) -> int:
+def load_newest(run_directory: Path, trainer: TrainStep, skip: int = 0) -> int:
     """Restores the newest intact checkpoint and returns its step; a damaged one is said loudly and passed over.
+
+    Args:
+        skip: leave out so many of the newest.
 
     Raises:
         UserError: there are checkpoints, and every one is damaged.
     """
     found = newest_checkpoints(run_directory)
-    for checkpoint in found:
+    for checkpoint in found[skip:]:
         try:
             with together(trainer.parallel):
                 state = _checked(checkpoint, trainer.parallel)
@@ -96,9 +97,19 @@ def load_newest(run_directory: Path, trainer: TrainStep) -> int:
             _LOG.error("checkpoint %s is damaged and passed over: %s", checkpoint, problem)
         else:
             _load(checkpoint, trainer)
+            trainer.rollbacks = int(state.get("rollbacks", 0))
             return int(state["step"])
     require(not found, f"every checkpoint in {run_directory / 'checkpoints'} is damaged")
     return 0
+
+
+def _drop_old(run_directory: Path, loop: LoopConfig) -> None:
+    """Leaves the newest checkpoints, the milestones, and nothing of a process that was killed while it wrote."""
+    for old in newest_checkpoints(run_directory)[loop.keep :]:
+        if not loop.due(int(old.name.removeprefix("step-")), loop.milestone_images):
+            shutil.rmtree(old)
+    for torn in (run_directory / "checkpoints").glob(".step-*"):
+        shutil.rmtree(torn)
 
 
 def _checked(checkpoint: Path, parallel: Single) -> dict[str, Any]:

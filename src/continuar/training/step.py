@@ -18,7 +18,7 @@ from continuar.training.ema import EMA
 from continuar.training.engines import ENGINES
 from continuar.training.meter import Meter
 from continuar.training.optim import build_optimizer, learning_rate
-from continuar.training.parallel import Single, whole
+from continuar.training.parallel import Single, local, whole
 
 Stream = Callable[[int, int], tuple[Tensor, Tensor]]
 """(step, number of a micro-batch in the step's batch) -> tokens and labels, drawn from torch's default generators."""
@@ -31,7 +31,12 @@ class TrainStep:
         model: on its device, in training mode from here on; sharded from here on where ``parallel`` shards.
         run: the run's config, whose micro-batch is decided.
         parallel: the processes that train together; one if not given.
+
+    Attributes:
+        rollbacks: how often the run went back to a checkpoint; each time all draws become others.
     """
+
+    rollbacks = 0
 
     def __init__(self, model: Model, run: Run, parallel: Single | None = None) -> None:
         self.model, self.run, self.parallel = model.train(), run, parallel or Single()
@@ -50,6 +55,7 @@ class TrainStep:
         """Makes every draw of a micro-batch (order, dropout, timesteps, noise, augmentation) a function of (seed, step, slot), and
         the number of masked tokens, which is drawn without a slot, one of (seed, step)."""
         name = f"{self.run.seed}/{step}" if slot is None else f"{self.run.seed}/{step}/{slot}"
+        name += f"#{self.rollbacks}" if self.rollbacks else ""
         digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
         torch.manual_seed(int.from_bytes(digest, "little") >> 1)
 
@@ -76,3 +82,8 @@ class TrainStep:
         self.optimizer.step()
         self.ema.update(step)
         self.meter.add(loss, norm, std, bad)
+
+    def finite(self) -> bool:
+        """Whether the weights and averages of all processes are finite numbers; waits for the device."""
+        tensors = [local(p.detach()) for model in (self.model, self.ema.model) for p in model.parameters()]
+        return not self.parallel.any(not torch.nn.utils.get_total_norm(tensors).isfinite())

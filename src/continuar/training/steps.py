@@ -22,8 +22,10 @@ from continuar.pipeline import Pipeline, newest_checkpoints
 from continuar.tokenizers import Tokenizer
 from continuar.training.config import Run
 from continuar.training.log import RunLog
+from continuar.training.meter import Averages
 from continuar.training.optim import learning_rate
 from continuar.training.parallel import whole_model
+from continuar.training.rollback import Rollback
 from continuar.training.signals import Signals, Stop, noted_signals
 from continuar.training.state import save_checkpoint
 from continuar.training.step import TrainStep
@@ -72,6 +74,7 @@ class Steps:
         self.parallel = trainer.parallel
         loop = run.train
         self.stream = ImageStream(images, tokenizer, run.data, loop.batch_size, run.seed, trainer.device, loop.micro_batch)
+        self._rollback = Rollback(directory, trainer, loop)
         self.log = RunLog(directory, first) if self.parallel.first else None
         self._since, self._since_step = time.monotonic(), first
 
@@ -81,27 +84,32 @@ class Steps:
         Raises:
             Interrupted: Ctrl-C.
         """
-        loop = self.run.train
+        loop, step, stop = self.run.train, first, Stop.NO
         checkpoint = self.directory
         with noted_signals() as signals:
-            for step in range(first, loop.steps):
+            while step < loop.steps and not stop:
                 self.trainer(step, self.stream.batch)
-                done = step + 1
-                metrics = self._write_metrics(done) if self._due(done, loop.log_images) else {}
-                if loop.sample_images and self._due(done, loop.sample_images):
+                step = done = step + 1
+                metrics: dict[str, float | int] = {}
+                if self._due(done, loop.log_images):
+                    averages = self.trainer.meter.read()
+                    if averages.bad_in_a_row >= loop.max_bad_steps:
+                        step = self._roll_back(f"{averages.bad_in_a_row} steps in a row had a non-finite loss or gradient")
+                        continue
+                    metrics = self._write_metrics(done, averages)
+                if self._due(done, loop.sample_images):
                     self._draw_grids(done)
-                stop = self._stop(signals) if done < loop.steps else Stop.NO
-                if stop or done == loop.steps or (loop.save_images and self._due(done, loop.save_images)):
+                stop = self._stop(signals)
+                if stop or self._due(done, loop.save_images) or loop.due(done, loop.milestone_images) or done == loop.steps:
+                    if not self.trainer.finite():
+                        step, stop = self._roll_back(f"after step {done} weights are not finite numbers"), Stop.NO
+                        continue
                     checkpoint = self._save(done)
                 if self.on_report is not None:
                     self.on_report(Report(done, loop.steps, metrics))
-                if stop:
-                    break
-            else:
-                stop = Stop.NO
         if self.log is not None:
             self.log.close()
-        if stop is Stop.INTERRUPTED:
+        if stop is Stop.INTERRUPTED and step < loop.steps:
             raise Interrupted(checkpoint)
 
     def _stop(self, signals: Signals) -> Stop:
@@ -109,20 +117,21 @@ class Steps:
         return Stop(self.parallel.most(max(signals.stop, Stop.ASKED if self.should_stop() else Stop.NO)))
 
     def _due(self, done: int, every_images: int) -> bool:
-        """Whether step ``done`` is the first to reach another multiple of ``every_images``, or the last step."""
-        batch = self.run.train.batch_size
-        return done == self.run.train.steps or done * batch // every_images > (done - 1) * batch // every_images
+        """Whether step ``done`` is the first to reach another multiple of ``every_images``, or the last step; never for 0."""
+        loop = self.run.train
+        return every_images > 0 and (done == loop.steps or loop.due(done, every_images))
 
-    def _write_metrics(self, done: int) -> dict[str, float | int]:
-        averages = self.trainer.meter.read()
-        limit = self.run.train.max_bad_steps
-        if averages.bad_in_a_row >= limit:
-            kept = newest_checkpoints(self.directory)
-            raise UserError(
-                f"{averages.bad_in_a_row} steps in a row had a non-finite loss or gradient (train.max_bad_steps is {limit}); try a "
-                "lower --optim.lr, a longer --optim.warmup-images, or --train.precision float32, and look at the data; "
-                + (f"the last checkpoint is {kept[0]}" if kept else "there is no checkpoint yet")
-            )
+    def _roll_back(self, problem: str) -> int:
+        """Where to go on."""
+        with self._untimed():
+            step = self._rollback(problem)
+            if self.log is not None:
+                self.log.close()
+                self.log = RunLog(self.directory, step)
+        self._since_step = step
+        return step
+
+    def _write_metrics(self, done: int, averages: Averages) -> dict[str, float | int]:
         now, batch = time.monotonic(), self.run.train.batch_size
         elapsed = max(now - self._since, 1e-9)
         metrics: dict[str, float | int] = {
@@ -162,11 +171,17 @@ class Steps:
             self.log.picture(done, f"samples/{name}", picture)
 
     def _save(self, done: int) -> Path:
-        loop = self.run.train
         with self._untimed():
-            return save_checkpoint(
-                self.directory, self.file, self.tokenizer, self.trainer, done, loop.keep, last=done == loop.steps
-            )
+            try:
+                checkpoint = save_checkpoint(self.directory, self.file, self.tokenizer, self.trainer, done)
+            except OSError as problem:
+                kept = newest_checkpoints(self.directory)
+                raise UserError(
+                    f"the checkpoint of step {done} could not be written ({problem}); "
+                    + (f"{kept[0]} is intact, and --resume continues from it" if kept else "there is none before it")
+                ) from problem
+            self._rollback.saved()
+        return checkpoint
 
     @contextmanager
     def _untimed(self) -> Iterator[None]:
