@@ -16,6 +16,7 @@ from continuar.errors import SaidElsewhere, UserError, unknown_name
 COMMANDS = {
     "train": "train a model by a recipe: continuar train digits",
     "sample": "generate images: continuar sample MODEL --classes 3,7",
+    "extract": "a saved model from a training run: continuar extract RUN DST",
     "convert": "official MAR checkpoints into our format and back",
 }
 _HELP = f"""continuar {__version__}: autoregressive generation over continuous tokens.

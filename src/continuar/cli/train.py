@@ -27,6 +27,7 @@ from continuar.training.config import Run
 from continuar.training.flops import generation_flops, training_flops
 from continuar.training.loop import Report, train
 from continuar.training.parallel import Kind, joined, local_device, processes
+from continuar.training.trackers import TrackerName
 
 _HELP = """usage: continuar train RECIPE [options]
        torchrun --nproc-per-node N -m continuar train RECIPE [options]     on N GPUs or processes: docs/scaling.md
@@ -52,6 +53,8 @@ class Arguments:
     parallel: Kind = "ddp"
     """How processes started by torchrun train together: ddp, each with all weights; or fsdp, each with its share of weights,
     gradients, moments and averages."""
+    track: TrackerName | None = None
+    """Send metrics to Weights & Biases or trackio, too, if it is installed."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     dry_run: bool = False
@@ -93,6 +96,7 @@ def main(arguments: list[str]) -> int:
                 on_read=_Bar(progress, "reading images").update,
                 should_stop=lambda: time.monotonic() >= end,
                 parallel=parallel,
+                track=options.track,
             )
         if parallel.first and bar.done < bar.total:
             why = f"after {minutes:g} minutes" if time.monotonic() >= end else "when asked to"

@@ -78,9 +78,19 @@ class EMAConfig:
     """Per step; 0..1."""
     warmup: bool = True
     """Decay at most (1 + step)/(10 + step): without it early samples are made with initial weights (0.9999^steps of them)."""
+    snapshot_images: int = 0
+    """Keep averages of power-function profiles beside it, and write them every so many images, so that the length can be chosen
+    after training (`continuar extract`); 0: do not."""
+    lengths: tuple[float, ...] = (0.05, 0.1)
+    """Lengths of those averages, as a share of the training so far; EDM2: 0.05 and 0.1. Each takes the memory of the weights."""
 
     def __post_init__(self) -> None:
         require(0 <= self.decay < 1, f"ema.decay is {self.decay}; allowed: 0 up to below 1")
+        require(self.snapshot_images >= 0, f"ema.snapshot_images is {self.snapshot_images}; allowed: 0 or more")
+        require(
+            bool(self.lengths) and all(0 < s < 0.28 for s in self.lengths),
+            f"ema.lengths is {self.lengths}; allowed: one or more, each above 0 to below 0.28",
+        )
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from continuar.training.state import load_newest
 from continuar.training.step import TrainStep
 from continuar.training.steps import Interrupted, Report, Steps, matmul_precision
 from continuar.training.stream import measure_std
+from continuar.training.trackers import TrackerName, check_tracker, open_tracker
 
 __all__ = ["Interrupted", "Report", "train"]
 _LOG = logging.getLogger("continuar")
@@ -49,6 +50,7 @@ def train(
     on_read: Callable[[int, int], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
     parallel: Single | None = None,
+    track: TrackerName | None = None,
 ) -> Pipeline:
     """Trains a run in ``directory`` and returns a pipeline with its averaged weights.
 
@@ -60,6 +62,7 @@ def train(
         should_stop: asked after every step; when it says so the run ends there, after a checkpoint, and ``resume`` continues it.
             Where training is cut into slices is no part of what is trained, so it is no field of the config.
         parallel: the processes that train together (`joined`); one if not given.
+        track: send metrics there, too; "wandb" or "trackio".
 
     Raises:
         UserError: bad data, a directory that holds another run, too many non-finite steps in a row.
@@ -67,6 +70,7 @@ def train(
     """
     parallel = parallel or Single()
     with together(parallel):
+        check_tracker(track)
         check_directory(run, directory, resume, force)
         run = shared_out(run, directory, parallel)
         images = read_images(run, on_read)
@@ -86,10 +90,15 @@ def train(
         found = (directory / "config.json").is_file()
         require(found, f"{directory} is not the same directory for all processes; allowed: one on a file system they share")
     file = ModelFile(model.config, run.tokenizer, images.classes, run.sampling)
-    steps = Steps(run, directory, file, tokenizer.to(device), trainer, images, on_report, should_stop, first)
+    tracker = open_tracker(track, directory, run) if track and parallel.first else None
+    steps = Steps(run, directory, file, tokenizer.to(device), trainer, images, on_report, should_stop, tracker, first)
     # What autocast leaves in float32 (time embedding, output layer) may use TF32 in training, never in sampling.
     with matmul_precision("high" if device.type == "cuda" and run.train.precision != "float32" else "highest"):
-        steps.run_from(first)
+        try:
+            steps.run_from(first)
+        finally:
+            if tracker is not None:
+                tracker.finish()
     return Pipeline.from_pretrained(directory, device=device) if parallel.sharded else Pipeline(file, trainer.ema.model, tokenizer)
 
 

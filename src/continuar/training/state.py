@@ -41,7 +41,8 @@ from continuar.training.config import LoopConfig
 from continuar.training.parallel import Single, like, together, whole_state
 from continuar.training.step import TrainStep
 
-OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
+OPTIMIZER, AVERAGES, STATE = "optimizer.safetensors", "averages.safetensors", "state.json"
+_OTHERS = {"averages": AVERAGES, "optimizer": OPTIMIZER}
 _LOG = logging.getLogger("continuar")
 
 
@@ -68,7 +69,9 @@ def save_checkpoint(run_directory: Path, file: ModelFile, tokenizer: Tokenizer, 
                 for name, tensors in weights.items():
                     write_tensors(temporary / name, tensors)
                 if not parallel.sharded:
-                    write_tensors(temporary / OPTIMIZER, _state(trainer)["optimizer"])
+                    for group, name in _OTHERS.items():
+                        if tensors := _state(trainer)[group]:
+                            write_tensors(temporary / name, tensors)
                 sums = _sums(p for p in sorted(temporary.iterdir()) if p.is_file())
                 counts = {"step": step, "rollbacks": trainer.rollbacks, "processes": parallel.world}
                 write_json(temporary / STATE, {**counts, "checksums": sums})
@@ -132,7 +135,9 @@ def _load(checkpoint: Path, trainer: TrainStep) -> None:
     if (checkpoint / SHARDS).is_dir():
         read_shards(checkpoint, _flat(groups))
         return
-    for group, file in (("model", WEIGHTS), ("ema", EMA), ("optimizer", OPTIMIZER)):
+    for group, file in ({"model": WEIGHTS, "ema": EMA} | _OTHERS).items():
+        if not groups[group]:
+            continue
         tensors = read_tensors(checkpoint / file)
         check_keys(tensors, {k: v.shape for k, v in groups[group].items()}, str(checkpoint / file))
         for name, tensor in groups[group].items():
@@ -149,6 +154,7 @@ def _state(trainer: TrainStep) -> dict[str, dict[str, Tensor]]:
     return {
         "model": trainer.model.state_dict(),
         "ema": trainer.ema.model.state_dict(),
+        "averages": trainer.averages.tensors,
         "optimizer": {f"{i}.{name}": x for i, p in enumerate(parameters) for name, x in trainer.optimizer.state[p].items()},
     }
 

@@ -19,6 +19,7 @@ from continuar.training.engines import ENGINES
 from continuar.training.meter import Meter
 from continuar.training.optim import build_optimizer, learning_rate
 from continuar.training.parallel import Single, local, whole
+from continuar.training.power_ema import PowerAverages
 
 Stream = Callable[[int, int], tuple[Tensor, Tensor]]
 """(step, number of a micro-batch in the step's batch) -> tokens and labels, drawn from torch's default generators."""
@@ -41,15 +42,16 @@ class TrainStep:
     def __init__(self, model: Model, run: Run, parallel: Single | None = None) -> None:
         self.model, self.run, self.parallel = model.train(), run, parallel or Single()
         self.device = next(model.parameters()).device
-        self.meter = Meter(self.device)
         self.slots = self.parallel.slots(run.train.micro_batches)
         precision = run.train.precision
         bf16 = precision == "bfloat16" or (precision == "auto" and self.device.type == "cuda")
         self.ema = EMA(model, run.ema)
         self.parallel.shard(self.ema.model)
+        self.meter = Meter(model.head, self.device, self.parallel)
         engine = ENGINES[run.train.engine]
         self._engine = engine(model, run.train.label_dropout, bf16, self.parallel, len(self.slots))
         self.optimizer = build_optimizer(model, run.optim)
+        self.averages = PowerAverages(model, run.ema)
 
     def seed(self, step: int, slot: int | None = None) -> None:
         """Makes every draw of a micro-batch (order, dropout, timesteps, noise, augmentation) a function of (seed, step, slot), and
@@ -66,22 +68,24 @@ class TrainStep:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.seed(step)
-        known = order.positions - self.model.backbone.draw_queried()
+        queried = self.model.backbone.draw_queried()
         measured = []
         for number, slot in enumerate(self.slots):
             self.seed(step, slot)
             tokens, labels = stream(step, slot)
-            view = View(order.training_order(len(tokens), self.device), known)
+            view = View(order.training_order(len(tokens), self.device), order.positions - queried)
             loss = self._engine(tokens, labels, view, number)
             measured.append(torch.stack((loss, tokens.float().std())))
-        loss, std = self.parallel.mean(torch.stack(measured).mean(0)).unbind()
+        means = measured[0] if len(measured) == 1 else torch.stack(measured).mean(0)
+        loss, std = self.parallel.mean(means).unbind()
         norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), optim.clip or float("inf"), foreach=True))
         bad = ~(loss + norm).isfinite()
         # The fused kernel reads this flag as gradient scaling does, and leaves weights and moments alone if it is 1.
         setattr(self.optimizer, "found_inf", bad.float())  # noqa: B010 (an attribute AdamW reads but does not declare)
         self.optimizer.step()
         self.ema.update(step)
-        self.meter.add(loss, norm, std, bad)
+        self.averages.update(step)
+        self.meter.add(loss, norm, std, bad, masked=10 * queried // order.positions)
 
     def finite(self) -> bool:
         """Whether the weights and averages of all processes are finite numbers; waits for the device."""

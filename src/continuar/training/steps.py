@@ -18,18 +18,20 @@ from continuar.data.images import ImageSet
 from continuar.errors import UserError
 from continuar.model import Model
 from continuar.pictures import grid, save_png
-from continuar.pipeline import Pipeline, newest_checkpoints
+from continuar.pipeline import Pipeline, newest_checkpoints, to_uint8
 from continuar.tokenizers import Tokenizer
 from continuar.training.config import Run
 from continuar.training.log import RunLog
 from continuar.training.meter import Averages
 from continuar.training.optim import learning_rate
 from continuar.training.parallel import whole_model
+from continuar.training.power_ema import drop_after
 from continuar.training.rollback import Rollback
 from continuar.training.signals import Signals, Stop, noted_signals
 from continuar.training.state import save_checkpoint
 from continuar.training.step import TrainStep
 from continuar.training.stream import ImageStream
+from continuar.training.trackers import Tracker
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Steps:
     Args:
         first: steps that are done already.
         on_report, should_stop: see `train`.
+        tracker: where metrics go beside the run's directory.
     """
 
     def __init__(
@@ -67,16 +70,19 @@ class Steps:
         images: ImageSet,
         on_report: Callable[[Report], None] | None,
         should_stop: Callable[[], bool] | None,
+        tracker: Tracker | None,
         first: int,
     ) -> None:
         self.run, self.directory, self.file, self.tokenizer, self.trainer = run, directory, file, tokenizer, trainer
         self.on_report, self.should_stop = on_report, should_stop or (lambda: False)
-        self.parallel = trainer.parallel
+        self.parallel, self.tracker = trainer.parallel, tracker
+        self._masks_vary = len(trainer.model.backbone.queried_counts()) > 1
         loop = run.train
         self.stream = ImageStream(images, tokenizer, run.data, loop.batch_size, run.seed, trainer.device, loop.micro_batch)
         self._rollback = Rollback(directory, trainer, loop)
-        self.log = RunLog(directory, first) if self.parallel.first else None
-        self._since, self._since_step = time.monotonic(), first
+        self._of_samples: dict[str, float] = {}
+        self._begin_at(first)
+        self._since = time.monotonic()
 
     def run_from(self, first: int) -> None:
         """Runs steps ``first`` to the last; Ctrl-C, SIGTERM or ``should_stop`` ends it after a checkpoint.
@@ -90,15 +96,15 @@ class Steps:
             while step < loop.steps and not stop:
                 self.trainer(step, self.stream.batch)
                 step = done = step + 1
-                metrics: dict[str, float | int] = {}
-                if self._due(done, loop.log_images):
-                    averages = self.trainer.meter.read()
-                    if averages.bad_in_a_row >= loop.max_bad_steps:
-                        step = self._roll_back(f"{averages.bad_in_a_row} steps in a row had a non-finite loss or gradient")
-                        continue
-                    metrics = self._write_metrics(done, averages)
+                averages = self.trainer.meter.read() if self._due(done, loop.log_images) else None
+                if averages is not None and averages.bad_in_a_row >= loop.max_bad_steps:
+                    step = self._roll_back(f"{averages.bad_in_a_row} steps in a row had a non-finite loss or gradient")
+                    continue
                 if self._due(done, loop.sample_images):
                     self._draw_grids(done)
+                metrics = self._write_metrics(done, averages) if averages is not None else {}
+                if self._due(done, self.run.ema.snapshot_images):
+                    self._write_averages(done)
                 stop = self._stop(signals)
                 if stop or self._due(done, loop.save_images) or loop.due(done, loop.milestone_images) or done == loop.steps:
                     if not self.trainer.finite():
@@ -127,13 +133,19 @@ class Steps:
             step = self._rollback(problem)
             if self.log is not None:
                 self.log.close()
-                self.log = RunLog(self.directory, step)
-        self._since_step = step
+            self._begin_at(step)
         return step
+
+    def _begin_at(self, step: int) -> None:
+        """Forgets what was written after ``step``."""
+        self._since_step = step
+        self.log = RunLog(self.directory, step, self.tracker) if self.parallel.first else None
+        if self.parallel.first:
+            drop_after(self.directory, step)
 
     def _write_metrics(self, done: int, averages: Averages) -> dict[str, float | int]:
         now, batch = time.monotonic(), self.run.train.batch_size
-        elapsed = max(now - self._since, 1e-9)
+        speed = (done - self._since_step) * batch / max(now - self._since, 1e-9)
         metrics: dict[str, float | int] = {
             "images": done * batch,
             "loss": averages.loss,
@@ -141,8 +153,13 @@ class Steps:
             **({"token_std": averages.token_std} if self.file.model.tokens.kind == "vector" else {}),
             "lr": learning_rate(self.run.optim, (done - 1) * batch, self.run.train.steps * batch),
             "skipped_steps": averages.skipped,
-            "images_per_second": (done - self._since_step) * batch / elapsed,
+            "images_per_second": speed,
+            "seconds_left": (self.run.train.steps - done) * batch / speed,
+            **{f"loss_by_time/{part}": loss for part, loss in averages.loss_by_time.items()},
+            **{f"loss_by_masked/{share}": loss for share, loss in averages.loss_by_masked.items() if self._masks_vary},
+            **self._of_samples,
         }
+        self._of_samples = {}
         if self.log is not None:
             self.log.write(done, metrics)
         self._since, self._since_step = now, done
@@ -163,25 +180,38 @@ class Steps:
         classes = self.file.classes
         labels = [i % len(classes) for i in range(max(16, min(32, 2 * len(classes))))] if classes else None
         seeds = list(range(len(labels) if labels else 16))
+        pipe = Pipeline(self.file, model, self.tokenizer)
         with matmul_precision("highest"):
-            images = Pipeline(self.file, model, self.tokenizer)(labels, seeds, batch_size=len(seeds))
+            tokens = pipe.tokens(labels, seeds, batch_size=len(seeds))
+        images = to_uint8(pipe.tokenizer.decode(tokens)).cpu().numpy()
         picture = grid(images, [classes[i] for i in labels] if labels else None, columns=min(8, len(seeds)))
         save_png(picture, folder / f"step-{done:08d}-{name}.png")
         if self.log is not None:
             self.log.picture(done, f"samples/{name}", picture)
+        if self.file.model.tokens.kind == "vector":
+            self._of_samples[f"sample_max/{name}"] = float(tokens.abs().max())
+
+    def _write_averages(self, done: int) -> None:
+        with self._untimed(), self._written(f"the averages of step {done}"):
+            self.trainer.averages.write(self.directory, done, self.parallel)
 
     def _save(self, done: int) -> Path:
-        with self._untimed():
-            try:
-                checkpoint = save_checkpoint(self.directory, self.file, self.tokenizer, self.trainer, done)
-            except OSError as problem:
-                kept = newest_checkpoints(self.directory)
-                raise UserError(
-                    f"the checkpoint of step {done} could not be written ({problem}); "
-                    + (f"{kept[0]} is intact, and --resume continues from it" if kept else "there is none before it")
-                ) from problem
-            self._rollback.saved()
+        with self._untimed(), self._written(f"the checkpoint of step {done}"):
+            checkpoint = save_checkpoint(self.directory, self.file, self.tokenizer, self.trainer, done)
+        self._rollback.saved()
         return checkpoint
+
+    @contextmanager
+    def _written(self, what: str) -> Iterator[None]:
+        """Says what is still intact when something cannot be written."""
+        try:
+            yield
+        except OSError as problem:
+            kept = newest_checkpoints(self.directory)
+            raise UserError(
+                f"{what} could not be written ({problem}); "
+                + (f"{kept[0]} is intact, and --resume continues from it" if kept else "there is no checkpoint before it")
+            ) from problem
 
     @contextmanager
     def _untimed(self) -> Iterator[None]:
