@@ -15,6 +15,7 @@ from continuar.errors import SaidElsewhere, UserError, unknown_name
 
 COMMANDS = {
     "train": "train a model by a recipe: continuar train digits",
+    "plan": "what a run costs: continuar plan mar_l_imagenet256 --gpus 64",
     "sample": "generate images: continuar sample MODEL --classes 3,7",
     "extract": "a saved model from a training run: continuar extract RUN DST",
     "convert": "official MAR checkpoints into our format and back",

@@ -22,9 +22,11 @@ from continuar.pipeline import Pipeline, newest_checkpoints, to_uint8
 from continuar.tokenizers import Tokenizer
 from continuar.training.config import Run
 from continuar.training.log import RunLog
+from continuar.training.memory import GIB
 from continuar.training.meter import Averages
 from continuar.training.optim import learning_rate
 from continuar.training.parallel import whole_model
+from continuar.training.plan import out_of_memory
 from continuar.training.power_ema import drop_after
 from continuar.training.rollback import Rollback
 from continuar.training.signals import Signals, Stop, noted_signals
@@ -94,7 +96,7 @@ class Steps:
         checkpoint = self.directory
         with noted_signals() as signals:
             while step < loop.steps and not stop:
-                self.trainer(step, self.stream.batch)
+                self._take(step)
                 step = done = step + 1
                 averages = self.trainer.meter.read() if self._due(done, loop.log_images) else None
                 if averages is not None and averages.bad_in_a_row >= loop.max_bad_steps:
@@ -117,6 +119,14 @@ class Steps:
             self.log.close()
         if stop is Stop.INTERRUPTED and step < loop.steps:
             raise Interrupted(checkpoint)
+
+    def _take(self, step: int) -> None:
+        try:
+            self.trainer(step, self.stream.batch)
+        except torch.OutOfMemoryError as problem:
+            kind, device = "fsdp" if self.parallel.sharded else "ddp", self.trainer.device
+            gib = torch.cuda.get_device_properties(device).total_memory / GIB if device.type == "cuda" else None
+            raise out_of_memory(self.run, len(self.file.classes), self.parallel.world, kind, gib) from problem
 
     def _stop(self, signals: Signals) -> Stop:
         """What all processes agree on."""
