@@ -1,10 +1,12 @@
 """Tokenizers: images <-> tokens. `TokenizerConfig` is the closed table of them."""
 
 from continuar.tokenizers.base import Tokenizer, TokenKind, TokenSpec
+from continuar.tokenizers.diffusers_vae import VAEConfig, VAETokenizer
 from continuar.tokenizers.latent import LatentConfig, LatentTokenizer
 from continuar.tokenizers.pixel import PixelConfig, PixelTokenizer
+from continuar.tokenizers.vq import VQConfig, VQTokenizer
 
-TokenizerConfig = PixelConfig | LatentConfig
+TokenizerConfig = PixelConfig | LatentConfig | VAEConfig | VQConfig
 
 __all__ = [
     "LatentConfig",
@@ -15,4 +17,8 @@ __all__ = [
     "TokenSpec",
     "Tokenizer",
     "TokenizerConfig",
+    "VAEConfig",
+    "VAETokenizer",
+    "VQConfig",
+    "VQTokenizer",
 ]
