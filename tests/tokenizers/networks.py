@@ -63,9 +63,12 @@ def images(count: int = 2, size: int = 8, seed: int = 0) -> torch.Tensor:
 
 
 def shaken(tokenizer: Tokenizer, seed: int = 0) -> Tokenizer:
-    """Random weights everywhere, norms and codebooks included."""
+    """The same random weights for the same seed, norms and codebooks included."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in tokenizer.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        for name, parameter in tokenizer.named_parameters():
+            x = torch.randn(parameter.shape, generator=generator)
+            fan_in = parameter[0].numel()
+            around = 1.0 if parameter.ndim == 1 and name.endswith("weight") else 0.0
+            parameter.copy_(around + (x / fan_in**0.5 if parameter.ndim > 1 else 0.1 * x))
     return tokenizer

@@ -12,11 +12,12 @@ from rich.console import Console
 from rich.progress import Progress
 
 from continuar.checkpoints.store import write_json
+from continuar.cli.load import load_pipeline
 from continuar.cli.parse import parse
 from continuar.errors import require
 from continuar.generation.plan import make_plan
 from continuar.pictures import grid, save_png
-from continuar.pipeline import Pipeline, load, shipped_models
+from continuar.pipeline import Pipeline, shipped_models
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,10 @@ class Arguments:
     """Generate images from a model."""
 
     model: tyro.conf.Positional[str]
-    """A run directory, a saved model, or a shipped name."""
+    """A run directory, a saved model, a shipped name, or an official MAR checkpoint file."""
+    tokenizer: str | None = None
+    """For a model of latents: its autoencoder (a saved tokenizer, an LDM-layout file such as kl16.ckpt, a diffusers directory or
+    hub id)."""
     classes: str = ""
     """Class names or numbers, separated by commas; every class if not given (at most 10)."""
     per_class: int = 4
@@ -59,7 +63,7 @@ def main(arguments: list[str]) -> int:
     description = f"Generate images from a model. Settings that are not given are the model's own. Shipped models: {shipped}."
     options = parse(Arguments, arguments, prog="continuar sample", description=description)
     require(options.per_class >= 1, f"--per-class is {options.per_class}; allowed: 1 or more")
-    pipe = load(options.model, weights=options.weights, device=options.device)
+    pipe = load_pipeline(options.model, options.tokenizer, weights=options.weights, device=options.device)
     labels = _labels(pipe, options.classes, options.per_class)
     count = len(labels) if labels else options.per_class
     seeds = [options.seed + i for i in range(count)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -49,11 +49,17 @@ class Tokenizer(nn.Module, ABC):
     tokenizer has them, are saved beside the model as tokenizer.safetensors.
     """
 
+    config: Any
+    """The frozen config that builds it."""
     spec: TokenSpec
 
     @abstractmethod
     def encode(self, images_B3HW: Tensor) -> Tensor:
         """Cacheable latents, first dimension B: patches, or posterior moments."""
+
+    def encoding_state(self) -> dict[str, Tensor]:
+        """The weights that `encode` depends on: latents kept in a cache belong to them."""
+        return self.state_dict()
 
     @abstractmethod
     def tokenize(self, latents: Tensor) -> Tensor:

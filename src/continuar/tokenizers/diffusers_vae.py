@@ -96,6 +96,10 @@ class VAETokenizer(Tokenizer):
         check_images(images_B3HW, self.config.image_size)
         return self.config.network.encode(self.network, images_B3HW)
 
+    def encoding_state(self) -> dict[str, Tensor]:
+        parts = tuple(f"network.{name}." for name in self.config.network.encoder_parts)
+        return {k: v for k, v in self.state_dict().items() if k.startswith(parts)}
+
     def tokenize(self, latents: Tensor) -> Tensor:
         require(self.config.scale > 0, NO_SCALE)
         if self.config.network.has_variance:

@@ -69,6 +69,10 @@ class VQTokenizer(Tokenizer):
         x_BCHW = self.config.network.encode(self.network, images_B3HW)
         return nearest_codes(x_BCHW.permute(0, 2, 3, 1).flatten(0, 2), self.codebook).view(len(images_B3HW), -1)
 
+    def encoding_state(self) -> dict[str, Tensor]:
+        parts = tuple(f"network.{name}." for name in (*self.config.network.encoder_parts, "quantize"))
+        return {k: v for k, v in self.state_dict().items() if k.startswith(parts)}
+
     def tokenize(self, latents: Tensor) -> Tensor:
         return latents.long()
 
