@@ -21,10 +21,15 @@ class Block:
     """uint8 [n, H, W, 3]"""
     index: np.ndarray
     """int64 [n], their places in the source."""
-    asked: int
-    """How many were asked for: n and those skipped."""
+    chosen: tuple[int, ...]
+    """The places that were asked for: those of ``index`` and the skipped."""
     skipped: tuple[str, ...]
     """One line per image that cannot be used: "name: reason"."""
+
+    @property
+    def asked(self) -> int:
+        """How many were asked for."""
+        return len(self.chosen)
 
 
 def decode_block(source: Source, chosen: Sequence[int], size: int, pool: ThreadPoolExecutor) -> Block:
@@ -45,7 +50,7 @@ def decode_block(source: Source, chosen: Sequence[int], size: int, pool: ThreadP
     usable = np.array([reason is None for reason in reasons], bool)
     skipped = tuple(reason for reason in reasons if reason is not None)
     index = np.asarray(chosen, np.int64)
-    return Block(images if usable.all() else images[usable], index[usable], len(chosen), skipped)
+    return Block(images if usable.all() else images[usable], index[usable], tuple(chosen), skipped)
 
 
 def image_blocks(source: Source, chosen: Sequence[int], size: int, block: int = 256) -> Iterator[Block]:
