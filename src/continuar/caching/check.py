@@ -25,6 +25,7 @@ from continuar.data.blocks import decode_block
 from continuar.data.latents import CacheInfo, LatentCache, read_shard, shard_path
 from continuar.data.sources import Source
 from continuar.errors import require
+from continuar.pipeline import to_uint8
 from continuar.tokenizers import Tokenizer, VAETokenizer
 
 # bfloat16 keeps 8 bits; encoders differ by their kernels between batch sizes and devices, bfloat16 ones by more.
@@ -126,13 +127,7 @@ def _error(kept: Tensor, anew: Tensor) -> float:
 def _decoded(latents: Tensor, tokenizer: Tokenizer) -> np.ndarray:
     """uint8 images [B, H, W, 3] of latents, through the decoder alone: no scale is needed."""
     device = next((p.device for p in tokenizer.parameters()), torch.device("cpu"))
-    if isinstance(tokenizer, VAETokenizer):
-        network = tokenizer.config.network
-        x = latents.float().to(device)
-        images = network.decode(tokenizer.network, x.chunk(2, 1)[0] if network.has_variance else x).clamp(-1, 1)
-    else:
-        images = tokenizer.decode(tokenizer.tokenize(latents.to(device)))
-    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return to_uint8(tokenizer.reconstruct(latents.to(device))).cpu().numpy()
 
 
 def _psnr(a: np.ndarray, b: np.ndarray) -> float:

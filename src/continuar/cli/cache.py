@@ -14,7 +14,7 @@ from continuar.caching.build import CacheOptions, CacheReport, build_cache, cach
 from continuar.caching.check import CacheCheck, check_cache
 from continuar.checkpoints.tokenizers import Changes, find_saved, load_tokenizer
 from continuar.cli.parse import parse
-from continuar.cli.progress import progress_bar
+from continuar.cli.progress import progress_bars
 from continuar.data.find import find_source
 from continuar.data.latents import LatentCache
 from continuar.devices import pick_device
@@ -83,7 +83,7 @@ def main(arguments: list[str]) -> int:
     tokenizer = tokenizer.to(_device(options.device))
     where = (str(_absolute(options.tokenizer)), str(options.data.absolute()), options.split)
     info = cache_info(source, tokenizer, options.options, where=where)
-    with progress_bar("caching", shown=rank == 0) as progress:
+    with progress_bars(shown=rank == 0) as bar:
         report = build_cache(
             source,
             tokenizer,
@@ -93,7 +93,7 @@ def main(arguments: list[str]) -> int:
             rebuild=options.rebuild,
             rank=rank,
             world_size=world_size,
-            on_progress=progress,
+            on_progress=bar("caching"),
         )
     print(summary(report, options.dst), end="")
     return 0

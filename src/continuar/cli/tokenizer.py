@@ -1,4 +1,4 @@
-"""``continuar tokenizer list|save|stats``."""
+"""``continuar tokenizer list|save|stats|train|evaluate``."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ _COMMANDS = {
     "list": "the tokenizers of the paper's Table 2",
     "save": "keep an autoencoder (diffusers, hub, LDM) as a saved tokenizer",
     "stats": "measure mean and std of latents, and keep the scale with the tokenizer",
+    "train": "train a KL or VQ tokenizer by a recipe",
+    "evaluate": "PSNR, SSIM, Frechet distance and codebook use of reconstructions",
 }
 _HELP = f"""usage: continuar tokenizer COMMAND ...
 
 commands:
-{chr(10).join(f"  {name:<8} {text}" for name, text in _COMMANDS.items())}
+{chr(10).join(f"  {name:<9} {text}" for name, text in _COMMANDS.items())}
 
 `continuar tokenizer COMMAND --help` lists a command's options.
 """

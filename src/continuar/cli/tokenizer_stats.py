@@ -13,7 +13,7 @@ from torch import Tensor
 from continuar.caching.statistics import LatentStatistics, encoded, measure
 from continuar.checkpoints.tokenizers import TOKENIZER, Changes, find_saved, fingerprint, load_tokenizer, save_tokenizer, set_scale
 from continuar.cli.parse import parse
-from continuar.cli.progress import progress_bar
+from continuar.cli.progress import progress_bars
 from continuar.data.find import find_source
 from continuar.data.latents import LatentCache, is_cache
 from continuar.devices import pick_device
@@ -63,8 +63,8 @@ def main(arguments: list[str]) -> int:
     if not isinstance(tokenizer, VAETokenizer):
         raise UserError(f"{options.tokenizer} is a tokenizer of kind '{tokenizer.config.kind}', which needs no scale; allowed: vae")
     tokenizer.to(pick_device(options.device))
-    with progress_bar("measuring") as progress:
-        found = measure(_latents(options, tokenizer, progress), tokenizer.config.network.has_variance)
+    with progress_bars() as bar:
+        found = measure(_latents(options, tokenizer, bar("measuring")), tokenizer.config.network.has_variance)
     scale, shift = found.scale, found.mean if options.shift else 0.0
     print(summary(found, tokenizer.config.scale, shift), end="")
     if options.dry_run:

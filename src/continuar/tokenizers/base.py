@@ -69,6 +69,10 @@ class Tokenizer(nn.Module, ABC):
     def decode(self, tokens: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1], clamped."""
 
+    def reconstruct(self, latents: Tensor) -> Tensor:
+        """Images of latents as `encode` gives them, without any draw and whatever the scale."""
+        return self.decode(self.tokenize(latents))
+
 
 def patchify(x_BCHW: Tensor, patch: int) -> Tensor:
     """[B, C, H, W] -> [B, (H/p)(W/p), C p p], raster order; channels of a token are ordered (c, row, column)."""

@@ -116,3 +116,7 @@ class VAETokenizer(Tokenizer):
 
     def decode(self, tokens: Tensor) -> Tensor:
         return self.config.network.decode(self.network, self.latents(tokens)).clamp(-1, 1)
+
+    def reconstruct(self, latents: Tensor) -> Tensor:
+        x = posterior(latents)[0] if self.config.network.has_variance else latents.float()
+        return self.config.network.decode(self.network, x).clamp(-1, 1)
