@@ -2,7 +2,8 @@
 
     python benchmarks/comparison.py --out out/comparison --results benchmarks/results/digits_comparison.md
 
-Trains each `digits_ROW_HEAD` recipe (finished runs are kept), generates 1,000 digits with and without guidance, and writes one row each:
+Trains each `digits_ROW_HEAD` recipe (finished runs are kept), generates 1,000 digits with and without guidance, and writes one row
+for each:
 
 * accuracy: the share that a support vector machine trained on all real digits reads as what was asked for. It says nothing of
   diversity: one perfect example per class would score 1.
@@ -22,7 +23,6 @@ import numpy as np
 import torch
 from sklearn.svm import SVC
 
-import continuar
 from continuar.data.images import load_digits
 from continuar.evaluation.moments import Moments, frechet_distance, moments
 from continuar.pictures import grid, save_png
@@ -95,7 +95,7 @@ def main() -> None:
         print(lines[-1], flush=True)
     note = (
         f"Distance between two halves of the real digits: {judge.between_halves:.2f}. torch {torch.__version__}, "
-        f"{torch.get_num_threads()} thread(s), {platform.machine()}, continuar {continuar.__version__}; ms/image at w={GUIDANCE[-1]:g}."
+        f"{torch.get_num_threads()} thread(s), {platform.machine()}; ms/image at w={GUIDANCE[-1]:g}."
     )
     print(note)
     if options.results:

@@ -123,8 +123,8 @@ def _recipe(
 
 def comparison_recipes() -> Iterator[Callable[[], Run]]:
     """Every row with every head that can serve it, at both sizes."""
-    # Pixels repeat exact values, and a mixture that may be narrow spends itself on them: with a floor of 0.05 std instead of 0.2, which
-    # is about one of the digits' 17 grey levels, its samples could not be read.
+    # Pixels repeat exact values, and a mixture that may be narrow spends itself on them: with a floor of 0.05 std instead of 0.2,
+    # which is about one of the digits' 17 grey levels, its samples could not be read.
     for prefix, base, vocabulary, min_std in (("digits", _digits, 128, 0.2), ("cifar10", cifar10, 1024, 0.05)):
         start = base()
         for row_name, row in ROWS.items():
