@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from continuar.autoencoders.codebook import CodebookLearner, Quantised, usage
-from continuar.autoencoders.config import CodebookConfig
+from continuar.autoencoders.config import CodebookLearning
 
 KEEP = torch.tensor(True)
 
@@ -20,7 +20,7 @@ KEEP = torch.tensor(True)
 def learner(codes: int = 5, dim: int = 3, seed: int = 0, **changes) -> tuple[CodebookLearner, nn.Parameter]:
     torch.manual_seed(seed)
     codebook = nn.Parameter(torch.randn(codes, dim))
-    return CodebookLearner(codebook, CodebookConfig(**changes)), codebook
+    return CodebookLearner(codebook, CodebookLearning(**changes)), codebook
 
 
 def vectors(batch: int = 2, dim: int = 3, side: int = 4, seed: int = 1) -> torch.Tensor:
@@ -76,7 +76,7 @@ def test_averages_converge_to_cluster_centres() -> None:
     centres = torch.tensor([[3.0, 0.0], [-3.0, 1.0], [0.0, 4.0]])
     generator = torch.Generator().manual_seed(0)
     codebook = nn.Parameter(centres + torch.randn(3, 2, generator=generator))
-    learn = CodebookLearner(codebook, CodebookConfig(decay=0.9, revive_below=0.0))
+    learn = CodebookLearner(codebook, CodebookLearning(decay=0.9, revive_below=0.0))
     for _ in range(100):
         which = torch.randint(3, (64,), generator=generator)
         x = centres[which] + 0.1 * torch.randn(64, 2, generator=generator)
@@ -88,13 +88,13 @@ def test_averages_converge_to_cluster_centres() -> None:
 def test_a_collapsed_codebook_comes_to_life(update: str) -> None:
     codebook = nn.Parameter(torch.full((32, 3), 50.0))
     codebook.data[0] = 0
-    dead = CodebookLearner(codebook, CodebookConfig(update=update, revive_below=0.0))
+    dead = CodebookLearner(codebook, CodebookLearning(update=update, revive_below=0.0))
     x = vectors(batch=8)
     assert len(dead(x).ids_M.unique()) == 1
     for _ in range(5):
         dead.update(dead(x), KEEP)
     assert dead.read_usage()[0] == 1 / 32
-    learn = CodebookLearner(codebook, CodebookConfig(update=update, revive_below=0.03))
+    learn = CodebookLearner(codebook, CodebookLearning(update=update, revive_below=0.03))
     torch.manual_seed(0)
     learn.update(learn(x), KEEP)
     learn.read_usage()
@@ -107,7 +107,7 @@ def test_a_collapsed_codebook_comes_to_life(update: str) -> None:
 def test_a_code_that_is_used_is_left_alone_and_an_unused_one_waits() -> None:
     # 32 vectors, 2 codes: even use is 16. Code 0 gets all of them; code 1 falls below 3% after ln(0.03)/ln(0.5) = 5.06 steps.
     codebook = nn.Parameter(torch.tensor([[0.0], [100.0]]))
-    learn = CodebookLearner(codebook, CodebookConfig(update="gradient", decay=0.5, revive_below=0.03))
+    learn = CodebookLearner(codebook, CodebookLearning(update="gradient", decay=0.5, revive_below=0.03))
     learn.uses_V.fill_(16.0)
     x = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     for step in range(6):
@@ -119,7 +119,7 @@ def test_a_code_that_is_used_is_left_alone_and_an_unused_one_waits() -> None:
 
 def test_a_revived_code_begins_with_fresh_moments() -> None:
     codebook = nn.Parameter(torch.tensor([[0.0], [100.0]]))
-    learn = CodebookLearner(codebook, CodebookConfig(update="gradient"))
+    learn = CodebookLearner(codebook, CodebookLearning(update="gradient"))
     learn.uses_V[0] = 16.0
     optimizer = torch.optim.AdamW([codebook], lr=0.0)
     codebook.grad = torch.ones_like(codebook)

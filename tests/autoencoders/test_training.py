@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from continuar.autoencoders.config import CodebookConfig, DiscriminatorConfig, ImagesConfig, LossConfig, TokenizerRun
+from continuar.autoencoders.config import CodebookLearning, DiscriminatorConfig, ImagesConfig, LossConfig, TokenizerRun
 from continuar.autoencoders.images import DecodedBatches, MemoryBatches, open_images
 from continuar.autoencoders.loop import train_tokenizer
 from continuar.autoencoders.state import newest_checkpoints
@@ -33,8 +33,8 @@ from tests.tokenizers.networks import TINY, images
 from .tiny import TOKENIZERS, tiny_run
 
 CPU = torch.device("cpu")
-GRADIENT = CodebookConfig(update="gradient")
-VARIANTS = [("kl", None), ("vq", CodebookConfig()), ("vq", GRADIENT)]
+GRADIENT = CodebookLearning(update="gradient")
+VARIANTS = [("kl", None), ("vq", CodebookLearning()), ("vq", GRADIENT)]
 every_variant = pytest.mark.parametrize(("kind", "codebook"), VARIANTS, ids=["kl", "ema", "gradient"])
 NO_DISCRIMINATOR = DiscriminatorConfig(weight=0.0)
 
@@ -54,7 +54,7 @@ def metrics_of(directory: Path) -> list[dict[str, Any]]:
 
 
 @every_variant
-def test_the_loss_falls_and_every_weight_learns(kind: str, codebook: CodebookConfig | None) -> None:
+def test_the_loss_falls_and_every_weight_learns(kind: str, codebook: CodebookLearning | None) -> None:
     run = tiny_run("", kind, codebook=codebook, images=8 * 60, optim=OptimConfig(lr=5e-3, weight_decay=0.0))
     trainer = trainer_of(run)
     before = {k: v.clone() for k, v in trainer.tokenizer.state_dict().items()}
@@ -86,7 +86,7 @@ def test_the_kl_is_that_of_gaussians_and_is_weighted_per_value() -> None:
 
 
 @every_variant
-def test_a_step_that_is_not_finite_changes_nothing(kind: str, codebook: CodebookConfig | None) -> None:
+def test_a_step_that_is_not_finite_changes_nothing(kind: str, codebook: CodebookLearning | None) -> None:
     trainer = trainer_of(tiny_run("", kind, codebook=codebook))
     for step in range(3):
         trainer.seed(step)
@@ -118,7 +118,7 @@ def test_the_discriminator_learns_and_the_autoencoder_does_not_train_it() -> Non
 
 @every_variant
 def test_a_resumed_run_ends_with_the_same_bits(
-    kind: str, codebook: CodebookConfig | None, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, codebook: CodebookLearning | None, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tiny_run(root, kind, codebook=codebook)
     train_tokenizer(run, tmp_path / "whole", device=CPU)
@@ -253,8 +253,8 @@ def test_every_recipe_builds_and_survives_json(name: str) -> None:
         (lambda: DiscriminatorConfig(width=12), "discriminator.width is 12; allowed: multiples of 8"),
         (lambda: DiscriminatorConfig(layers=0), "discriminator.layers is 0; allowed: 1 or more"),
         (lambda: DiscriminatorConfig(weight=float("nan")), "discriminator.weight is nan; allowed: 0 or more"),
-        (lambda: CodebookConfig(decay=1.0), "codebook.decay is 1.0; allowed: 0 up to below 1"),
-        (lambda: CodebookConfig(revive_below=1.0), "codebook.revive_below is 1.0; allowed: 0 up to below 1"),
+        (lambda: CodebookLearning(decay=1.0), "codebook.decay is 1.0; allowed: 0 up to below 1"),
+        (lambda: CodebookLearning(revive_below=1.0), "codebook.revive_below is 1.0; allowed: 0 up to below 1"),
         (lambda: tiny_run("", batch_size=0), "train.batch_size is 0; allowed: 1 or more"),
         (lambda: tiny_run("", save_images=-1), "train.save_images is -1; allowed: 0 or more"),
         (lambda: replace(tiny_run(""), seed=-1), "seed is -1; allowed: 0 or more"),

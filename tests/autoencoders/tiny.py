@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from continuar.autoencoders.config import (
-    CodebookConfig,
+    CodebookLearning,
     DiscriminatorConfig,
     ImagesConfig,
     LossConfig,
@@ -23,7 +23,7 @@ CODES = replace(VQ, block_out_channels=(8, 8), mid_block_add_attention=False, nu
 TOKENIZERS = {"kl": VAEConfig(network=NETWORK, image_size=8), "vq": VQConfig(network=CODES, image_size=8)}
 
 
-def tiny_run(path: Path | str, kind: str = "kl", *, codebook: CodebookConfig | None = None, **changes: Any) -> TokenizerRun:
+def tiny_run(path: Path | str, kind: str = "kl", *, codebook: CodebookLearning | None = None, **changes: Any) -> TokenizerRun:
     """On images written by `tests.tiny.write_images`; ``changes`` go to the loop, or replace whole parts."""
     parts = {name: changes.pop(name) for name in ("loss", "discriminator", "optim", "data") if name in changes}
     loop: dict[str, Any] = {"images": 48, "batch_size": 8, "log_images": 16, "sample_images": 0, "save_images": 16} | changes
@@ -32,7 +32,7 @@ def tiny_run(path: Path | str, kind: str = "kl", *, codebook: CodebookConfig | N
         tokenizer=TOKENIZERS[kind],
         loss=LossConfig(kl_weight=1e-3),
         discriminator=DiscriminatorConfig(weight=0.3, start_images=16, width=8, layers=1),
-        codebook=codebook or CodebookConfig(),
+        codebook=codebook or CodebookLearning(),
         optim=OptimConfig(lr=3e-3, betas=(0.5, 0.9), weight_decay=0.0),
         train=TokenizerLoopConfig(**loop),
     )

@@ -8,13 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from continuar.checkpoints.store import CONFIG, ModelFile, write_json, write_tensors
+from continuar.checkpoints.store import TOKENIZER, ModelFile, write_tensors
 from continuar.checkpoints.tokenizers import (
-    TOKENIZER,
-    TOKENIZER_WEIGHTS,
+    TOKENIZER_CONFIG,
     Changes,
     fingerprint,
     for_model,
@@ -23,16 +23,30 @@ from continuar.checkpoints.tokenizers import (
     set_scale,
 )
 from continuar.errors import UserError
-from continuar.tokenizers import LatentConfig, PixelConfig, Tokenizer, TokenizerConfig, VAEConfig, VQConfig
-from tests.tiny import OPTIONS, model_configs
+from continuar.pipeline import Pipeline, load
+from continuar.tokenizers import (
+    CodebookConfig,
+    CodebookTokenizer,
+    LatentConfig,
+    PixelConfig,
+    Tokenizer,
+    TokenizerConfig,
+    VAEConfig,
+    VQConfig,
+)
+from tests.tiny import model_configs, options_of
+from tests.tiny import shaken as shaken_model
 from tests.tokenizers.networks import CONSISTENCY, KL, TINY, VQ, images, shaken
 
 CONFIGS = [VAEConfig(network=n, image_size=8, scale=0.5, shift=0.1) for n in (KL, VQ, TINY, CONSISTENCY)]
 CONFIGS += [VQConfig(network=VQ, image_size=8), PixelConfig(image_size=8, std=0.5)]
+CONFIGS += [CodebookConfig(image_size=8, patch=2, vocabulary=11)]
 
 
 def saved(path: Path, config: TokenizerConfig = CONFIGS[0]) -> Tokenizer:
     tokenizer = shaken(config.build())
+    if isinstance(tokenizer, CodebookTokenizer):
+        tokenizer.codebook.copy_(torch.rand(tokenizer.codebook.shape, generator=torch.Generator().manual_seed(0)))
     save_tokenizer(config, tokenizer.state_dict(), path)
     return tokenizer
 
@@ -44,7 +58,8 @@ def test_saving_and_loading_gives_the_same_latents_bit_for_bit(config: Tokenizer
     assert again.config == config
     assert torch.equal(again.encode(images()), tokenizer.encode(images()))
     assert fingerprint(again) == fingerprint(tokenizer)
-    assert {p.name for p in (tmp_path / "t").iterdir()} == {TOKENIZER, TOKENIZER_WEIGHTS}
+    state = {TOKENIZER} if tokenizer.state_dict() else set()
+    assert {p.name for p in (tmp_path / "t").iterdir()} == {TOKENIZER_CONFIG} | state
 
 
 def test_image_size_patch_scale_and_ids_may_be_changed(tmp_path: Path) -> None:
@@ -63,12 +78,31 @@ def test_a_training_run_and_a_saved_model_hold_a_tokenizer(tmp_path: Path) -> No
     assert load_tokenizer(tmp_path / "run").config.scale == 10
     saved(tmp_path / "run" / "tokenizer")
     assert load_tokenizer(tmp_path / "run").config.scale == 0.5
-    config = replace(model_configs()[0], tokens=CONFIGS[0].spec)
-    (tmp_path / "model").mkdir()
-    write_json(tmp_path / "model" / CONFIG, ModelFile(config, CONFIGS[0], ("a", "b", "c"), OPTIONS))
-    tokenizer = shaken(CONFIGS[0].build())
-    write_tensors(tmp_path / "model" / TOKENIZER_WEIGHTS, tokenizer.state_dict())
-    assert fingerprint(load_tokenizer(tmp_path / "model")) == fingerprint(tokenizer)
+    pipe = pipeline(CONFIGS[0])
+    pipe.save_pretrained(tmp_path / "model")
+    assert fingerprint(load_tokenizer(tmp_path / "model")) == fingerprint(pipe.tokenizer)
+
+
+@pytest.mark.parametrize("config", CONFIGS[:5])
+def test_a_model_is_saved_with_its_autoencoder(config: TokenizerConfig, tmp_path: Path) -> None:
+    pipe = pipeline(config)
+    again = load(pipe.save_pretrained(tmp_path / "model"), device="cpu")
+    assert again.file == pipe.file
+    images = pipe([0, 1], [3, 4])
+    assert images.shape == (2, 8, 8, 3)
+    assert np.array_equal(images, again([0, 1], [3, 4]))
+    write_tensors(tmp_path / "model" / TOKENIZER, {"network.x": torch.ones(1)})
+    with pytest.raises(UserError, match="does not fit the model: missing: network"):
+        load(tmp_path / "model", device="cpu")
+
+
+def pipeline(config: TokenizerConfig) -> Pipeline:
+    """A model on a tokenizer's tokens."""
+    kind = config.spec.kind
+    model = next(c for c in model_configs() if c.tokens.kind == kind)
+    model = replace(model, tokens=config.spec)
+    file = ModelFile(model, config, ("a", "b", "c"), options_of(model))
+    return Pipeline(file, shaken_model(model), shaken(config.build()))
 
 
 def test_set_scale_keeps_it_with_the_tokenizer(tmp_path: Path) -> None:
@@ -131,16 +165,20 @@ def test_few_tokens_through_a_large_stride_are_warned_of(tmp_path: Path, caplog:
     assert "(stride 16) are only 16 tokens, which is known to look poor; better: a tokenizer of stride 8" in caplog.text
 
 
+def config_of(**entries: Any) -> Any:
+    return lambda p: (p / TOKENIZER_CONFIG).write_text(json.dumps(entries))
+
+
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        (lambda p: (p / TOKENIZER).write_text("{"), "tokenizer.json is not valid JSON"),
-        (lambda p: (p / TOKENIZER).write_text(json.dumps({"tokenizer": {"kind": "hand"}})), "unknown kind of"),
-        (lambda p: (p / TOKENIZER).write_text(json.dumps({"format": 2, "tokenizer": {"kind": "latent"}})), "format 2 of a saved"),
-        (lambda p: (p / TOKENIZER_WEIGHTS).unlink(), "tokenizer.safetensors does not exist"),
-        (lambda p: (p / TOKENIZER_WEIGHTS).write_bytes(b"PK"), "truncated or not a safetensors file"),
-        (lambda p: write_tensors(p / TOKENIZER_WEIGHTS, {"x": torch.ones(1)}), "does not fit the model: missing: network."),
-        (lambda p: [(p / name).unlink() for name in (TOKENIZER, TOKENIZER_WEIGHTS)], "it has no config.json"),
+        (lambda p: (p / TOKENIZER_CONFIG).write_text("{"), "tokenizer.json is not valid JSON"),
+        (config_of(tokenizer={"kind": "hand"}), "unknown kind of"),
+        (config_of(format=2, tokenizer={"kind": "latent"}), "format 2 of a saved"),
+        (lambda p: (p / TOKENIZER).unlink(), "tokenizer.safetensors does not exist"),
+        (lambda p: (p / TOKENIZER).write_bytes(b"PK"), "truncated or not a safetensors file"),
+        (lambda p: write_tensors(p / TOKENIZER, {"x": torch.ones(1)}), "does not fit the model: missing: network."),
+        (lambda p: [(p / name).unlink() for name in (TOKENIZER_CONFIG, TOKENIZER)], "it has no config.json"),
     ],
 )
 def test_load_refuses_in_one_line(harm: Any, message: str, tmp_path: Path) -> None:

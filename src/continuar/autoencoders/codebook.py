@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from continuar.autoencoders.config import CodebookConfig
+from continuar.autoencoders.config import CodebookLearning
 from continuar.tokenizers.vq import nearest_codes
 
 
@@ -42,7 +42,7 @@ class CodebookLearner(nn.Module):
     sums_VC: Tensor
     seen_V: Tensor
 
-    def __init__(self, codebook_VC: nn.Parameter, config: CodebookConfig) -> None:
+    def __init__(self, codebook_VC: nn.Parameter, config: CodebookLearning) -> None:
         super().__init__()
         self.config = config
         # In a tuple, so that it is not registered here a second time.

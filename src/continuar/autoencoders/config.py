@@ -77,7 +77,7 @@ class DiscriminatorConfig:
 
 
 @dataclass(frozen=True)
-class CodebookConfig:
+class CodebookLearning:
     """How codes follow the encoder's vectors. VQ tokenizers only."""
 
     update: Literal["ema", "gradient"] = "ema"
@@ -138,7 +138,7 @@ class TokenizerRun:
     tokenizer: VAEConfig | VQConfig = field(default_factory=VAEConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
-    codebook: CodebookConfig = field(default_factory=CodebookConfig)
+    codebook: CodebookLearning = field(default_factory=CodebookLearning)
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Of the autoencoder and, alike, of the discriminator."""
     train: TokenizerLoopConfig = field(default_factory=TokenizerLoopConfig)

@@ -9,8 +9,17 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from continuar.autoencoders.step import TokenizerStep
-from continuar.checkpoints.store import atomic_directory, checksum, load_state, read_json, read_tensors, write_json, write_tensors
-from continuar.checkpoints.tokenizers import TOKENIZER, TOKENIZER_WEIGHTS, TokenizerFile
+from continuar.checkpoints.store import (
+    TOKENIZER,
+    atomic_directory,
+    checksum,
+    load_state,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
+from continuar.checkpoints.tokenizers import TOKENIZER_CONFIG, TokenizerFile
 from continuar.errors import UserError, require
 from continuar.training.state import load_optimizer, optimizer_tensors
 
@@ -31,7 +40,7 @@ def save_checkpoint(run_directory: Path, trainer: TokenizerStep, step: int, keep
             write_tensors(temporary / name, tensors)
         # The config is not part of the sums: a scale measured later is kept in it.
         sums = {p.name: checksum(p) for p in sorted(temporary.iterdir())}
-        write_json(temporary / TOKENIZER, TokenizerFile(trainer.tokenizer.config))
+        write_json(temporary / TOKENIZER_CONFIG, TokenizerFile(trainer.tokenizer.config))
         write_json(temporary / STATE, {"step": step, "checksums": sums})
     for old in newest_checkpoints(run_directory)[keep:]:
         shutil.rmtree(old)
@@ -56,7 +65,7 @@ def load_newest(run_directory: Path, trainer: TokenizerStep) -> int:
 
 def _modules(trainer: TokenizerStep) -> dict[str, nn.Module]:
     modules = {
-        TOKENIZER_WEIGHTS: trainer.tokenizer,
+        TOKENIZER: trainer.tokenizer,
         "discriminator.safetensors": trainer.discriminator,
         "codebook.safetensors": trainer.codebook,
     }

@@ -1,4 +1,4 @@
-"""Tokenizers on disk: a *saved tokenizer* is a directory with ``tokenizer.json`` and ``tokenizer.safetensors``.
+"""Tokenizers on disk: a *saved tokenizer* is a directory with ``tokenizer.json`` and, given a state, ``tokenizer.safetensors``.
 
 `load_tokenizer` takes any of these, told apart by what they hold: a saved tokenizer, a training run of one, a saved model with its
 tokenizer beside it, a directory or hub repository of diffusers, a file in LDM's layout. The scale is kept in ``tokenizer.json``;
@@ -20,11 +20,12 @@ from torch import Tensor
 from continuar.checkpoints.ldm import read_ldm
 from continuar.checkpoints.store import (
     CONFIG,
+    TOKENIZER,
     atomic_directory,
     load_state,
     read_json,
     read_model_file,
-    read_tensors,
+    read_tokenizer,
     write_json,
     write_tensors,
 )
@@ -34,7 +35,7 @@ from continuar.tokenizers import LatentConfig, Tokenizer, TokenizerConfig, VAECo
 from continuar.tokenizers.diffusers_files import load_diffusers
 from continuar.tokenizers.networks import VQNetwork
 
-TOKENIZER, TOKENIZER_WEIGHTS = "tokenizer.json", "tokenizer.safetensors"
+TOKENIZER_CONFIG = "tokenizer.json"
 FORMAT = 1
 _FEW, _COARSE = 64, 16
 _LOG = logging.getLogger("continuar")
@@ -96,9 +97,9 @@ def load_tokenizer(source: str | Path, changes: Changes = Changes()) -> Tokenize
     path = Path(source)
     home = find_saved(path)
     if home is not None:
-        tokenizer = _built(read_tokenizer_file(home).tokenizer, home, changes)
-    elif (path / CONFIG).is_file() and (path / TOKENIZER_WEIGHTS).is_file():
-        tokenizer = _built(read_model_file(path).tokenizer, path, changes)
+        tokenizer = read_tokenizer(home, changes.apply(read_tokenizer_file(home).tokenizer, str(home)))
+    elif (path / CONFIG).is_file() and (path / TOKENIZER).is_file():
+        tokenizer = read_tokenizer(path, changes.apply(read_model_file(path).tokenizer, str(path)))
     elif path.is_file():
         network, state = read_ldm(path)
         config = changes.apply(VAEConfig(network=network), str(source))
@@ -112,11 +113,11 @@ def load_tokenizer(source: str | Path, changes: Changes = Changes()) -> Tokenize
 
 def find_saved(path: Path) -> Path | None:
     """The saved tokenizer at ``path``: itself, that of a finished training run, or the newest checkpoint of an unfinished one."""
-    if (path / TOKENIZER).is_file():
+    if (path / TOKENIZER_CONFIG).is_file():
         return path
-    if (path / "tokenizer" / TOKENIZER).is_file():
+    if (path / "tokenizer" / TOKENIZER_CONFIG).is_file():
         return path / "tokenizer"
-    checkpoints = sorted(path.glob("checkpoints/step-*/" + TOKENIZER))
+    checkpoints = sorted(path.glob("checkpoints/step-*/" + TOKENIZER_CONFIG))
     return checkpoints[-1].parent if checkpoints else None
 
 
@@ -126,7 +127,7 @@ def read_tokenizer_file(directory: Path) -> TokenizerFile:
     Raises:
         UserError: missing, unreadable, or not of this format.
     """
-    path = directory / TOKENIZER
+    path = directory / TOKENIZER_CONFIG
     return from_json(TokenizerFile, read_json(path), str(path))
 
 
@@ -136,11 +137,12 @@ def save_tokenizer(config: TokenizerConfig, state: Mapping[str, Tensor], directo
     Raises:
         UserError: something else is there.
     """
-    taken = directory.exists() and not (directory.is_dir() and _names(directory) <= {TOKENIZER, TOKENIZER_WEIGHTS})
+    taken = directory.exists() and not (directory.is_dir() and _names(directory) <= {TOKENIZER_CONFIG, TOKENIZER})
     require(not taken, f"{directory} exists and is not a saved tokenizer; choose another directory")
     with atomic_directory(directory) as temporary:
-        write_json(temporary / TOKENIZER, TokenizerFile(config))
-        write_tensors(temporary / TOKENIZER_WEIGHTS, state)
+        write_json(temporary / TOKENIZER_CONFIG, TokenizerFile(config))
+        if state:
+            write_tensors(temporary / TOKENIZER, state)
 
 
 def set_scale(directory: Path, scale: float, shift: float) -> VAEConfig:
@@ -154,7 +156,7 @@ def set_scale(directory: Path, scale: float, shift: float) -> VAEConfig:
     if not isinstance(config, VAEConfig):
         raise UserError(f"{directory} is a tokenizer of kind '{config.kind}', which has no scale; allowed: vae")
     config = replace(config, scale=scale, shift=shift)
-    write_json(directory / TOKENIZER, replace(file, tokenizer=config))
+    write_json(directory / TOKENIZER_CONFIG, replace(file, tokenizer=config))
     return config
 
 
@@ -181,12 +183,6 @@ def fingerprint(tokenizer: Tokenizer) -> str:
         digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
         digest.update(values.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _built(config: TokenizerConfig, home: Path, changes: Changes) -> Tokenizer:
-    tokenizer = changes.apply(config, str(home)).build()
-    load_state(tokenizer, read_tensors(home / TOKENIZER_WEIGHTS), str(home / TOKENIZER_WEIGHTS))
-    return tokenizer
 
 
 def _from_diffusers(source: str | Path, changes: Changes) -> Tokenizer:

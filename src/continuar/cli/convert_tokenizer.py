@@ -9,9 +9,8 @@ from pathlib import Path
 from torch import Tensor
 
 from continuar.checkpoints.ldm import LDMNetwork, read_ldm, write_ldm
-from continuar.checkpoints.store import read_tensors
+from continuar.checkpoints.store import TOKENIZER, read_tensors
 from continuar.checkpoints.tokenizers import (
-    TOKENIZER_WEIGHTS,
     Changes,
     find_saved,
     read_tokenizer_file,
@@ -70,7 +69,7 @@ def export_tokenizer(source: Path, destination: Path, *, overwrite: bool) -> Con
     if not isinstance(network, KLNetwork | VQNetwork):
         kind = config.kind if network is None else network.kind
         raise UserError(f"{source} is of kind '{kind}', which LDM's layout has no place for; allowed: kl, vq")
-    state = read_tensors(home / TOKENIZER_WEIGHTS)
+    state = read_tensors(home / TOKENIZER)
     write_ldm(destination, network, state, overwrite=overwrite)
     kept = f"scale {config.scale:.6g}, shift {config.shift:.6g}, patch {config.patch}" if isinstance(config, VAEConfig) else "ids"
     return Converted(config, state, (f"LDM's layout holds weights alone: image size {config.image_size}, {kept} are left out",))

@@ -11,7 +11,15 @@ import tyro
 from torch import Tensor
 
 from continuar.caching.statistics import LatentStatistics, encoded, measure
-from continuar.checkpoints.tokenizers import TOKENIZER, Changes, find_saved, fingerprint, load_tokenizer, save_tokenizer, set_scale
+from continuar.checkpoints.tokenizers import (
+    TOKENIZER_CONFIG,
+    Changes,
+    find_saved,
+    fingerprint,
+    load_tokenizer,
+    save_tokenizer,
+    set_scale,
+)
 from continuar.cli.parse import parse
 from continuar.cli.progress import progress_bars
 from continuar.data.find import find_source
@@ -74,7 +82,7 @@ def main(arguments: list[str]) -> int:
     else:
         assert home is not None
         set_scale(home, scale, shift)
-    print(f"written   {(options.out or home or Path()) / TOKENIZER}")
+    print(f"written   {(options.out or home or Path()) / TOKENIZER_CONFIG}")
     return 0
 
 

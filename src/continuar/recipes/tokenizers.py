@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from continuar.autoencoders.config import (
-    CodebookConfig,
+    CodebookLearning,
     DiscriminatorConfig,
     LossConfig,
     TokenizerLoopConfig,
@@ -61,7 +61,7 @@ def vq_cifar10() -> TokenizerRun:
         num_vq_embeddings=1024,
         vq_embed_dim=8,
     )
-    return replace(kl, tokenizer=VQConfig(network=network, image_size=32), codebook=CodebookConfig(update="ema"))
+    return replace(kl, tokenizer=VQConfig(network=network, image_size=32), codebook=CodebookLearning(update="ema"))
 
 
 def kl16_imagenette128() -> TokenizerRun:
