@@ -193,6 +193,12 @@ def test_a_tokenizer_without_a_scale_encodes_but_gives_no_tokens() -> None:
 
 
 @pytest.mark.parametrize("config", [VAEConfig(network=KL, image_size=8), VQConfig(network=VQ, image_size=8)])
+def test_random_weights_are_not_trained_on(config: TokenizerConfig) -> None:
+    with pytest.raises(UserError, match="the autoencoder has random weights; `continuar cache"):
+        config.build().fit(images())
+
+
+@pytest.mark.parametrize("config", [VAEConfig(network=KL, image_size=8), VQConfig(network=VQ, image_size=8)])
 def test_images_of_another_size_are_refused(config: TokenizerConfig) -> None:
     with pytest.raises(UserError, match=r"images are \(2, 3, 10, 10\); allowed: \[B, 3, 8, 8\]"):
         config.build().encode(images(size=10))

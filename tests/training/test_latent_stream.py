@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from continuar.checkpoints.tokenizers import save_tokenizer
+from continuar.checkpoints.tokenizers import Changes, load_tokenizer, save_tokenizer
 from continuar.cli.main import main
 from continuar.data.latents import LatentCache
 from continuar.tokenizers import Tokenizer, VAEConfig, VQConfig
@@ -77,6 +78,24 @@ def test_the_posterior_is_drawn_anew_at_every_use(tmp_path: Path) -> None:
     torch.manual_seed(0)
     first, second = batches.batch(0)[0], batches.batch(0)[0]
     assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize(("off", "warned"), [(1.0, False), (1.05, False), (1.3, True), (0.7, True)])
+def test_tokens_far_from_unit_deviation_are_said_once(
+    off: float, warned: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache, _ = made(tmp_path, VAEConfig(network=KL, image_size=8))
+    assert main(["tokenizer", "stats", str(tmp_path / "t"), str(tmp_path / "c"), "--device", "cpu"]) == 0
+    scale = off * load_tokenizer(tmp_path / "t").config.scale
+    batches = LatentStream(
+        cache, load_tokenizer(tmp_path / "t", Changes(scale=scale)), flip=True, batch_size=120, seed=0, device=CPU
+    )
+    torch.manual_seed(0)
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "continuar"):
+        for step in range(3):
+            batches.batch(step)
+    assert len([r for r in caplog.records if "tokens have std" in r.message]) == int(warned)
 
 
 def test_ids_come_as_whole_numbers(tmp_path: Path) -> None:

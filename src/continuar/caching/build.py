@@ -13,8 +13,8 @@ import logging
 import os
 import shutil
 import zlib
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -236,10 +236,20 @@ def encode_view(tokenizer: Tokenizer, pixels_BHW3: Tensor, view: int, precision:
     """Latents of uint8 images (view 0) or their mirror images (view 1), on the tokenizer's device."""
     device = next((p.device for p in tokenizer.parameters()), torch.device("cpu"))
     images = to_signed(pixels_BHW3.to(device))
-    low = torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
-    with low:
+    with torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else _no_tf32():
         latents = tokenizer.encode(images.flip(-1) if view else images)
     return latents.float() if latents.is_floating_point() else latents
+
+
+@contextmanager
+def _no_tf32() -> Iterator[None]:
+    """float32 is float32: convolutions on a GPU would take TF32, which differs from batch size to batch size."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def _warn_of_space(directory: Path, needed: int) -> None:

@@ -17,10 +17,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from continuar.errors import require
+from continuar.errors import UserError, require
 from continuar.tokenizers.base import Tokenizer, TokenSpec, patchify, unpatchify
 from continuar.tokenizers.networks import KLNetwork, NetworkConfig
 
+NO_WEIGHTS = "the autoencoder has random weights; `continuar cache DATA TOKENIZER DST` keeps latents of a trained one, to train on"
 NO_SCALE = "the tokenizer has no scale yet: `continuar tokenizer stats TOKENIZER DATA` measures it, or give --scale"
 
 
@@ -91,6 +92,9 @@ class VAETokenizer(Tokenizer):
         self.config, self.spec = config, config.spec
         self.network = config.network.build()
         self.eval().requires_grad_(False)
+
+    def fit(self, images_n3HW: Tensor) -> None:
+        raise UserError(NO_WEIGHTS)
 
     def encode(self, images_B3HW: Tensor) -> Tensor:
         check_images(images_B3HW, self.config.image_size)

@@ -15,9 +15,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from continuar.errors import require
+from continuar.errors import UserError, require
 from continuar.tokenizers.base import Tokenizer, TokenSpec
-from continuar.tokenizers.diffusers_vae import check_image_size, check_images
+from continuar.tokenizers.diffusers_vae import NO_WEIGHTS, check_image_size, check_images
 from continuar.tokenizers.networks import VQNetwork
 
 
@@ -58,6 +58,9 @@ class VQTokenizer(Tokenizer):
         self.config, self.spec = config, config.spec
         self.network: Any = config.network.build()
         self.eval().requires_grad_(False)
+
+    def fit(self, images_n3HW: Tensor) -> None:
+        raise UserError(NO_WEIGHTS)
 
     @property
     def codebook(self) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -11,6 +12,8 @@ from torch import Tensor
 from continuar.data.latents import LatentCache
 from continuar.tokenizers import Tokenizer
 from continuar.training.stream import IndexStream
+
+_LOG = logging.getLogger("continuar")
 
 
 class LatentStream:
@@ -28,6 +31,7 @@ class LatentStream:
         self._index, self._seed = IndexStream(len(cache), batch_size, seed), seed
         self._flip = flip and cache.info.views > 1
         self._reader = ThreadPoolExecutor(1, "latents")
+        self._looked = False
         self._ahead: tuple[int, Future[tuple[Tensor, Tensor]]] | None = None
 
     def read(self, step: int) -> tuple[Tensor, Tensor]:
@@ -44,5 +48,18 @@ class LatentStream:
         found = future.result() if future is not None else None  # also waits for a batch that nobody wants: one reader at a time
         latents, labels = found if found is not None and expected == step else self.read(step)
         self._ahead = step + 1, self._reader.submit(self.read, step + 1)
-        latents = latents.to(self._device, non_blocking=True)
-        return self._tokenizer.tokenize(latents), labels.to(self._device, non_blocking=True)
+        tokens = self._tokenizer.tokenize(latents.to(self._device, non_blocking=True))
+        if not self._looked:
+            self._look(tokens)
+        return tokens, labels.to(self._device, non_blocking=True)
+
+    def _look(self, tokens: Tensor) -> None:
+        """Says once if tokens are far from unit standard deviation; a head that expects it would learn badly, and silently."""
+        self._looked = True
+        if tokens.is_floating_point() and not 0.9 <= (std := tokens.std().item()) <= 1.1:
+            _LOG.warning(
+                "tokens have std %.3f, not 1: `continuar tokenizer stats %s %s` measures the scale anew",
+                std,
+                self._cache.info.tokenizer,
+                self._cache.directory,
+            )
