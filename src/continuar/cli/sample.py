@@ -41,7 +41,7 @@ class Arguments:
     """How guidance grows over the steps."""
     temperature: float | None = None
     """Scale of the noise of denoising steps, 0 or more; lower is less diverse."""
-    sampler: Literal["ddpm", "ddim"] | None = None
+    sampler: Literal["ddpm", "ddim", "dpmpp"] | None = None
     """How a token is denoised."""
     batch_size: int = 64
     """Images generated at once."""

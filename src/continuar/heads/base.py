@@ -8,8 +8,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from continuar.diffusion.samplers import SAMPLERS, SamplerName
-from continuar.errors import require
+from continuar.diffusion.samplers import SamplerName, check_sampler
 from continuar.guidance import Guidance
 from continuar.noise import RowNoise
 
@@ -24,8 +23,7 @@ class HeadOptions:
     sampler: SamplerName = "ddpm"
 
     def __post_init__(self) -> None:
-        require(self.sampler in SAMPLERS, f"sampler is '{self.sampler}'; allowed: {', '.join(SAMPLERS)}")
-        require(1 <= self.diffusion_steps <= 1000, f"diffusion steps is {self.diffusion_steps}; allowed: 1 to 1000")
+        check_sampler(self.sampler, self.diffusion_steps)
 
 
 @dataclass(frozen=True)

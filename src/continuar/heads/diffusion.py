@@ -21,8 +21,8 @@ from continuar.diffusion.process import (
     variational_bound,
     velocity,
 )
-from continuar.diffusion.samplers import SAMPLERS, SamplerName
-from continuar.diffusion.schedule import TRAIN_STEPS, sampling_schedule
+from continuar.diffusion.samplers import SAMPLERS, SamplerName, check_temperature
+from continuar.diffusion.schedule import TRAIN_STEPS
 from continuar.errors import require
 from continuar.guidance import Guidance, check_scale
 from continuar.heads.base import Head, HeadOptions, HeadSample
@@ -122,11 +122,12 @@ class DiffusionHead(Head):
     def draw(
         self, z: Tensor, *, options: HeadOptions, temperature: Tensor, noise: RowNoise, guidance: Guidance | None = None
     ) -> HeadSample:
-        c = coefficients(sampling_schedule(options.diffusion_steps), z.device)
+        sampler = SAMPLERS[options.sampler]
+        c = coefficients(sampler.schedule(options.diffusion_steps), z.device)
         with without_autocast(z):
             denoise = self._guided(z.float(), guidance)
             x = noise.normal(Purpose.INITIAL, 0, self.token_dim)
-            x = SAMPLERS[options.sampler](
+            x = sampler.run(
                 denoise,
                 x,
                 c,
@@ -174,13 +175,15 @@ class DiffusionHead(Head):
         """Draws one x [M, D] for each row of z [M, Z].
 
         Args:
-            diffusion_steps: 1..1000; 100 suffice (paper, Figure 4).
+            diffusion_steps: 1..1000 (980 with "dpmpp"); 100 suffice (paper, Figure 4).
             temperature: >= 0; scales the noise added per step, lower is less diverse (paper, Figure 5). "ddpm" only.
             z_uncond, guidance: unconditional vectors [M, Z] and the scale of classifier-free guidance (1: none).
             generator: torch's default generator if None.
         """
         require(z.ndim == 2 and z.shape[1] == self.cond_dim, f"z is {tuple(z.shape)}; allowed: [M, {self.cond_dim}]")
+        options = HeadOptions(diffusion_steps, sampler)
         check_scale("temperature", temperature)
+        check_temperature(sampler, temperature)
         check_scale("guidance", guidance)
         guide = None
         if z_uncond is not None:
@@ -190,7 +193,7 @@ class DiffusionHead(Head):
             require(guidance == 1.0, f"guidance is {guidance} without z_uncond; allowed: 1.0, or give z_uncond")
         return self.draw(
             z,
-            options=HeadOptions(diffusion_steps, sampler),
+            options=options,
             temperature=torch.tensor(temperature, device=z.device),
             noise=GeneratorNoise(len(z), z.device, generator),
             guidance=guide,
