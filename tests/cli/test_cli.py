@@ -152,7 +152,7 @@ def test_sample_refuses_missing_and_damaged_models(model: Path, tmp_path: Path, 
     assert "not the config of a saved model" in broken("other", b'{"a": 1}', "config.json")
     config = json.loads((model / "config.json").read_text())
     config["model"]["backbone"]["kind"] = "mea"
-    assert "backbone.kind 'mea'; did you mean mae?" in broken("kind", json.dumps(config).encode(), "config.json")
+    assert "backbone 'mea'; did you mean mae?" in broken("kind", json.dumps(config).encode(), "config.json")
     config["model"]["backbone"] |= {"kind": "mae", "width": 64}
     line = broken("shapes", json.dumps(config).encode(), "config.json")
     assert "does not fit the model: of another shape: " in line
@@ -217,7 +217,7 @@ def test_a_tiny_run_trains_and_samples_from_the_command_line(tmp_path: Path) -> 
     data = write_images(tmp_path / "data")
     sizes = [*("--backbone.width", "16", "--backbone.heads", "2", "--backbone.encoder-depth", "1", "--backbone.decoder-depth", "1")]
     sizes += [*("--head.width", "16", "--train.images", "32", "--train.batch-size", "8", "--tokenizer.image-size", "8")]
-    sizes += [*("--sampling.steps", "2", "--sampling.diffusion-steps", "2", "--device", "cpu")]
+    sizes += [*("--sampling.steps", "2", "--sampling.head.diffusion-steps", "2", "--device", "cpu")]
     assert main(["train", "folder", "--data.path", str(data), *sizes, "--out", str(tmp_path / "run")]) == 0
     for weights in ("ema", "raw"):
         out = tmp_path / weights

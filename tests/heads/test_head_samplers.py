@@ -12,7 +12,7 @@ from continuar.diffusion.samplers import SAMPLERS
 from continuar.errors import UserError
 from continuar.generation.plan import SamplingOptions
 from continuar.guidance import Guidance
-from continuar.heads import HeadOptions
+from continuar.heads.diffusion import DiffusionOptions
 from continuar.noise import KeyedNoise, Purpose
 
 DETERMINISTIC = [name for name, entry in SAMPLERS.items() if not entry.has_temperature]
@@ -36,7 +36,7 @@ def shaken_head(prediction: str = "eps") -> DiffusionHead:
 
 def draw(head: DiffusionHead, name: str, scale: float | None, temperature: float = 1.0, z: Tensor = Z) -> Tensor:
     guidance = None if scale is None else Guidance(Z_UNCOND, torch.tensor(scale))
-    options = HeadOptions(STEPS, name)
+    options = DiffusionOptions(diffusion_steps=STEPS, sampler=name)
     with torch.no_grad():
         return head.draw(z, options=options, temperature=torch.tensor(temperature), noise=NOISE, guidance=guidance).tokens
 
@@ -88,11 +88,11 @@ def test_temperature_is_refused_by_every_door_where_no_noise_is_added(name: str)
     with pytest.raises(UserError, match=message):
         shaken_head().sample(Z, sampler=name, temperature=0.5)
     with pytest.raises(UserError, match=message):
-        SamplingOptions(sampler=name, temperature=0.5)
+        SamplingOptions(temperature=0.5, head=DiffusionOptions(sampler=name))
 
 
 def test_steps_that_a_grid_does_not_have_are_refused_when_options_are_made() -> None:
-    HeadOptions(980, "dpmpp")
-    for make in (lambda: HeadOptions(981, "dpmpp"), lambda: SamplingOptions(diffusion_steps=981, sampler="dpmpp")):
+    DiffusionOptions(diffusion_steps=980, sampler="dpmpp")
+    for refuse in (DiffusionOptions, lambda **o: shaken_head().sample(Z, **o)):
         with pytest.raises(UserError, match="diffusion steps is 981; allowed: 1 to 980"):
-            make()
+            refuse(diffusion_steps=981, sampler="dpmpp")
