@@ -69,7 +69,7 @@ class SamplerEntry:
 
 SAMPLERS: dict[str, SamplerEntry] = {
     "ddpm": SamplerEntry(ddpm, uniform_t, has_temperature=True),
-    "ddim": SamplerEntry(ddim, uniform_t, has_temperature=False),
+    "ddim": SamplerEntry(ddim, partial(uniform_t, last=LAST), has_temperature=False),
     "dpmpp": SamplerEntry(dpmpp, partial(uniform_log_snr, last=LAST), has_temperature=False),
 }
 
