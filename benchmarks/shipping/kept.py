@@ -36,7 +36,7 @@ from continuar.errors import require
 from continuar.pipeline import newest_checkpoints
 from continuar.training.state import OPTIMIZER, STATE
 
-RECORD, METRICS = "record.json", "metrics.jsonl"
+RECORD, METRICS, EARLIER = "record.json", "metrics.jsonl", "earlier.jsonl"
 MAX_FILE_BYTES = 16 * 2**20
 """What a file of weights may take: the package holds no more, and transfers may have the same limit."""
 
@@ -89,7 +89,7 @@ class Record:
 
 
 def replace_file(source: Path, destination: Path) -> None:
-    """Copies a file so that a reader sees all of the old or all of the new one."""
+    """Copies a file: a reader sees all of the old or of the new one. What a kill leaves behind, the next call replaces."""
     temporary = destination.with_name(f".{destination.name}.tmp")
     shutil.copyfile(source, temporary)
     temporary.replace(destination)
@@ -138,12 +138,13 @@ class Folders:
     def publish_record(self, record: Record) -> None:
         """The record here and there, and the metrics."""
         record.save(self.work / RECORD)
-        record.save(self.results / RECORD)
-        write_text(self.results / METRICS, "".join(f"{json.dumps(line)}\n" for line in self.metrics(record)))
+        write_text(self.work / METRICS, "".join(f"{json.dumps(line)}\n" for line in self.metrics(record)))
+        for name in (RECORD, METRICS):
+            replace_file(self.work / name, self.results / name)
 
     def metrics(self, record: Record) -> list[dict[str, Any]]:
         """Every line of every segment, images counted through."""
-        lines = _json_lines(self.work / METRICS)
+        lines = _json_lines(self.work / EARLIER)
         number = len(record.segments) - 1
         own = _json_lines(self.run / METRICS)
         return lines + [{"segment": number, **line, "images": line["images"] + record.images_before} for line in own]
@@ -177,7 +178,7 @@ def restore(carried: Path, folders: Folders) -> Record:
             replace_file(carried / name, folders.work / name)
     # Lines after the last checkpoint are of a stretch whose weights were not kept.
     lines = [line for line in _json_lines(carried / METRICS) if line["images"] <= record.images]
-    write_text(folders.work / METRICS, "".join(f"{json.dumps(line)}\n" for line in lines))
+    write_text(folders.work / EARLIER, "".join(f"{json.dumps(line)}\n" for line in lines))
     if record.classifier and (carried / "classifier.safetensors").is_file():
         with atomic_directory(folders.classifier) as temporary:
             write_json(temporary / CONFIG, record.classifier["config"])
