@@ -11,20 +11,22 @@ One call is one slice. Called again on the same machine it goes on from WORK; on
 3. trains recipe `cifar10` with ``--set field.field=value``, in a child process. An engine that fails or does not start in time
    gives way to the next: compile-graphs, graphs, eager. Every checkpoint is put into RESULTS at once (`shipping/kept.py`);
 4. draws a sample grid;
-5. with ``--evaluate``: held-out loss, class accuracy of 1,000 images over guidances, Frechet distance of 10,000 samples beside that
-   of real test images, nearest neighbours (`heldout_loss.py`, `evaluate_cifar10.py`), of the bfloat16 weights that would ship;
+5. with ``--evaluate``: class accuracy of 1,000 images over guidances, Frechet distance of 10,000 samples beside that of real test
+   images, nearest neighbours, held-out loss (`evaluate_cifar10.py`, `heldout_loss.py`), of the bfloat16 weights that would ship;
 6. prints a table.
 
 The learning rate stays constant until its end is planned: ``--later-minutes M`` says that M minutes of training follow in later
 slices, and from the rate measured so far the run is given its end (`shipping/planning.py`).
 
-Half an hour of one GPU, in calls of ten minutes; ARGS are --work, --results, --train, --test and --squeezenet as above:
+Half an hour of one GPU in calls of ten minutes, with the minutes to expect; ARGS are --work, --results, --train, --test and
+--squeezenet as above. Their 26 minutes leave four for starting the machine and for transfers:
 
-    slice ARGS --minutes 9.5                                 # classifier 2, compiling 1-3, training 4-6
-    slice ARGS --minutes 9.5 --later-minutes 2.5             # training 8.5, the rate begins to fall
-    slice ARGS --minutes 8.5 --later-minutes 0 --evaluate    # training 2.5 to rate zero, evaluation 5
+    slice ARGS --minutes 9.3                                   # classifier 2, compiling 1 to 2.5, training 4 to 5, grid 0.5
+    slice ARGS --minutes 9.3 --later-minutes 1.8               # training 8.5, the rate begins to fall; grid 0.5
+    slice ARGS --minutes 7.6 --later-minutes 0 --evaluate      # training 1.8 to rate zero, grid 0.5, evaluation 5
 
-On a new machine add ``--carry DIR`` with a copy of the last RESULTS. Then, anywhere:
+Give every call but the first ``--carry DIR`` with a copy of the last RESULTS: a new machine needs it, the same one ignores it.
+Then, anywhere:
 
     python benchmarks/ship_cifar10.py export RESULTS --set sampling.guidance=2.0   # -> src/continuar/models/cifar10
 
@@ -57,7 +59,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         command.add_argument(f"--{name}", type=Path, required=True)
     command.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of the run, as optim.lr=8e-4")
     command.add_argument("--engine", help="try this engine first, also if it failed before; default: the run's")
-    command.add_argument("--compile-minutes", type=float, default=3.0, help="an engine that takes longer to start is given up")
+    command.add_argument("--compile-minutes", type=float, default=2.5, help="an engine that takes longer to start is given up")
     command.add_argument("--later-minutes", type=float, help="training that follows in later slices: plans the rate's end")
     command.add_argument("--rewarm-images", type=int, default=250_000, help="warm-up after weights were carried in")
     command.add_argument("--least-seconds", type=float, default=30.0, help="no training in less time than this")

@@ -90,8 +90,8 @@ class Job:
         if ended.reason == "finished":
             self.note(f"{what}: done in {ended.seconds:.0f} s; {ended.last_line}")
         else:
-            self.note(f"{what}: {ended.reason} after {ended.seconds:.0f} s; {ended.last_line}")
-            print("\n".join(f"    {line}" for line in ended.tail), flush=True)
+            self.note(f"{what}: {ended.reason} after {ended.seconds:.0f} s; {ended.last_line or 'it said nothing'}")
+            print("".join(f"    {line}\n" for line in ended.tail), end="", flush=True)
 
 
 def run_slice(options: argparse.Namespace) -> None:
@@ -149,7 +149,7 @@ def find_record(options: argparse.Namespace, folders: Folders) -> tuple[Record, 
     """The record to go on from, and a word about where it comes from."""
     if (folders.work / RECORD).is_file():
         return Record.load(folders.work / RECORD), f"going on in {folders.work}"
-    if options.carry is not None and (options.carry / RECORD).is_file():
+    if options.carry is not None:
         record = restore(options.carry, folders)
         if record.run:
             number = len(record.segments) - 1
@@ -301,12 +301,13 @@ def evaluate(job: Job) -> None:
     judged += ["--classifier", folders.classifier, *options.evaluation_options.split()]
     few, many = options.samples
     plan: dict[str, list[str | Path]] = {
-        "heldout_loss": [ema, raw, "--test", options.test, "--out", out / "heldout_loss" / "result.json", *common],
         "accuracy": [ema, "--samples", few, "--guidance", *options.guidance, "--out", out / "accuracy", *judged],
         "distance": [ema, raw, "--samples", many, "--out", out / "distance", *judged],
+        "heldout_loss": [ema, raw, "--test", options.test, "--out", out / "heldout_loss" / "result.json", *common],
     }
 
-    job.record.evaluation = {"images": job.record.images}
+    if job.record.evaluation.get("images") != job.record.images:
+        job.record.evaluation = {"images": job.record.images}
     shutil.rmtree(out, ignore_errors=True)
 
     def collect() -> None:

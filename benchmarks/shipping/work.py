@@ -76,7 +76,7 @@ def draw_child(options: argparse.Namespace) -> None:
     rows = np.concatenate(parts, axis=1)
     names = [caption for row in zip(*captions, strict=True) for part in row for caption in part]
     save_png(grid(rows.reshape(-1, *rows.shape[2:]), names, columns=rows.shape[1]), options.work / "grid.png")
-    print(f"{len(names)} images")
+    print(f"{len(names)} images on {hardware(device)}")
 
 
 def export(options: argparse.Namespace) -> None:
