@@ -53,7 +53,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     command.set_defaults(run="slice")
     command.add_argument("--minutes", type=float, required=True, help="of wall time for everything")
     command.add_argument("--work", type=Path, required=True, help="this machine's folder; not kept")
-    command.add_argument("--results", type=Path, required=True, help="the folder that is kept: at most 7 files, each under 16 MiB")
+    command.add_argument("--results", type=Path, required=True, help="the folder that is kept: at most 8 files, each under 16 MiB")
     command.add_argument("--carry", type=Path, help="a copy of an earlier slice's results, for a machine without WORK")
     for name in ("train", "test", "squeezenet"):
         command.add_argument(f"--{name}", type=Path, required=True)

@@ -3,7 +3,8 @@
 The work folder is the machine's: the run with its checkpoints, the classifier, saved models of the newest checkpoint. The results
 folder is a few small files that travel, and from which another machine can go on:
 
-* ``ema.safetensors``, ``raw.safetensors``: averaged and raw weights in bfloat16; ``classifier.safetensors`` likewise
+* ``ema.safetensors``, ``raw.safetensors``: averaged and raw weights in bfloat16; ``classifier.safetensors`` likewise;
+  ``tokenizer.safetensors`` where the tokenizer has a state
 * ``metrics.jsonl``: every line since the beginning, images counted through
 * ``record.json``: `Record`, with the config of the run and of the saved model
 * ``grid.png``, ``neighbours.png``
@@ -23,6 +24,7 @@ import torch
 from continuar.checkpoints.store import (
     CONFIG,
     EMA,
+    TOKENIZER,
     WEIGHTS,
     atomic_directory,
     checksum,
@@ -128,6 +130,8 @@ class Folders:
         for kind in ("ema", "raw"):
             if (self.model(kind) / WEIGHTS).is_file():
                 replace_file(self.model(kind) / WEIGHTS, self.results / f"{kind}.safetensors")
+        if (self.model("ema") / TOKENIZER).is_file():
+            replace_file(self.model("ema") / TOKENIZER, self.results / TOKENIZER)
         if (self.classifier / WEIGHTS).is_file():
             replace_file(self.classifier / WEIGHTS, self.results / "classifier.safetensors")
         self.publish_record(record)
@@ -156,7 +160,9 @@ class Folders:
             return seen
         for kind, file in (("ema", EMA), ("raw", WEIGHTS)):
             with atomic_directory(self.model(kind)) as temporary:
-                shutil.copyfile(found[0] / CONFIG, temporary / CONFIG)
+                for name in (CONFIG, TOKENIZER):
+                    if (found[0] / name).is_file():
+                        shutil.copyfile(found[0] / name, temporary / name)
                 write_tensors(temporary / WEIGHTS, read_tensors(found[0] / file), torch.bfloat16)
         record.model = read_json(found[0] / CONFIG)
         record.segments[-1]["images"] = self.images_of_segment()
@@ -203,6 +209,8 @@ def _first_checkpoint(carried: Path, record: Record, destination: Path) -> None:
         write_json(temporary / CONFIG, record.model)
         write_tensors(temporary / WEIGHTS, read_tensors(raw if raw.is_file() else average), torch.float32)
         write_tensors(temporary / EMA, read_tensors(average), torch.float32)
+        if (carried / TOKENIZER).is_file():
+            shutil.copyfile(carried / TOKENIZER, temporary / TOKENIZER)
         write_tensors(temporary / OPTIMIZER, {})
         sums = {p.name: checksum(p) for p in sorted(temporary.iterdir())}
         write_json(temporary / STATE, {"step": 0, "checksums": sums})

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 import continuar
-from continuar.checkpoints.store import ModelFile, load_state, read_json, read_tensors, write_json
+from continuar.checkpoints.store import ModelFile, load_state, read_json, read_tensors, read_tokenizer, write_json
 from continuar.configs import from_json
 from continuar.devices import pick_device
 from continuar.errors import require
@@ -95,7 +95,7 @@ def export(options: argparse.Namespace) -> None:
     load_state(model, read_tensors(weights), str(weights))
     size = 2 * sum(p.numel() for p in model.parameters()) + 2**16
     require(size <= MAX_MODEL_BYTES, f"the model takes {size / 1e6:.1f} MB in bfloat16; allowed: {MAX_MODEL_BYTES / 1e6:.0f}")
-    Pipeline(file, model.float()).save_pretrained(options.to, torch.bfloat16)
+    Pipeline(file, model.float(), read_tokenizer(options.results, file.tokenizer)).save_pretrained(options.to, torch.bfloat16)
     image = continuar.load(options.to, device="cpu")([0], 0)
     written = sum(p.stat().st_size for p in options.to.iterdir())
     print(f"{options.to}: {written / 1e6:.2f} MB, {record.images:,} images, {options.weights} weights, image {image.shape[1:]}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,16 +21,18 @@ from continuar.checkpoints.store import (
     load_state,
     read_model_file,
     read_tensors,
+    read_tokenizer,
     write_json,
     write_tensors,
+    write_tokenizer,
 )
 from continuar.devices import pick_device
-from continuar.diffusion.samplers import SamplerName
 from continuar.errors import UserError, require, unknown_name
 from continuar.generation.eager import Start, stream
 from continuar.generation.plan import SamplingOptions, make_plan
 from continuar.guidance import GuidanceSchedule
 from continuar.model import Model
+from continuar.tokenizers import Tokenizer
 
 Weights = Literal["ema", "raw"]
 SHIPPED = Path(__file__).parent / "models"
@@ -45,9 +47,10 @@ class Pipeline:
         defaults: sampling settings used where a call does not say otherwise.
     """
 
-    def __init__(self, file: ModelFile, model: Model) -> None:
+    def __init__(self, file: ModelFile, model: Model, tokenizer: Tokenizer | None = None) -> None:
+        """``tokenizer``: one that is ready, where it has a state; else it is built from the config."""
         self.file, self.model = file, model.eval()
-        self.tokenizer = file.tokenizer.build().to(self.device)
+        self.tokenizer = (tokenizer or file.tokenizer.build()).to(self.device)
         self.classes, self.defaults = file.classes, file.sampling
 
     @property
@@ -78,13 +81,12 @@ class Pipeline:
         seeds: Sequence[int] | int = 0,
         *,
         steps: int | None = None,
-        diffusion_steps: int | None = None,
         guidance: float | None = None,
         guidance_schedule: GuidanceSchedule | None = None,
         temperature: float | None = None,
-        sampler: SamplerName | None = None,
         batch_size: int = 64,
         on_progress: Callable[[int, int], None] | None = None,
+        **head_options: Any,
     ) -> np.ndarray:
         """Generates one image per label.
 
@@ -92,24 +94,19 @@ class Pipeline:
             labels: class numbers or names; None for images without a class, one per seed.
             seeds: one per image, -2^63..2^63-1; a single number s means s, s+1, ... The same seed and settings give the same image
                 at any batch size.
-            steps, diffusion_steps, guidance, guidance_schedule, temperature, sampler: see `SamplingOptions`; None is the model's
-                default.
+            steps, guidance, guidance_schedule, temperature: see `SamplingOptions`; None is the model's default.
             batch_size: images generated at once.
             on_progress: called with (steps done, steps in all).
+            head_options: options of the model's head by name, such as ``diffusion_steps`` and ``sampler`` of the diffusion head.
 
         Returns:
             uint8 [B, H, W, 3].
 
         Raises:
-            UserError: an unknown class, or a setting out of range.
+            UserError: an unknown class, a setting out of range, or an option the head does not have.
         """
         options = self.defaults.override(
-            steps=steps,
-            diffusion_steps=diffusion_steps,
-            guidance=guidance,
-            guidance_schedule=guidance_schedule,
-            temperature=temperature,
-            sampler=sampler,
+            steps=steps, guidance=guidance, guidance_schedule=guidance_schedule, temperature=temperature, **head_options
         )
         tokens = self.tokens(labels, seeds, options=options, batch_size=batch_size, on_progress=on_progress)
         return np.concatenate([to_uint8(self.tokenizer.decode(part)).cpu().numpy() for part in tokens.split(batch_size)])
@@ -123,7 +120,7 @@ class Pipeline:
         batch_size: int = 64,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> Tensor:
-        """Generates tokens [B, N, D] float32, what the tokenizer would decode; arguments as of `__call__`."""
+        """Generates tokens, [B, N, D] float32 or ids [B, N]: what the tokenizer would decode; arguments as of `__call__`."""
         options = options or self.defaults
         require(batch_size >= 1, f"batch size is {batch_size}; allowed: 1 or more")
         names = self._labels(labels, seeds)
@@ -136,10 +133,10 @@ class Pipeline:
             chosen = slice(first, first + batch_size)
             start = self._start(names[chosen], numbers[chosen])
             for progress in stream(self.model, start, options):
-                start = replace(start, tokens_BND=progress.tokens_BND)
+                start = replace(start, tokens=progress.tokens)
                 if on_progress is not None:
                     on_progress(number * steps_per_batch + progress.step + 1, total)
-            parts.append(start.tokens_BND)
+            parts.append(start.tokens)
         return torch.cat(parts)
 
     def _labels(self, labels: Sequence[int | str] | None, seeds: Sequence[int] | int) -> list[int]:
@@ -160,7 +157,7 @@ class Pipeline:
         return Start(
             torch.tensor(labels, device=device),
             torch.tensor(seeds, device=device),
-            torch.zeros(batch, spec.positions, spec.dim, device=device),
+            spec.blank(batch, device),
             torch.zeros(batch, spec.positions, dtype=torch.bool, device=device),
         )
 
@@ -175,6 +172,7 @@ class Pipeline:
         with atomic_directory(directory) as temporary:
             write_json(temporary / CONFIG, self.file)
             write_tensors(temporary / WEIGHTS, self.model.state_dict(), dtype)
+            write_tokenizer(temporary, self.tokenizer)
         return directory
 
     @classmethod
@@ -196,7 +194,7 @@ class Pipeline:
             network = file.model.build()
         network.to_empty(device="cpu")
         load_state(network, read_tensors(source), str(source))
-        return cls(file, network.float().to(pick_device(device)))
+        return cls(file, network.float().to(pick_device(device)), read_tokenizer(directory, file.tokenizer))
 
 
 load = Pipeline.from_pretrained

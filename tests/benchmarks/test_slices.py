@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 TINY = [
     *("data.classes=2", "tokenizer.patch=8", "train.engine=eager", "train.batch_size=4", "train.save_images=40"),
     *("train.log_images=40", "backbone.width=16", "backbone.heads=2", "backbone.encoder_depth=1", "backbone.decoder_depth=1"),
-    *("backbone.buffer=1", "head.width=8", "head.depth=1", "sampling.steps=2", "sampling.diffusion_steps=2"),
+    *("backbone.buffer=1", "head.width=8", "head.depth=1", "sampling.steps=2", "sampling.head.diffusion_steps=2"),
 ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
@@ -199,6 +199,11 @@ class Foreign:
     """Stands for a kind of part that official code does not have."""
 
     kind: Literal["foreign"] = "foreign"
+    max_group: ClassVar[None] = None
+    fixed: ClassVar[bool] = False
+    needs_log_prob: ClassVar[bool] = False
+    masked: ClassVar[bool] = False
+    token_kind: ClassVar[str] = "vector"
 
 
 @pytest.mark.parametrize("part", ["order", "backbone", "head"])

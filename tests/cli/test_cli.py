@@ -19,7 +19,7 @@ from tests.tiny import model_configs, model_file, shaken, write_images
 TINY = [
     *("--backbone.width", "16", "--backbone.heads", "2", "--backbone.encoder-depth", "1", "--backbone.decoder-depth", "1"),
     *("--head.width", "16", "--train.images", "32", "--train.batch-size", "8", "--tokenizer.image-size", "8"),
-    *("--sampling.steps", "2", "--sampling.diffusion-steps", "2", "--device", "cpu"),
+    *("--sampling.steps", "2", "--sampling.head.diffusion-steps", "2", "--device", "cpu"),
 ]
 """Options of recipe `folder` for a run of four steps."""
 
@@ -160,7 +160,7 @@ def test_sample_refuses_missing_and_damaged_models(model: Path, tmp_path: Path, 
     assert "not the config of a saved model" in broken("other", b'{"a": 1}', "config.json")
     config = json.loads((model / "config.json").read_text())
     config["model"]["backbone"]["kind"] = "mea"
-    assert "backbone.kind 'mea'; did you mean mae?" in broken("kind", json.dumps(config).encode(), "config.json")
+    assert "backbone 'mea'; did you mean mae?" in broken("kind", json.dumps(config).encode(), "config.json")
     config["model"]["backbone"] |= {"kind": "mae", "width": 64}
     line = broken("shapes", json.dumps(config).encode(), "config.json")
     assert "does not fit the model: of another shape: " in line

@@ -131,9 +131,21 @@ def test_another_run_is_not_overwritten_nor_mixed(images: Path, undisturbed: Pat
 
 def test_a_real_process_keeps_a_checkpoint_on_sigint_and_ends_with_the_same_bits(images: Path, tmp_path: Path) -> None:
     options = [
-        *("--data.path", str(images), "--tokenizer.image-size", "8", "--sampling.steps", "2", "--sampling.diffusion-steps", "2"),
+        *("--data.path", str(images), "--tokenizer.image-size", "8", "--sampling.steps", "2"),
+        *("--sampling.head.diffusion-steps", "2"),
         *("--backbone.width", "16", "--backbone.heads", "2", "--backbone.encoder-depth", "1", "--backbone.decoder-depth", "1"),
-        *("--backbone.buffer", "2", "--head.width", "16", "--head.depth", "1", "--train.batch-size", "8"),
+        *(
+            "--backbone.buffer",
+            "2",
+            "--sampling.head.diffusion-steps",
+            "2",
+            "--head.width",
+            "16",
+            "--head.depth",
+            "1",
+            "--train.batch-size",
+            "8",
+        ),
         *("--train.images", "4000", "--train.log-images", "800", "--train.sample-images", "0", "--device", "cpu"),
     ]
     command = [sys.executable, "-m", "continuar", "train", "folder", *options]

@@ -10,15 +10,17 @@ Attention has no order of its own, so known and masked rows are kept as two runs
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from continuar.backbones.base import Backbone
-from continuar.backbones.blocks import LN_EPS, Block, init_transformer, take
+from continuar.backbones.blocks import LN_EPS, Block, check_dropout, init_transformer
+from continuar.backbones.masking import MaskCount
 from continuar.errors import require
 from continuar.orders import View
+from continuar.rows import put_, take
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,12 @@ class MAEConfig:
     """Dropout on attention weights while training."""
     dropout: float = 0.1
     """Dropout after projections and inside the MLP while training."""
+    mask_ratio_min: float = 0.7
+    """Lower end of the truncated normal (mean 1, std 0.25, upper end 1) that training draws the masked share from; 0..1."""
+    mask_granularity: int = 1
+    """The masked count is rounded to the nearest multiple of this, so that few shapes occur and compilation pays."""
+    max_group: ClassVar[int | None] = None
+    masked: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name in ("width", "encoder_depth", "heads", "decoder_depth", "buffer"):
@@ -51,8 +59,9 @@ class MAEConfig:
         width, heads = self.decoder_width or self.width, self.decoder_heads or self.heads
         for part, w, h in (("encoder", self.width, self.heads), ("decoder", width, heads)):
             require(w % h == 0, f"{part} width {w} is not divisible by its {h} heads")
-        for name in ("attention_dropout", "dropout"):
-            require(0 <= getattr(self, name) < 1, f"backbone.{name} is {getattr(self, name)}; allowed: 0 up to below 1")
+        check_dropout(self.attention_dropout, self.dropout)
+        require(0 <= self.mask_ratio_min <= 1, f"mask_ratio_min is {self.mask_ratio_min}; allowed: 0 to 1")
+        require(self.mask_granularity >= 1, f"mask_granularity is {self.mask_granularity}; allowed: 1 or more")
 
     def build(self, positions: int) -> MAE:
         """The backbone over ``positions`` tokens."""
@@ -77,6 +86,7 @@ class MAE(Backbone[MAEState]):
         width, z_dim = config.width, config.decoder_width or config.width
         rates = config.attention_dropout, config.dropout
         self.width, self.z_dim, self.buffer = width, z_dim, config.buffer
+        self.mask_count = MaskCount(positions, config.mask_ratio_min, config.mask_granularity)
         self.encoder_positions = nn.Parameter(torch.empty(config.buffer + positions, width))
         self.input_norm = nn.LayerNorm(width, eps=LN_EPS)
         self.encoder = nn.ModuleList(Block(width, config.heads, *rates) for _ in range(config.encoder_depth))
@@ -115,6 +125,12 @@ class MAE(Backbone[MAEState]):
         encoded = self.encode(take(x_BNE, view.known_BK), view.known_BK, cond_BCE)
         return self.decode(encoded, view.known_BK, view.query_BQ)[:, view.known :]
 
+    def draw_queried(self) -> int:
+        return self.mask_count.draw()
+
+    def queried_counts(self) -> dict[int, float]:
+        return self.mask_count.distribution()
+
     def start(self, cond_BCE: Tensor, positions: int) -> MAEState:
         batch = len(cond_BCE)
         x = cond_BCE.new_zeros(batch, positions, self.width)
@@ -127,6 +143,6 @@ class MAE(Backbone[MAEState]):
         return take(z, order.argsort(dim=1).gather(1, query_BQ) - state.known)
 
     def commit(self, state: MAEState, index_BK: Tensor, x_BKE: Tensor) -> None:
-        state.x_BNE.scatter_(1, index_BK.unsqueeze(-1).expand_as(x_BKE), x_BKE.to(state.x_BNE.dtype))
+        put_(state.x_BNE, index_BK, x_BKE)
         state.known_BN.scatter_(1, index_BK, True)
         state.known += index_BK.shape[1]

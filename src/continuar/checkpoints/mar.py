@@ -83,8 +83,8 @@ def _adaln_keys(depth: int) -> list[str]:
     return [*(f"res_blocks.{i}.adaLN_modulation.1" for i in range(depth)), "final_layer.adaLN_modulation.1"]
 
 
-def official_parts(config: ModelConfig) -> tuple[MAROrderConfig, MAEConfig, DiffusionHeadConfig]:
-    """(order, backbone, head) of a model that the official layout can hold.
+def official_parts(config: ModelConfig) -> tuple[MAEConfig, DiffusionHeadConfig]:
+    """(backbone, head) of a model that the official layout can hold.
 
     Raises:
         UserError: one of them is of another kind.
@@ -98,12 +98,12 @@ def official_parts(config: ModelConfig) -> tuple[MAROrderConfig, MAEConfig, Diff
         raise _no_place("head", head.kind, "diffusion")
     if head.prediction != "eps":
         raise _no_place("head.prediction", head.prediction, "eps")
-    return order, backbone, head
+    return backbone, head
 
 
 def describe(config: ModelConfig) -> str:
     """The sizes of a MAR in one line, for people."""
-    _, b, head = official_parts(config)
+    b, head = official_parts(config)
     width = f"{b.width}" + (f" / {b.decoder_width}" if b.decoder_width else "")
     heads = f"{b.heads}" + (f" / {b.decoder_heads}" if b.decoder_heads else "")
     blocks = f"{b.encoder_depth} + {b.decoder_depth} blocks"
@@ -115,7 +115,7 @@ def _no_place(part: str, kind: str, allowed: str) -> UserError:
 
 
 def _names(config: ModelConfig) -> dict[str, str]:
-    _, backbone, head = official_parts(config)
+    backbone, head = official_parts(config)
     names = dict(_NAMES)
     for part, depth in (("encoder", backbone.encoder_depth), ("decoder", backbone.decoder_depth)):
         for i in range(depth):

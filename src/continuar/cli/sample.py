@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
 from rich.progress import Progress
 
 from continuar.checkpoints.store import write_json
+from continuar.cli.head_options import AnyHeadOptions, given
 from continuar.cli.parse import parse
 from continuar.errors import require
 from continuar.generation.plan import make_plan
@@ -33,16 +34,13 @@ class Arguments:
     """Seed of the first image; each further image takes the next number."""
     steps: int | None = None
     """Autoregressive steps, 1 to the number of tokens."""
-    diffusion_steps: int | None = None
-    """Denoising steps per token, 1 to 1000."""
     guidance: float | None = None
     """Scale of classifier-free guidance, 0 or more; 1 is none."""
     guidance_schedule: Literal["linear", "constant"] | None = None
     """How guidance grows over the steps."""
     temperature: float | None = None
-    """Scale of the noise of denoising steps, 0 or more; lower is less diverse."""
-    sampler: Literal["ddpm", "ddim"] | None = None
-    """How a token is denoised."""
+    """0 or more; lower is less diverse."""
+    head: Annotated[AnyHeadOptions, tyro.conf.arg(name="")] = field(default_factory=AnyHeadOptions)
     batch_size: int = 64
     """Images generated at once."""
     device: str = "auto"
@@ -65,11 +63,10 @@ def main(arguments: list[str]) -> int:
     seeds = [options.seed + i for i in range(count)]
     settings = pipe.defaults.override(
         steps=options.steps,
-        diffusion_steps=options.diffusion_steps,
         guidance=options.guidance,
         guidance_schedule=options.guidance_schedule,
         temperature=options.temperature,
-        sampler=options.sampler,
+        **given(options.head),
     )
     require(options.batch_size >= 1, f"--batch-size is {options.batch_size}; allowed: 1 or more")
     make_plan(pipe.model.order, settings, pipe.model.order.positions)  # refuses steps that the model cannot take

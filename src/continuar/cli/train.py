@@ -140,7 +140,7 @@ def dry_run(run: Run) -> str:
         f"training          {run.train.steps:,} steps of {run.train.batch_size} images",
         f"FLOPs per image   training {_flops(training_flops(config))} (forward and backward, mean mask ratio)",
         f"                  generation {_flops(generation_flops(config, run.sampling))} "
-        f"({run.sampling.steps} steps, {run.sampling.diffusion_steps} diffusion steps, guidance {run.sampling.guidance})",
+        f"({', '.join(f'{name} {value}' for name, value in run.sampling.to_dict().items() if value is not None)})",
     ]
     return "\n".join(lines) + "\n"
 
