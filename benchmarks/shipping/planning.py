@@ -91,8 +91,7 @@ def unplanned(run: Run) -> Run:
 
 
 def forecast(rates: Sequence[float], seconds: float) -> int:
-    """Images to expect in ``seconds``: the median of the last 20 measured rates, with some caution."""
-    require(bool(rates), "the rate of training is not known yet: plan the end in a slice after the first")
+    """Images to expect in ``seconds``: the median of the last 20 measured rates (at least one), with some caution."""
     return int(CAUTION * statistics.median(rates[-20:]) * max(0.0, seconds))
 
 

@@ -220,9 +220,12 @@ def train_model(job: Job) -> None:
 
 
 def planned(job: Job, run: Run, stop: float) -> Run:
-    """The run with its end where the slices end."""
+    """The run with its end where the slices end; as it is, where no slice has measured how fast it trains."""
     options, record = job.options, job.record
     rates = [line["images_per_second"] for line in job.folders.metrics(record)]
+    if not rates:
+        job.note("the end is not planned: no rate of training was measured yet; the learning rate stays as it is")
+        return run
     startup = [s["startup_seconds"] for s in record.slices if "startup_seconds" in s][-1:] or [UNKNOWN_STARTUP_SECONDS]
     later = max(0.0, 60 * options.later_minutes - (startup[0] if options.later_minutes else 0))
     own = record.images - record.images_before

@@ -104,6 +104,19 @@ def test_engines_fall_back(
     assert seen == [engine for engine in tried if engine not in failed]
 
 
+def test_the_end_is_planned_from_the_measured_rate_or_not_at_all(tmp_path: Path) -> None:
+    run = unplanned(find_recipe("cifar10")())
+    record = Record(segments=[{"origin": "initial weights", "images": 0}], slices=[{"startup_seconds": 20.0}])
+    options = Namespace(minutes=10, later_minutes=2.0)
+    job = slices.Job(options, Folders(tmp_path, tmp_path), record, time.time())
+    assert slices.planned(job, run, time.time() + 120) == run
+    assert "no rate of training was measured yet" in job.notes[-1]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"images": 512, "images_per_second": 1000}\n')
+    # 120 s now and 120 s later, each less 20 s of start, at 980 images per second.
+    assert slices.planned(job, run, time.time() + 120).train.images == pytest.approx(196_000, rel=0.01)
+
+
 def test_guidance_is_the_lowest_that_is_accurate_enough() -> None:
     def chosen(**accuracy: float) -> float:
         rows = [{"guidance": float(k[1:]), "class_accuracy_of_first_1000": v} for k, v in accuracy.items()]
