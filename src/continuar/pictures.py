@@ -68,8 +68,11 @@ def save_gif(frames: Sequence[Image.Image], path: Path, seconds: float = 4.0, la
     """
     each = min(0.4, max(0.04, seconds / len(frames)))
     milliseconds = [round(1000 * each)] * (len(frames) - 1) + [round(1000 * last_seconds)]
-    # One palette for all frames, of the last and fullest one: palettes of their own would make still parts flicker.
-    palette = frames[-1].quantize(256)
+    # One palette for all frames, of the first and the last: palettes of their own would make still parts flicker.
+    ends = Image.new("RGB", (frames[0].width, 2 * frames[0].height))
+    ends.paste(frames[0], (0, 0))
+    ends.paste(frames[-1], (0, frames[0].height))
+    palette = ends.quantize(256)
     first, *others = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     temporary = path.with_name(f".{path.name}.tmp")
     first.save(temporary, format="GIF", save_all=True, append_images=others, duration=milliseconds, loop=0)

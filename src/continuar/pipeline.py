@@ -196,7 +196,7 @@ class Pipeline:
         """All images at the start of their generation."""
         require(batch_size >= 1, f"batch size is {batch_size}; allowed: 1 or more")
         names = self._labels(labels, seeds)
-        numbers = self._seeds(seeds, len(names))
+        numbers = self.seeds(seeds, len(names))
         require(bool(names), "no labels and no seeds: there is nothing to generate")
         return with_known(self._start(names, numbers), self.model.config.tokens, known_tokens, known_mask)
 
@@ -206,7 +206,12 @@ class Pipeline:
         require(not isinstance(labels, str), f"labels is the text {labels!r}; allowed: a list of class numbers or names")
         return [self.label(name) for name in labels]
 
-    def _seeds(self, seeds: Sequence[int] | int, count: int) -> list[int]:
+    def seeds(self, seeds: Sequence[int] | int, count: int) -> list[int]:
+        """One seed per image; a single number s means s, s+1, ...
+
+        Raises:
+            UserError: another number of them, or one out of range.
+        """
         numbers = list(range(seeds, seeds + count)) if isinstance(seeds, int) else [int(s) for s in seeds]
         require(len(numbers) == count, f"{len(numbers)} seeds for {count} labels; allowed: one each, or a single number")
         for s in numbers:

@@ -113,6 +113,7 @@ def test_sample_writes_images_grid_and_settings(model: Path, tmp_path: Path) -> 
         (["--sampler", "ddim", "--temperature", "0.9"], "temperature is 0.9 with the sampler 'ddim'"),
         (["--per-class", "0"], "--per-class is 0; allowed: 1 or more"),
         (["--batch-size", "0"], "--batch-size is 0; allowed: 1 or more"),
+        (["--animate", "--seed", str(2**63)], "seed is 9223372036854775808; allowed: -2^63 to 2^63-1"),
         (["--device", "tpu"], "device is 'tpu'; allowed: auto, cpu"),
     ],
 )

@@ -53,11 +53,11 @@ def main(arguments: list[str]) -> int:
     require(options.grow >= 0, f"--grow is {options.grow}; allowed: 0 or more rings of tokens")
     pipe = options.settings.load(options.model)
     settings = options.settings.options(pipe)
+    seeds = pipe.seeds(options.seed, options.variants)
     label = pipe.label(options.class_name) if options.class_name else None
     picture = read_picture(options.image, options.mask, pipe.file.tokenizer.image_size)
     canvas = prepare(pipe, picture, options.grow)
     make_writable(options.out)
-    seeds = [options.seed + i for i in range(options.variants)]
     with progress_bar() as on_progress:
         batch_size = options.settings.batch_size
         images = edit(pipe, canvas, label, seeds, batch_size=batch_size, on_progress=on_progress, **settings.to_dict())

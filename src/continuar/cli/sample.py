@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> int:
     pipe = options.settings.load(options.model)
     labels = _labels(pipe, options.classes, options.per_class)
     count = len(labels) if labels else options.per_class
-    seeds = [options.seed + i for i in range(count)]
+    seeds = pipe.seeds(options.seed, count)
     settings, batch_size = options.settings.options(pipe), options.settings.batch_size
     make_writable(options.out)
     shots: list[Snapshot] = []
