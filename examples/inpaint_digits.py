@@ -2,9 +2,9 @@
 
     python examples/inpaint_digits.py [RUN] [--out out/inpaint_digits.png]
 
-RUN is a run of the recipe `digits`; without it one is trained into out/digits, or continued there (two and a half minutes on two
-free cores; needs scikit-learn, pip install 'continuar[demo]'). Each row shows a real digit, what the model sees of it, and ten variants
-by seed; the last row shows the upper half of a digit completed as each class. Pixels that were given come back as they are.
+RUN is a run of the recipe `digits`; without it one is trained into out/digits, or continued there (2.5 minutes on two
+free cores; needs scikit-learn, pip install 'continuar[demo]'). A row shows a real digit, what the model sees of it, ten variants
+by seed. The last row shows the upper half of a digit completed as each class. Pixels that were given come back as they are.
 """
 
 from __future__ import annotations
