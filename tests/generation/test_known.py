@@ -123,8 +123,9 @@ def test_masks_of_one_image_or_of_the_grid_serve_all(kind: str) -> None:
         assert torch.equal(first, other)
 
 
-def test_a_snapshot_shows_unknown_tokens_in_grey_and_known_ones_as_they_are() -> None:
-    config = by_kind("diffusion")
+@pytest.mark.parametrize("kind", ["diffusion", "categorical"])
+def test_a_snapshot_shows_unknown_tokens_in_grey_and_known_ones_as_they_are(kind: str) -> None:
+    config = by_kind(kind)
     pipe, given, mask = pipeline(config), random_tokens(config, 1, 1), masks([5])
     shot = next(iter(pipe.stream([0], known_tokens=given, known_mask=mask, steps=N)))
     assert int(shot.known_BN.sum()) == 6
