@@ -21,7 +21,7 @@ Array = Tensor | np.ndarray
 
 
 def with_known(start: Start, spec: TokenSpec, tokens: Array | None, mask: Array | None) -> Start:
-    """A start whose images know some of their tokens.
+    """A start whose images know some of their tokens, not necessarily equally many.
 
     Args:
         start: of B images.
@@ -115,4 +115,5 @@ def equal_batches(start: Start, size: int) -> tuple[Batch, ...]:
 
 
 def _rows(start: Start, index_b: Tensor) -> Start:
-    return Start(**{f.name: getattr(start, f.name)[index_b] for f in fields(start)})
+    values = {f.name: getattr(start, f.name) for f in fields(start)}
+    return Start(**{name: None if value is None else value[index_b] for name, value in values.items()})
