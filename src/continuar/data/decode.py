@@ -20,7 +20,7 @@ class Unusable(Exception):
 
 
 def decode(data: bytes, size: int | None, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """The image in ``data`` as uint8 [size, size, 3]: upright, on white where transparent, centre-cropped; uncropped for None.
+    """The image in ``data`` as uint8 [size, size, 3]: upright, on white where transparent, centre-cropped (None: left so).
 
     Raises:
         Unusable: unreadable, truncated, or of more than ``max_pixels`` pixels (read from the header, before decoding).

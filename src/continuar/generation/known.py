@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -115,5 +116,5 @@ def equal_batches(start: Start, size: int) -> tuple[Batch, ...]:
 
 
 def _rows(start: Start, index_b: Tensor) -> Start:
-    values = {f.name: getattr(start, f.name) for f in fields(start)}
-    return Start(**{name: None if value is None else value[index_b] for name, value in values.items()})
+    values: dict[str, Any] = {f.name: getattr(start, f.name) for f in fields(start)}
+    return replace(start, **{name: value[index_b] for name, value in values.items() if value is not None})
