@@ -2,7 +2,7 @@
 
     python benchmarks/comparison.py --out out/comparison --results benchmarks/results/digits_comparison.md
 
-Trains each `digits_ROW_HEAD` recipe (finished runs are kept), generates 1,000 digits with and without guidance, and writes one row
+Trains each `digits_ROW_HEAD` recipe (finished runs are kept), generates 500 digits with and without guidance, and writes one row
 for each:
 
 * accuracy: the share that a support vector machine trained on all real digits reads as what was asked for. It says nothing of
@@ -30,6 +30,7 @@ from continuar.recipes import RECIPES
 from continuar.training.loop import train
 
 GUIDANCE = (1.0, 2.0)
+PER_CLASS = 50
 
 
 def flat(images: np.ndarray) -> np.ndarray:
@@ -70,7 +71,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path)
     parser.add_argument("--only", default="", help="recipes whose name contains this")
     options = parser.parse_args()
-    judge, labels = Judge(), np.repeat(np.arange(10), 100)
+    judge, labels = Judge(), np.repeat(np.arange(10), PER_CLASS)
     head = (
         "| recipe | M parameters | training s | ms/image | " + " | ".join(f"accuracy, w={g:g} | distance" for g in GUIDANCE) + " |"
     )
@@ -86,7 +87,7 @@ def main() -> None:
             seconds = time.perf_counter() - began
             scores.append(judge.score(images, labels))
         save_png(
-            grid(images.reshape(10, 100, *images.shape[1:])[:, :10].reshape(-1, *images.shape[1:]), columns=10),
+            grid(images.reshape(10, PER_CLASS, *images.shape[1:])[:, :10].reshape(-1, *images.shape[1:]), columns=10),
             directory / "grid.png",
         )
         parameters = sum(p.numel() for p in pipe.model.parameters()) / 1e6

@@ -18,7 +18,7 @@ from continuar.orders import OrderConfig, View
 from continuar.pipeline import Pipeline
 from continuar.rows import take
 from continuar.tokenizers import TokenSpec
-from tests.tiny import model_configs, name, options_of, pipeline, random_tokens, shaken
+from tests.tiny import model_configs, name, options_of, pipeline, random_tokens, shaken, takes_steps
 
 CONFIGS = model_configs()
 every_model = pytest.mark.parametrize("config", CONFIGS, ids=name)
@@ -83,7 +83,7 @@ def test_predict_after_commit_equals_the_teacher_forced_forward(config: ModelCon
 def test_every_position_is_committed_exactly_once(config: ModelConfig, known: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = shaken(config)
     real = model.backbone.commit
-    counts = [1, 3, N] if config.order.max_group is None else [None]
+    counts = [1, 3, N] if takes_steps(config) else [None]
     for steps in counts:
         committed = torch.zeros(2, N, dtype=torch.int64)
 
@@ -124,7 +124,7 @@ def test_known_tokens_come_back_unchanged(config: ModelConfig, known: int) -> No
 def test_stream_shows_every_step_with_more_known(config: ModelConfig) -> None:
     model, options = shaken(config), options_of(config)
     counts = [int(p.known_BN.sum(1).unique()) for p in stream(model, start_of(model, [0, 1], [0, 1]), options)]
-    assert len(counts) == (options.steps or N)
+    assert len(counts) == len(model.order.group_sizes(options.steps, N))
     assert counts == sorted(set(counts))
     assert counts[-1] == N
 

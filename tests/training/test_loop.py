@@ -78,6 +78,16 @@ def test_an_interrupted_run_resumes_to_the_same_bits(images: Path, undisturbed: 
     assert steps == [2, 4, 6]
 
 
+def test_a_run_cut_into_slices_ends_with_the_same_bits(images: Path, undisturbed: Path, tmp_path: Path) -> None:
+    run, directory, reached = tiny_run(images, sample_images=48), tmp_path / "r", 0
+    for steps_in_slice in (1, 2, 9):
+        clock = iter(range(100))
+        train(run, directory, device=CPU, resume=True, should_stop=lambda c=clock, n=steps_in_slice: next(c) >= n - 1)
+        reached = min(6, reached + steps_in_slice)
+        assert newest_checkpoints(directory)[0].name == f"step-{reached:08d}"
+    assert same_bits(directory, undisturbed)
+
+
 def test_resuming_a_finished_run_changes_nothing(images: Path, undisturbed: Path, tmp_path: Path) -> None:
     before = (undisturbed / "metrics.jsonl").read_text()
     train(tiny_run(images, sample_images=48), undisturbed, device=CPU, resume=True)

@@ -69,6 +69,7 @@ def train(
     force: bool = False,
     on_report: Callable[[Report], None] | None = None,
     on_read: Callable[[int, int], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
 ) -> Pipeline:
     """Trains a run in ``directory`` and returns a pipeline with its averaged weights.
 
@@ -77,6 +78,8 @@ def train(
         force: resume although the config differs.
         on_report: called after every step.
         on_read: called with (images read, images in all) while the data is read.
+        should_stop: asked after every step; when it says so the run ends there, after a checkpoint, and ``resume`` continues it.
+            Where training is cut into slices is no part of what is trained, so it is no field of the config.
 
     Raises:
         UserError: bad data, a directory that holds another run, too many non-finite steps in a row.
@@ -94,7 +97,7 @@ def train(
     directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / "config.json", run)
     file = ModelFile(model.config, run.tokenizer, images.classes, run.sampling)
-    loop = _Loop(run, directory, file, tokenizer.to(device), trainer, images, on_report, first)
+    loop = _Loop(run, directory, file, tokenizer.to(device), trainer, images, on_report, should_stop, first)
     # What autocast leaves in float32 (time embedding, output layer) may use TF32 in training, never in sampling.
     with matmul_precision("high" if device.type == "cuda" and run.train.precision != "float32" else "highest"):
         loop.steps_from(first)
@@ -182,16 +185,17 @@ class _Loop:
         trainer: TrainStep,
         images: ImageSet,
         on_report: Callable[[Report], None] | None,
+        should_stop: Callable[[], bool] | None,
         first: int,
     ) -> None:
         self.run, self.directory, self.file, self.tokenizer, self.trainer = run, directory, file, tokenizer, trainer
-        self.on_report = on_report
+        self.on_report, self.should_stop = on_report, should_stop or (lambda: False)
         self.stream = ImageStream(images, tokenizer, run.data, run.train.batch_size, run.seed, trainer.device)
         self.log = RunLog(directory, first)
         self._since, self._since_step = time.monotonic(), first
 
     def steps_from(self, first: int) -> None:
-        """Runs steps ``first`` to the last; Ctrl-C ends it after a checkpoint."""
+        """Runs steps ``first`` to the last; Ctrl-C or ``should_stop`` ends it after a checkpoint."""
         loop = self.run.train
         checkpoint = self.directory
         with catch_interrupt() as interrupted:
@@ -203,14 +207,17 @@ class _Loop:
                 metrics = self._write_metrics(done) if self._due(done, loop.log_images) else {}
                 if loop.sample_images and self._due(done, loop.sample_images):
                     self._draw_grids(done)
-                stop = interrupted() and done < loop.steps
+                interrupt = interrupted() and done < loop.steps
+                stop = interrupt or self.should_stop()
                 if stop or done == loop.steps or (loop.save_images and self._due(done, loop.save_images)):
                     checkpoint = self._save(done)
                 if self.on_report is not None:
                     self.on_report(Report(done, loop.steps, metrics))
-                if stop:
+                if interrupt:
                     self.log.close()
                     raise Interrupted(checkpoint)
+                if stop:
+                    break
         self.log.close()
 
     def _due(self, done: int, every_images: int) -> bool:
