@@ -221,7 +221,7 @@ class Pipeline:
     def _start(self, labels: list[int], seeds: list[int]) -> Start:
         spec, batch, device = self.file.model.tokens, len(labels), self.device
         return Start(
-            torch.tensor(labels, device=device),
+            torch.tensor(labels, device=device) if self.classes else None,
             torch.tensor(seeds, device=device),
             spec.blank(batch, device),
             torch.zeros(batch, spec.positions, dtype=torch.bool, device=device),

@@ -133,7 +133,7 @@ def test_stream_shows_every_step_with_more_known(config: ModelConfig) -> None:
 def test_guidance_of_one_is_no_guidance_and_more_changes_the_image(config: ModelConfig) -> None:
     model = shaken(config)
     with torch.no_grad():  # conditions far from the null condition
-        model.class_embedding.weight.mul_(5)
+        model.condition.embedding.mul_(5)
     start = start_of(model, [1, 2], [0, 1])
     # One candidate: the mixture head chooses among as many as guidance asks for, and so does not draw the same one otherwise.
     single = {"candidates": 1} if config.head.kind == "mixture" else {}
@@ -189,7 +189,7 @@ def test_loss_is_finite_per_queried_token_and_reaches_every_parameter(config: Mo
     model = shaken(config).train()
     torch.manual_seed(0)
     view = View(torch.rand(3, N).argsort(dim=1), 5)
-    loss = model.loss(random_tokens(config, 3, 0), torch.tensor([0, 1, 2]), view, label_dropout=0.5)
+    loss = model.loss(random_tokens(config, 3, 0), torch.tensor([0, 1, 2]), view, condition_dropout=0.5)
     assert loss.shape == (3, N - 5)
     assert torch.isfinite(loss).all()
     loss.mean().backward()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from continuar.backbones import MAEConfig
 from continuar.checkpoints.store import check_keys
+from continuar.conditions import LabelsConfig
 from continuar.errors import UserError, require
 from continuar.heads import DiffusionHeadConfig
 from continuar.model import ModelConfig
@@ -90,6 +91,8 @@ def official_parts(config: ModelConfig) -> tuple[MAEConfig, DiffusionHeadConfig]
         UserError: one of them is of another kind.
     """
     order, backbone, head = config.order, config.backbone, config.head
+    if not isinstance(config.condition, LabelsConfig):
+        raise _no_place("condition", config.condition.kind, "labels")
     if not isinstance(order, MAROrderConfig):
         raise _no_place("order", order.kind, "mar")
     if not isinstance(backbone, MAEConfig):
@@ -252,7 +255,7 @@ def to_continuar(state: Mapping[str, Tensor], config: ModelConfig, where: str = 
     ours |= {f"head.net.{k}": v for k, v in head_from_official(head).items()}
     for name in ("encoder_positions", "decoder_positions", "z_positions", "mask_token"):
         ours[f"backbone.{name}"] = ours[f"backbone.{name}"][0]
-    ours["class_embedding.weight"] = _join(state, ["class_emb.weight", "fake_latent"])
+    ours["condition.embedding"] = _join(state, ["class_emb.weight", "fake_latent"])
     return separate(ours)
 
 
@@ -267,7 +270,7 @@ def to_official(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, T
         official[name] = official[name][None]
     head = {k.removeprefix("head.net."): v for k, v in state.items() if k.startswith("head.net.")}
     official |= {_HEAD_PREFIX + k: v for k, v in head_to_official(head).items()}
-    embedding = state["class_embedding.weight"]
+    embedding = state["condition.embedding"]
     official["class_emb.weight"], official["fake_latent"] = embedding[: config.classes], embedding[config.classes :]
     return separate(official)
 
