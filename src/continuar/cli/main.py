@@ -17,7 +17,9 @@ COMMANDS = {
     "train": "train a model by a recipe: continuar train digits",
     "sample": "generate images: continuar sample MODEL --classes 3,7",
     "edit": "generate a part of an image anew: continuar edit MODEL IMAGE --mask MASK.png --class cat",
-    "convert": "official MAR checkpoints into our format and back",
+    "tokenizer": "autoencoders, trained and measured: continuar tokenizer train kl_cifar10",
+    "cache": "latents of every image, kept: continuar cache DATA TOKENIZER DST",
+    "convert": "official files (MAR, autoencoders) into our format and back",
 }
 _HELP = f"""continuar {__version__}: autoregressive generation over continuous tokens.
 
