@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from continuar.checkpoints.store import load_state, read_tensors
+from continuar.devices import pick_device
 from continuar.errors import require
 
 FEATURES = 512
@@ -96,3 +97,15 @@ def extract(
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]
     return np.concatenate(parts)
+
+
+def check_same_dimensions(a_MD: np.ndarray, b_ND: np.ndarray) -> None:
+    """Refuses two sets that are not features of one network."""
+    require(a_MD.ndim == b_ND.ndim == 2, f"features are {a_MD.shape} and {b_ND.shape}; allowed: [images, dimensions]")
+    require(a_MD.shape[1] == b_ND.shape[1], f"features of {a_MD.shape[1]} and {b_ND.shape[1]} dimensions cannot be compared")
+
+
+def float64_device(device: torch.device | str) -> torch.device:
+    """The device, or the CPU instead of one that has no float64."""
+    found = pick_device(device)
+    return torch.device("cpu") if found.type == "mps" else found
