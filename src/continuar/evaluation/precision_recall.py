@@ -113,7 +113,7 @@ def _distances(a: _Features, b: _Features) -> Iterator[tuple[slice, Tensor]]:
 
 
 def _radii(features: _Features, ks: list[int]) -> Tensor:
-    """Squared distances [N, len(ks)] to the k-th nearest other feature of the same set; each is its own nearest, and not counted."""
+    """Squared distances [N, len(ks)] to the k-th nearest other feature of the same set; each is its own nearest, not counted."""
     largest = max(ks) + 1
     found = [d_BN.topk(largest, dim=1, largest=False).values[:, ks] for _, d_BN in _distances(features, features)]
     return torch.cat(found)
