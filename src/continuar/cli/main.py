@@ -16,6 +16,7 @@ from continuar.errors import UserError, unknown_name
 COMMANDS = {
     "train": "train a model by a recipe: continuar train digits",
     "sample": "generate images: continuar sample MODEL --classes 3,7",
+    "evaluate": "score images against real ones: continuar evaluate MODEL --reference STATS",
     "stats": "reference statistics of real images: continuar stats DATA OUT.npz",
     "convert": "official MAR checkpoints into our format and back",
 }

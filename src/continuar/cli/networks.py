@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from continuar.devices import pick_device
-from continuar.evaluation.networks import NETWORKS, FeatureNetwork, load_network
+from continuar.evaluation.networks import FeatureNetwork, load_network
 
 OnProgress = Callable[[int, int], None]
 
@@ -31,9 +31,6 @@ class NetworkOptions:
     def load(self, device: torch.device) -> FeatureNetwork:
         """The network on a device."""
         return load_network(self.network, self.network_weights, device)
-
-
-NETWORK_NAMES = ", ".join(NETWORKS)
 
 
 def local_device(name: str) -> torch.device:
