@@ -20,8 +20,8 @@ from continuar.evaluation.moments import frechet_distance, moments
 from continuar.evaluation.run import EvaluationOptions, evaluate
 from continuar.evaluation.samples import GeneratedSamples, GivenSamples
 from continuar.pipeline import Pipeline
-from tests.evaluation.tiny_networks import save_classifier, tiny_network
-from tests.tiny import model_configs, model_file, shaken, write_images
+from tests.evaluation.tiny_networks import save_classifier, save_model, tiny_network
+from tests.tiny import write_images
 
 SETTINGS = {"steps": 2, "diffusion_steps": 2}
 WORDS = ["--steps", "2", "--diffusion-steps", "2", "--device", "cpu", "--batch-size", "5", "--images", "21"]
@@ -30,8 +30,8 @@ WORDS = ["--steps", "2", "--diffusion-steps", "2", "--device", "cpu", "--batch-s
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, a classifier and real images of its size."""
-    root, config = tmp_path_factory.mktemp("evaluation"), model_configs()[0]
-    Pipeline(model_file(config), shaken(config)).save_pretrained(root / "model")
+    root = tmp_path_factory.mktemp("evaluation")
+    save_model(root / "model")
     save_classifier(root / "classifier0")
     write_images(root / "data", per_class=20, classes=("ant", "bee", "cat"))
     return root
@@ -104,7 +104,7 @@ def run_processes(count: int, words: list[str]) -> None:
         )
         for rank in range(count)
     ]
-    ended = [process.communicate(timeout=120) for process in started]
+    ended = [process.communicate(timeout=300) for process in started]
     assert [p.returncode for p in started] == [0] * count, ended
     assert [bool(out) for out, _ in ended] == [True] + [False] * (count - 1)
 

@@ -17,6 +17,7 @@ COMMANDS = {
     "train": "train a model by a recipe: continuar train digits",
     "sample": "generate images: continuar sample MODEL --classes 3,7",
     "evaluate": "score images against real ones: continuar evaluate MODEL --reference STATS",
+    "sweep": "evaluate a model over settings: continuar sweep MODEL --over figure4",
     "stats": "reference statistics of real images: continuar stats DATA OUT.npz",
     "convert": "official MAR checkpoints into our format and back",
 }

@@ -109,6 +109,11 @@ class Reference:
     images: Images | None
     notes: tuple[str, ...] = ()
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether the statistics hold all that they can."""
+        return self.statistics is not None and (self.images is None or self.statistics.features_RD is not None)
+
     def measure(
         self,
         network: FeatureNetwork,
@@ -123,9 +128,9 @@ class Reference:
         Where a file has the moments and images beside them, as ADM's references, the images give the features.
         """
         given = self.statistics
-        if self.images is None or (given is not None and given.features_RD is not None and search is None):
-            assert given is not None
+        if given is not None and self.is_ready and search is None:
             return given
+        assert self.images is not None
         measured = measure_images(self.images, network, batch_size=batch_size, kept=kept, search=search, on_progress=on_progress)
         if given is None:
             return measured

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from continuar.checkpoints.store import write_json
+from continuar.checkpoints.store import read_json, write_json
 from continuar.errors import require
 from continuar.evaluation.moments import MomentAccumulator, Moments
 from continuar.evaluation.neighbours import NeighbourSearch, neighbours_picture
@@ -110,8 +110,9 @@ def evaluate(
     seconds = time.perf_counter() - began
     collected = _collect(shards, samples)
     search = NeighbourSearch(collected.features_MD[: options.neighbours], NEIGHBOURS) if options.neighbours else None
+    measuring = None if against.is_ready and search is None else bar("reference")
     statistics = against.measure(
-        network, batch_size=options.batch_size, kept=options.reference_images, search=search, on_progress=bar("reference")
+        network, batch_size=options.batch_size, kept=options.reference_images, search=search, on_progress=measuring
     )
     labels = samples.labels if samples.classes and samples.classes == network.classes else None
     device = next(network.module.parameters(), torch.empty(0)).device
@@ -161,13 +162,35 @@ def _open(samples: Samples, reference: str | Path, network: FeatureNetwork, out:
     if options.neighbours:
         count = 0 if opened.images is None else len(opened.images)
         require(count >= NEIGHBOURS, f"neighbours need a reference with {NEIGHBOURS} images; {reference} has {count}")
+    described, shards = _shards(samples, network, out, options)
+    shards.check()
+    return _Opened(opened, described, shards)
+
+
+def _shards(samples: Samples, network: FeatureNetwork, out: Path, options: EvaluationOptions) -> tuple[dict[str, Any], Shards]:
+    """What the samples are, and the shards of their job."""
     described = samples.describe() | {"batch_size": options.batch_size}
     # What model and images are called, and where they lie, does not decide what they are.
     job = {name: value for name, value in described.items() if name not in ("model", "weights", "path")}
     job |= {"network": network.name, "network_sha256": network.sha256, "save_images": options.save_images}
-    shards = Shards(out, job, samples.count, options.batch_size)
-    shards.check()
-    return _Opened(opened, described, shards)
+    return described, Shards(out, job, samples.count, options.batch_size)
+
+
+def finished(
+    samples: Samples, reference: str | Path, network: FeatureNetwork, out: Path, options: EvaluationOptions
+) -> dict[str, Any] | None:
+    """What result.json holds if this evaluation is finished there; None if it is not, or not begun.
+
+    Raises:
+        UserError: another evaluation is there, or one against another reference.
+    """
+    if not (out / RESULT).is_file():
+        return None
+    _shards(samples, network, out, options)[1].check()
+    found = read_json(out / RESULT)
+    path = found["reference"]["path"]
+    require(path == str(reference), f"{out} holds an evaluation against {path}, not {reference}; choose another directory")
+    return found
 
 
 def _make(
