@@ -150,9 +150,9 @@ def test_a_search_block_by_block_finds_what_brute_force_finds() -> None:
     expected = np.linalg.norm(query[:, None].astype(np.float32) - reference[None], axis=-1)
     assert np.array_equal(indices, expected.argsort(1, kind="stable")[:, :3])
     assert distances[2, :2].tolist() == [0, 0]
+    few = NeighbourSearch(query, 3)
+    few.add(reference[:2], 0)
     with pytest.raises(UserError, match="k is 3; allowed: 1 to 2, the number of references"):
-        few = NeighbourSearch(query, 3)
-        few.add(reference[:2], 0)
         few.result()
 
 

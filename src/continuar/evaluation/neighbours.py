@@ -63,5 +63,5 @@ def neighbours_picture(samples_QHW3: np.ndarray, neighbours_QKHW3: np.ndarray, d
         samples_QHW3: uint8. neighbours_QKHW3: uint8, nearest first. distance_QK: in feature space.
     """
     rows = np.concatenate([samples_QHW3[:, None], neighbours_QKHW3], 1)
-    captions = [c for row in distance_QK for c in ("sample", *(f"{d:.3g}" for d in row))]
+    captions = [c for row in distance_QK for c in ("sample", *(f"{rank}: {d:.3g}" for rank, d in enumerate(row, 1)))]
     return grid(rows.reshape(-1, *rows.shape[2:]), captions, columns=rows.shape[1])
