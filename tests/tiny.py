@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import typing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,44 +10,90 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
-from continuar.backbones import BackboneConfig, MAEConfig
+from continuar.backbones import BackboneConfig, CausalConfig, MAEConfig
 from continuar.checkpoints.store import ModelFile
+from continuar.configs import members
+from continuar.errors import UserError
 from continuar.generation.plan import SamplingOptions
-from continuar.heads import DiffusionHeadConfig, HeadConfig
+from continuar.heads import (
+    DiffusionHeadConfig,
+    DiffusionOptions,
+    FlowHeadConfig,
+    HeadConfig,
+    MixtureHeadConfig,
+    RegressionHeadConfig,
+    option_names,
+)
 from continuar.model import Model, ModelConfig
 from continuar.orders import OrderConfig
-from continuar.tokenizers import PixelConfig
+from continuar.parts import check_parts
+from continuar.pipeline import Pipeline
+from continuar.tokenizers import CodebookConfig, CodebookTokenizer, PixelConfig
 from continuar.training.config import DataConfig, EMAConfig, LoopConfig, OptimConfig, Run
 
 TOKENIZER = PixelConfig(image_size=8, patch=2, channels=3, std=0.5)
+IDS = CodebookConfig(image_size=8, patch=2, channels=3, vocabulary=11)
 SMALL: dict[type, dict[str, Any]] = {
+    CausalConfig: {"width": 32, "depth": 2, "heads": 2},
+    FlowHeadConfig: {"width": 24, "depth": 2},
+    RegressionHeadConfig: {"width": 24, "depth": 2},
+    MixtureHeadConfig: {"components": 3},
     MAEConfig: {"width": 32, "encoder_depth": 1, "heads": 2, "decoder_width": 16, "decoder_depth": 2, "buffer": 3},
     DiffusionHeadConfig: {"width": 24, "depth": 2},
 }
-OPTIONS = SamplingOptions(steps=5, diffusion_steps=6, guidance=2.0)
 
 
-def kinds(table: Any) -> tuple[type, ...]:
-    """The config classes of a closed table: a union's members, or the only one."""
-    return typing.get_args(table) or (table,)
+def takes_steps(config: ModelConfig) -> bool:
+    """Whether the order lets one choose the number of steps."""
+    try:
+        config.order.build(16).group_sizes(5, 16)
+    except UserError:
+        return False
+    return True
+
+
+def options_of(config: ModelConfig, **values: Any) -> SamplingOptions:
+    """Few steps, of every kind that the model has, and guidance; ``values`` replace them."""
+    small = {"diffusion_steps": 6, "flow_steps": 6, "candidates": 8}
+    defaults = SamplingOptions().for_head(config.head)
+    names = option_names(type(config.head.options()))
+    steps = {"steps": 5} if takes_steps(config) else {}
+    return defaults.override(**(steps | {"guidance": 2.0} | {k: v for k, v in small.items() if k in names} | values))
+
+
+def tokenizer_of(config: ModelConfig) -> PixelConfig | CodebookConfig:
+    """The tokenizer whose tokens the model takes."""
+    return IDS if config.tokens.kind == "id" else TOKENIZER
 
 
 def model_configs() -> list[ModelConfig]:
-    """Every backbone x order x head that the tables hold, and both predictions of the diffusion head."""
-    combinations = itertools.product(kinds(OrderConfig), kinds(BackboneConfig), kinds(HeadConfig))
-    found = [
-        ModelConfig(TOKENIZER.spec, 3, order(), backbone(**SMALL.get(backbone, {})), head(**SMALL.get(head, {})))
-        for order, backbone, head in combinations
-    ]
-    return [
-        *found,
-        *(replace(c, head=replace(c.head, prediction="velocity")) for c in found if isinstance(c.head, DiffusionHeadConfig)),
-    ]
+    """Every backbone x order x head of the tables that can work together, and both predictions of the diffusion head."""
+    found = []
+    for order, backbone, head in itertools.product(members(OrderConfig), members(BackboneConfig), members(HeadConfig)):
+        tokens = (IDS if head.token_kind == "id" else TOKENIZER).spec
+        try:
+            check_parts(tokens, order, backbone, head)
+        except UserError:
+            continue
+        found.append(ModelConfig(tokens, 3, order(), backbone(**SMALL.get(backbone, {})), head(**SMALL.get(head, {}))))
+    velocity = [replace(c, head=replace(c.head, prediction="velocity")) for c in found if isinstance(c.head, DiffusionHeadConfig)]
+    return [*found, *velocity]
+
+
+def random_tokens(config: ModelConfig, batch: int, seed: int) -> Tensor:
+    """Tokens of the model's kind: standard normal vectors, or uniform ids."""
+    generator = torch.Generator().manual_seed(seed)
+    spec = config.tokens
+    if spec.kind == "id":
+        return torch.randint(spec.vocabulary, (batch, spec.positions), generator=generator)
+    return torch.randn(batch, spec.positions, spec.dim, generator=generator)
 
 
 def name(config: ModelConfig) -> str:
-    return f"{config.backbone.kind}-{config.order.kind}-{config.head.kind}-{getattr(config.head, 'prediction', '')}"
+    prediction = getattr(config.head, "prediction", "")
+    return f"{config.backbone.kind}-{config.order.kind}-{config.head.kind}" + (f"-{prediction}" if prediction else "")
 
 
 def shaken(config: ModelConfig, seed: int = 0) -> Model:
@@ -61,8 +106,16 @@ def shaken(config: ModelConfig, seed: int = 0) -> Model:
     return model
 
 
-def model_file(config: ModelConfig, options: SamplingOptions = OPTIONS) -> ModelFile:
-    return ModelFile(config, TOKENIZER, ("ant", "bee", "cat"), options)
+def model_file(config: ModelConfig, options: SamplingOptions | None = None) -> ModelFile:
+    return ModelFile(config, tokenizer_of(config), ("ant", "bee", "cat"), options or options_of(config))
+
+
+def pipeline(config: ModelConfig, model: Model | None = None, options: SamplingOptions | None = None) -> Pipeline:
+    """A pipeline of a shaken model, with a random codebook where ids need one."""
+    tokenizer = tokenizer_of(config).build()
+    if isinstance(tokenizer, CodebookTokenizer):
+        tokenizer.codebook.copy_(torch.rand(tokenizer.codebook.shape, generator=torch.Generator().manual_seed(1)) * 2 - 1)
+    return Pipeline(model_file(config, options), model or shaken(config), tokenizer)
 
 
 def tiny_run(path: Path | str, **loop: Any) -> Run:
@@ -76,7 +129,7 @@ def tiny_run(path: Path | str, **loop: Any) -> Run:
         optim=OptimConfig(lr=1e-3),
         ema=EMAConfig(decay=0.9),
         train=LoopConfig(**(defaults | loop)),
-        sampling=SamplingOptions(steps=2, diffusion_steps=3, guidance=2.0),
+        sampling=SamplingOptions(steps=2, guidance=2.0, head=DiffusionOptions(diffusion_steps=3)),
     )
 
 

@@ -84,7 +84,7 @@ def _union_from_json(options: tuple[Any, ...], value: Any, where: str) -> Any:
         return None
     plain = [o for o in options if o is not type(None)]
     if isinstance(value, dict):
-        kinds = {typing.get_args(typing.get_type_hints(o)["kind"])[0]: o for o in plain if hasattr(o, "kind")}
+        kinds = {kind_of(o): o for o in plain if hasattr(o, "kind")}
         if kinds:
             kind = value.get("kind")
             if kind not in kinds:
@@ -96,6 +96,16 @@ def _union_from_json(options: tuple[Any, ...], value: Any, where: str) -> Any:
         if isinstance(option, type) and isinstance(value, option) and not isinstance(value, bool):
             return from_json(option, value, where)
     raise UserError(f"{where} is {value!r}; expected one of {', '.join(getattr(o, '__name__', str(o)) for o in plain)}")
+
+
+def members(table: Any) -> tuple[Any, ...]:
+    """The classes of a closed table: a union's members, or the only one."""
+    return typing.get_args(table) or (table,)
+
+
+def kind_of(config_class: Any) -> str:
+    """The literal ``kind`` of a config class."""
+    return typing.get_args(typing.get_type_hints(config_class)["kind"])[0]
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:

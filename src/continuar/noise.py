@@ -4,7 +4,8 @@ Every draw is a pure function of (image seed, position, purpose, step): Philox4x
 "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011), written in integer tensor operations. So the same seed gives the same
 image at any batch size, in any batch order, on any rank and any device.
 
-Counter words: (position, step, purpose, block); key words: the seed's low and high 32 bits.
+Counter words: (position, step + 2^16 round, purpose, block); key words: the seed's low and high 32 bits. A round is one of several
+times that a token is drawn, where an order draws tokens that it may not keep.
 """
 
 from __future__ import annotations
@@ -68,16 +69,18 @@ class KeyedNoise:
     Args:
         seeds: [M] int64, any value; two's complement for negative ones.
         positions: [M] int64, 0..2^32-1.
+        round: 0..2^16-1; see the module's docstring.
     """
 
-    def __init__(self, seeds: Tensor, positions: Tensor) -> None:
+    def __init__(self, seeds: Tensor, positions: Tensor, round: int = 0) -> None:
+        self._step = round << 16
         self._key = (seeds & _MASK).unsqueeze(-1), ((seeds >> 32) & _MASK).unsqueeze(-1)
         self._positions = positions.unsqueeze(-1)
 
     def _words(self, purpose: Purpose, step: int, blocks: int) -> tuple[Tensor, ...]:
         block = torch.arange(blocks, device=self._positions.device)
         like = torch.zeros_like(block)
-        return philox((self._positions, like + step, like + int(purpose), block), self._key)
+        return philox((self._positions, like + (self._step + step), like + int(purpose), block), self._key)
 
     def normal(self, purpose: Purpose, step: int, dim: int) -> Tensor:
         u0, u1, u2, u3 = (_uniform(w) for w in self._words(purpose, step, -(-dim // 4)))

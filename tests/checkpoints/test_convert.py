@@ -26,6 +26,7 @@ from continuar.checkpoints.store import (
 from continuar.cli.convert import main
 from continuar.cli.main import main as continuar
 from continuar.errors import UserError
+from continuar.heads import DiffusionOptions
 from continuar.pipeline import load
 from continuar.tokenizers import LatentConfig, PixelConfig
 
@@ -57,7 +58,7 @@ def test_convert_keeps_what_args_say_of_training(save: Callable[..., str], tmp_p
     main([source, str(tmp_path / "model")])
     config = read_model_file(tmp_path / "model").model
     assert (config.backbone.attention_dropout, config.backbone.dropout) == (0.0, 0.25)
-    assert (config.order.mask_ratio_min, config.head.timesteps_per_token) == (0.5, 2)
+    assert (config.backbone.mask_ratio_min, config.head.timesteps_per_token) == (0.5, 2)
     main([str(tmp_path / "model"), str(tmp_path / "back.pth")])
     assert {k: getattr(read(tmp_path / "back.pth")["args"], k) for k in told} == told
 
@@ -126,7 +127,7 @@ def test_model_file_carries_the_papers_sampling_settings(sizes: Sizes, name: str
     file, _ = model_file(OfficialFile(Path("mar.pth"), meta_state(sizes), told, "model_ema"))
     s = file.sampling
     assert (s.steps, s.guidance) == (64 if name else 9, guidance)
-    assert (s.diffusion_steps, s.guidance_schedule, s.temperature, s.sampler) == (100, "linear", 1.0, "ddpm")
+    assert (s.guidance_schedule, s.temperature, s.head) == ("linear", 1.0, DiffusionOptions(diffusion_steps=100, sampler="ddpm"))
     assert file.tokenizer.spec == file.model.tokens
     assert official_args(file).get("model") == name
 
@@ -205,7 +206,7 @@ def test_convert_replaces_a_saved_model_but_nothing_else(save: Callable[..., str
     assert sorted(p.name for p in saved.iterdir()) == [CONFIG, WEIGHTS]
     assert [p.name for p in saved.parent.iterdir()] == ["model"]
     fake = state(Sizes(), seed=1)["fake_latent"]
-    assert_same_bits({"": read_tensors(saved / WEIGHTS)["class_embedding.weight"][3:]}, {"": fake})
+    assert_same_bits({"": read_tensors(saved / WEIGHTS)["condition.embedding"][3:]}, {"": fake})
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
     (run / CONFIG).write_text("{}")

@@ -38,8 +38,10 @@ def model_file(tokenizer: TokenizerConfig, classes: tuple[str, ...] = ("cat", "d
     config = ModelConfig(
         tokenizer.spec,
         len(classes),
-        MAROrderConfig(mask_ratio_min=0.5, mask_granularity=2),
-        MAEConfig(width=8, encoder_depth=1, heads=2, decoder_width=4, decoder_depth=1, decoder_heads=1, buffer=2),
+        MAROrderConfig(),
+        MAEConfig(
+            width=8, encoder_depth=1, heads=2, decoder_width=4, decoder_depth=1, decoder_heads=1, buffer=2, mask_ratio_min=0.5
+        ),
         DiffusionHeadConfig(width=8, depth=1, timesteps_per_token=2),
     )
     return ModelFile(config, tokenizer, classes, SamplingOptions(steps=3, guidance=2.5, temperature=0.9))

@@ -1,18 +1,27 @@
 """The command line as a user meets it: what is written, and one clear line for every mistake."""
 
+import itertools
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from continuar.cli.main import main
-from continuar.pipeline import Pipeline
+from continuar.pipeline import Pipeline, newest_checkpoints
 from continuar.recipes import RECIPES
 from tests.tiny import model_configs, model_file, shaken, write_images
+
+TINY = [
+    *("--backbone.width", "16", "--backbone.heads", "2", "--backbone.encoder-depth", "1", "--backbone.decoder-depth", "1"),
+    *("--head.width", "16", "--train.images", "32", "--train.batch-size", "8", "--tokenizer.image-size", "8"),
+    *("--sampling.steps", "2", "--sampling.head.diffusion-steps", "2", "--device", "cpu"),
+]
+"""Options of recipe `folder` for a run of four steps."""
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +120,10 @@ def test_sample_writes_images_grid_and_settings(model: Path, tmp_path: Path) -> 
         (["--temperature", "nan"], "temperature is nan; allowed: 0 or more"),
         (["--temperature", "-0.5"], "temperature is -0.5; allowed: 0 or more"),
         (["--sampler", "ddim", "--temperature", "0.9"], "temperature is 0.9 with the sampler 'ddim'"),
+        (["--sampler", "dpmpp", "--diffusion-steps", "990"], "diffusion steps is 990; allowed: 1 to 980"),
         (["--per-class", "0"], "--per-class is 0; allowed: 1 or more"),
         (["--batch-size", "0"], "--batch-size is 0; allowed: 1 or more"),
+        (["--animate", "--seed", str(2**63)], "seed is 9223372036854775808; allowed: -2^63 to 2^63-1"),
         (["--device", "tpu"], "device is 'tpu'; allowed: auto, cpu"),
     ],
 )
@@ -151,7 +162,7 @@ def test_sample_refuses_missing_and_damaged_models(model: Path, tmp_path: Path, 
     assert "not the config of a saved model" in broken("other", b'{"a": 1}', "config.json")
     config = json.loads((model / "config.json").read_text())
     config["model"]["backbone"]["kind"] = "mea"
-    assert "backbone.kind 'mea'; did you mean mae?" in broken("kind", json.dumps(config).encode(), "config.json")
+    assert "backbone 'mea'; did you mean mae?" in broken("kind", json.dumps(config).encode(), "config.json")
     config["model"]["backbone"] |= {"kind": "mae", "width": 64}
     line = broken("shapes", json.dumps(config).encode(), "config.json")
     assert "does not fit the model: of another shape: " in line
@@ -212,12 +223,26 @@ def test_debug_shows_the_traceback() -> None:
         main(["trian", "--debug"])
 
 
+def test_a_time_limit_ends_a_run_cleanly_and_resume_finishes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    data, out = write_images(tmp_path / "data"), tmp_path / "run"
+    command = ["train", "folder", "--data.path", str(data), *TINY, "--out", str(out)]
+    ticks = itertools.count(0, 40)  # seconds: asked once before the first step, then after each
+    monkeypatch.setattr("continuar.cli.train.time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    assert main([*command, "--max-minutes", "1"]) == 0
+    assert "stopped after 1 minutes at step 2 of 4" in " ".join(capsys.readouterr().out.split())
+    assert [p.name for p in newest_checkpoints(out)] == ["step-00000002"]
+    # Another limit is not another config.
+    assert main([*command, "--max-minutes", "60", "--resume"]) == 0
+    assert "trained: " in capsys.readouterr().out
+    assert newest_checkpoints(out)[0].name == "step-00000004"
+    assert "--max-minutes is -1.0; allowed: 0 or more" in refused([*command, "--max-minutes", "-1"], capsys)
+
+
 def test_a_tiny_run_trains_and_samples_from_the_command_line(tmp_path: Path) -> None:
     data = write_images(tmp_path / "data")
-    sizes = [*("--backbone.width", "16", "--backbone.heads", "2", "--backbone.encoder-depth", "1", "--backbone.decoder-depth", "1")]
-    sizes += [*("--head.width", "16", "--train.images", "32", "--train.batch-size", "8", "--tokenizer.image-size", "8")]
-    sizes += [*("--sampling.steps", "2", "--sampling.diffusion-steps", "2", "--device", "cpu")]
-    assert main(["train", "folder", "--data.path", str(data), *sizes, "--out", str(tmp_path / "run")]) == 0
+    assert main(["train", "folder", "--data.path", str(data), *TINY, "--out", str(tmp_path / "run")]) == 0
     for weights in ("ema", "raw"):
         out = tmp_path / weights
         assert main(["sample", str(tmp_path / "run"), "--weights", weights, "--per-class", "1", "--out", str(out)]) == 0

@@ -9,8 +9,7 @@ from torch import nn
 
 from continuar.evaluation.classifier import Classifier, ClassifierConfig
 from continuar.evaluation.networks import FeatureNetwork, load_network
-from continuar.pipeline import Pipeline
-from tests.tiny import model_configs, model_file, shaken
+from tests.tiny import model_configs, pipeline
 
 CLASSES = ("ant", "bee", "cat")
 
@@ -34,7 +33,7 @@ def save_model(directory: Path) -> Path:
     """A masked model with three classes; velocity, so that few denoising steps do not make everything black and white."""
     found = (c for c in model_configs() if (c.order.kind, c.backbone.kind, c.head.kind) == ("mar", "mae", "diffusion"))
     config = next(c for c in found if c.head.prediction == "velocity")
-    return Pipeline(model_file(config), shaken(config)).save_pretrained(directory)
+    return pipeline(config).save_pretrained(directory)
 
 
 class MeanColour(nn.Module):

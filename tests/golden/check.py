@@ -25,7 +25,7 @@ from continuar.diffusion.schedule import Schedule, sampling_schedule, spaced, st
 from continuar.generation.eager import Start, generate
 from continuar.generation.plan import SamplingOptions
 from continuar.guidance import Guidance
-from continuar.heads import DiffusionHead
+from continuar.heads import DiffusionHead, DiffusionOptions
 from continuar.model import Model
 from continuar.noise import Purpose
 from continuar.orders import MAROrder, View
@@ -248,12 +248,12 @@ def replay_generation(model: Model, g: dict[str, Tensor], name: str, sampling: d
     draws = [g[f"{name}.draw{i:04d}"] for i in range(sampling["draws"])]
     options = SamplingOptions(
         steps=sampling["num_iter"],
-        diffusion_steps=int(sampling["num_sampling_steps"]),
         guidance=sampling["cfg"],
         guidance_schedule=sampling["cfg_schedule"],
         temperature=sampling["temperature"],
+        head=DiffusionOptions(diffusion_steps=int(sampling["num_sampling_steps"])),
     )
-    per_step = options.diffusion_steps + 1
+    per_step = int(sampling["num_sampling_steps"]) + 1
 
     def noise_of(seeds: Tensor, positions: Tensor) -> Replay:
         # With guidance the recorded step draws have a second half, which never reaches the output.

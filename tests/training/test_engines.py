@@ -9,7 +9,6 @@ from torch._inductor import config as inductor
 from continuar.backbones import MAEConfig
 from continuar.errors import UserError
 from continuar.heads import DiffusionHeadConfig
-from continuar.orders import MAROrderConfig
 from continuar.tokenizers import PixelConfig
 from continuar.training.config import LoopConfig, Run
 from continuar.training.engines import CompiledEngine, EagerEngine, GraphEngine
@@ -18,8 +17,7 @@ from continuar.training.engines import CompiledEngine, EagerEngine, GraphEngine
 def tiny_run(**train) -> Run:
     return Run(
         tokenizer=PixelConfig(image_size=8, patch=2, std=1.0),
-        order=MAROrderConfig(mask_granularity=4),
-        backbone=MAEConfig(width=32, encoder_depth=1, heads=2, decoder_depth=1, buffer=2),
+        backbone=MAEConfig(width=32, encoder_depth=1, heads=2, decoder_depth=1, buffer=2, mask_granularity=4),
         head=DiffusionHeadConfig(width=32, depth=1, prediction="velocity"),
         train=LoopConfig(batch_size=4, **train),
         sampling=dataclasses.replace(Run().sampling, steps=4),
@@ -40,7 +38,7 @@ def test_compiled_loss_equals_the_plain_one_in_value_and_gradients(monkeypatch: 
     results = []
     for engine in (EagerEngine, CompiledEngine):
         torch.manual_seed(7)
-        view = model.order.training_view(4, torch.device("cpu"))
+        view = model.training_view(4, torch.device("cpu"))
         loss = engine(model, 0.1, False)(tokens, labels, view)
         results.append((loss, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
     (plain, plain_gradients), (fast, fast_gradients) = results
@@ -53,7 +51,8 @@ def test_compiled_loss_equals_the_plain_one_in_value_and_gradients(monkeypatch: 
 
 
 def test_compiling_too_many_shapes_is_refused() -> None:
-    run = dataclasses.replace(tiny_run(), order=MAROrderConfig(mask_ratio_min=0.1))
+    run = tiny_run()
+    run = dataclasses.replace(run, backbone=dataclasses.replace(run.backbone, mask_ratio_min=0.1, mask_granularity=1))
     with pytest.raises(UserError, match="compiles 15 masked counts; allowed: 7"):
         CompiledEngine(run.model_config(3).build(), 0.1, False)
 
@@ -76,7 +75,7 @@ def test_graph_engine_equals_the_eager_one_for_several_masked_counts() -> None:
         results = []
         for engine in (eager, graphs):
             torch.manual_seed(seed)
-            view = model.order.training_view(4, torch.device("cuda"))
+            view = model.training_view(4, torch.device("cuda"))
             loss = engine(tokens, labels, view).clone()
             results.append((loss, [p.grad.clone() for p in model.parameters() if p.grad is not None]))
         assert torch.allclose(results[0][0], results[1][0], rtol=1e-5)

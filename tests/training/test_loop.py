@@ -78,6 +78,16 @@ def test_an_interrupted_run_resumes_to_the_same_bits(images: Path, undisturbed: 
     assert steps == [2, 4, 6]
 
 
+def test_a_run_cut_into_slices_ends_with_the_same_bits(images: Path, undisturbed: Path, tmp_path: Path) -> None:
+    run, directory, reached = tiny_run(images, sample_images=48), tmp_path / "r", 0
+    for steps_in_slice in (1, 2, 9):
+        clock = iter(range(100))
+        train(run, directory, device=CPU, resume=True, should_stop=lambda c=clock, n=steps_in_slice: next(c) >= n - 1)
+        reached = min(6, reached + steps_in_slice)
+        assert newest_checkpoints(directory)[0].name == f"step-{reached:08d}"
+    assert same_bits(directory, undisturbed)
+
+
 def test_resuming_a_finished_run_changes_nothing(images: Path, undisturbed: Path, tmp_path: Path) -> None:
     before = (undisturbed / "metrics.jsonl").read_text()
     train(tiny_run(images, sample_images=48), undisturbed, device=CPU, resume=True)
@@ -121,9 +131,21 @@ def test_another_run_is_not_overwritten_nor_mixed(images: Path, undisturbed: Pat
 
 def test_a_real_process_keeps_a_checkpoint_on_sigint_and_ends_with_the_same_bits(images: Path, tmp_path: Path) -> None:
     options = [
-        *("--data.path", str(images), "--tokenizer.image-size", "8", "--sampling.steps", "2", "--sampling.diffusion-steps", "2"),
+        *("--data.path", str(images), "--tokenizer.image-size", "8", "--sampling.steps", "2"),
+        *("--sampling.head.diffusion-steps", "2"),
         *("--backbone.width", "16", "--backbone.heads", "2", "--backbone.encoder-depth", "1", "--backbone.decoder-depth", "1"),
-        *("--backbone.buffer", "2", "--head.width", "16", "--head.depth", "1", "--train.batch-size", "8"),
+        *(
+            "--backbone.buffer",
+            "2",
+            "--sampling.head.diffusion-steps",
+            "2",
+            "--head.width",
+            "16",
+            "--head.depth",
+            "1",
+            "--train.batch-size",
+            "8",
+        ),
         *("--train.images", "4000", "--train.log-images", "800", "--train.sample-images", "0", "--device", "cpu"),
     ]
     command = [sys.executable, "-m", "continuar", "train", "folder", *options]

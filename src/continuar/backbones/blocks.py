@@ -2,11 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from continuar.errors import require
+
 LN_EPS = 1e-6
+
+
+def check_dropout(attention_dropout: float, dropout: float) -> None:
+    """Refuses rates outside [0, 1)."""
+    for name, value in (("attention_dropout", attention_dropout), ("dropout", dropout)):
+        require(0 <= value < 1, f"backbone.{name} is {value}; allowed: 0 up to below 1")
+
+
+@dataclass
+class KVCache:
+    """Keys and values of one block, [B, heads, L, width/heads] each, written in place: no memory is allocated while generating."""
+
+    k: Tensor
+    v: Tensor
+
+    def write(self, k_BHTD: Tensor, v_BHTD: Tensor, at: int) -> tuple[Tensor, Tensor]:
+        """Writes T slots from slot ``at`` on; returns keys and values of all slots up to the last written."""
+        end = at + k_BHTD.shape[2]
+        self.k[:, :, at:end] = k_BHTD
+        self.v[:, :, at:end] = v_BHTD
+        return self.k[:, :, :end], self.v[:, :, :end]
 
 
 class Attention(nn.Module):
@@ -19,11 +44,17 @@ class Attention(nn.Module):
         self.projection = nn.Linear(width, width)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x_BLE: Tensor) -> Tensor:
+    def forward(self, x_BLE: Tensor, *, causal: bool = False, cache: KVCache | None = None, at: int = 0) -> Tensor:
+        """Attention within x, triangular if ``causal``; with a cache, also to its first ``at`` slots, behind which x is written."""
         batch, length, width = x_BLE.shape
         q, k, v = self.qkv(x_BLE).view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        mask = None
+        if cache is not None:
+            k, v = cache.write(k, v, at)
+            # A single slot sees all that was written; several must not see one another's future.
+            mask = torch.ones(length, at + length, dtype=torch.bool, device=x_BLE.device).tril(at) if length > 1 else None
         dropout = self.attention_dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
         return self.dropout(self.projection(y.transpose(1, 2).reshape(batch, length, width)))
 
 
@@ -43,8 +74,9 @@ class Block(nn.Module):
             nn.Dropout(dropout),
         )
 
-    def forward(self, x_BLE: Tensor) -> Tensor:
-        x_BLE = x_BLE + self.attention(self.norm1(x_BLE))
+    def forward(self, x_BLE: Tensor, *, causal: bool = False, cache: KVCache | None = None, at: int = 0) -> Tensor:
+        """See `Attention.forward`."""
+        x_BLE = x_BLE + self.attention(self.norm1(x_BLE), causal=causal, cache=cache, at=at)
         return x_BLE + self.mlp(self.norm2(x_BLE))
 
 
@@ -59,9 +91,3 @@ def init_transformer(module: nn.Module) -> None:
         for parameter in child.parameters(recurse=False):
             if not isinstance(child, nn.Linear | nn.LayerNorm | nn.Embedding):
                 nn.init.normal_(parameter, std=0.02)
-
-
-def take(x_BNE: Tensor, index_BK: Tensor) -> Tensor:
-    """Rows of each image at its own positions: [B, N, E], [B, K] -> [B, K, E]. A batch of one in x is shared by all."""
-    x_BNE = x_BNE.expand(index_BK.shape[0], *x_BNE.shape[1:])
-    return torch.gather(x_BNE, 1, index_BK.unsqueeze(-1).expand(*index_BK.shape, x_BNE.shape[-1]))

@@ -1,6 +1,6 @@
 """The MAE-style bidirectional encoder and decoder (paper, Sections 3.4 and 4.2; He et al. 2022).
 
-1. Encoder: [buffer copies of the condition, known tokens] + positions -> LayerNorm -> blocks -> LayerNorm.
+1. Encoder: [buffer filled with the condition, known tokens] + positions -> LayerNorm -> blocks -> LayerNorm.
 2. Decoder: [encoded buffer, encoded known tokens, one mask token per unknown position] + positions -> blocks -> LayerNorm.
 3. z = decoder output at the queried positions + one more learned position embedding.
 
@@ -10,15 +10,17 @@ Attention has no order of its own, so known and masked rows are kept as two runs
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from continuar.backbones.base import Backbone
-from continuar.backbones.blocks import LN_EPS, Block, init_transformer, take
+from continuar.backbones.blocks import LN_EPS, Block, check_dropout, init_transformer
+from continuar.backbones.masking import MaskCount
 from continuar.errors import require
 from continuar.orders import View
+from continuar.rows import put_, take
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,17 @@ class MAEConfig:
     decoder_heads: int = 0
     """Attention heads of the decoder; 0 is the encoder's."""
     buffer: int = 64
-    """Copies of the condition before the tokens: something to compute on while little is known."""
+    """Places before the tokens, filled with copies of the condition: something to compute on while little is known."""
     attention_dropout: float = 0.1
     """Dropout on attention weights while training."""
     dropout: float = 0.1
     """Dropout after projections and inside the MLP while training."""
+    mask_ratio_min: float = 0.7
+    """Lower end of the truncated normal (mean 1, std 0.25, upper end 1) that training draws the masked share from; 0..1."""
+    mask_granularity: int = 1
+    """The masked count is rounded to the nearest multiple of this, so that few shapes occur and compilation pays."""
+    max_group: ClassVar[int | None] = None
+    masked: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name in ("width", "encoder_depth", "heads", "decoder_depth", "buffer"):
@@ -51,8 +59,14 @@ class MAEConfig:
         width, heads = self.decoder_width or self.width, self.decoder_heads or self.heads
         for part, w, h in (("encoder", self.width, self.heads), ("decoder", width, heads)):
             require(w % h == 0, f"{part} width {w} is not divisible by its {h} heads")
-        for name in ("attention_dropout", "dropout"):
-            require(0 <= getattr(self, name) < 1, f"backbone.{name} is {getattr(self, name)}; allowed: 0 up to below 1")
+        check_dropout(self.attention_dropout, self.dropout)
+        require(0 <= self.mask_ratio_min <= 1, f"mask_ratio_min is {self.mask_ratio_min}; allowed: 0 to 1")
+        require(self.mask_granularity >= 1, f"mask_granularity is {self.mask_granularity}; allowed: 1 or more")
+
+    @property
+    def max_condition(self) -> int | None:
+        """The most condition tokens it takes: they stand in the buffer."""
+        return self.buffer
 
     def build(self, positions: int) -> MAE:
         """The backbone over ``positions`` tokens."""
@@ -77,6 +91,7 @@ class MAE(Backbone[MAEState]):
         width, z_dim = config.width, config.decoder_width or config.width
         rates = config.attention_dropout, config.dropout
         self.width, self.z_dim, self.buffer = width, z_dim, config.buffer
+        self.mask_count = MaskCount(positions, config.mask_ratio_min, config.mask_granularity)
         self.encoder_positions = nn.Parameter(torch.empty(config.buffer + positions, width))
         self.input_norm = nn.LayerNorm(width, eps=LN_EPS)
         self.encoder = nn.ModuleList(Block(width, config.heads, *rates) for _ in range(config.encoder_depth))
@@ -92,14 +107,23 @@ class MAE(Backbone[MAEState]):
 
     def encode(self, x_BKE: Tensor, known_BK: Tensor, cond_BCE: Tensor) -> Tensor:
         """Embedded known tokens at their positions -> [B, buffer + K, E], buffer first."""
-        batch, count = cond_BCE.shape[:2]
-        require(count in (1, self.buffer), f"{count} condition tokens; allowed: 1 (repeated) or {self.buffer}")
-        buffer = cond_BCE.expand(batch, self.buffer, -1) + self.encoder_positions[: self.buffer]
+        buffer = self._fill(cond_BCE) + self.encoder_positions[: self.buffer]
         tokens = x_BKE + take(self.encoder_positions[None, self.buffer :], known_BK)
         h = self.input_norm(torch.cat((buffer, tokens), 1))
         for block in self.encoder:
             h = block(h)
         return self.encoder_norm(h)
+
+    def _fill(self, cond_BCE: Tensor) -> Tensor:
+        """Condition tokens [B, C, E] -> [B, buffer, E]; place i holds token i mod C.
+
+        One token is copied to every place, as in the paper. Of several, whole copies of the sequence follow one another, the last
+        one cut where the buffer ends: so lengths and shapes do not depend on C, no place is empty (with little known, the encoder
+        has as much to compute on as with a label), and no condition token is there more than once more than another.
+        """
+        count = cond_BCE.shape[1]
+        require(1 <= count <= self.buffer, f"{count} condition tokens; allowed: 1 to {self.buffer}, the buffer")
+        return cond_BCE.repeat(1, -(-self.buffer // count), 1)[:, : self.buffer]
 
     def decode(self, encoded_BLE: Tensor, known_BK: Tensor, masked_BM: Tensor) -> Tensor:
         """Encoder output and all masked positions -> z [B, K + M, Z]: known positions first, then masked ones."""
@@ -115,6 +139,12 @@ class MAE(Backbone[MAEState]):
         encoded = self.encode(take(x_BNE, view.known_BK), view.known_BK, cond_BCE)
         return self.decode(encoded, view.known_BK, view.query_BQ)[:, view.known :]
 
+    def draw_queried(self) -> int:
+        return self.mask_count.draw()
+
+    def queried_counts(self) -> dict[int, float]:
+        return self.mask_count.distribution()
+
     def start(self, cond_BCE: Tensor, positions: int) -> MAEState:
         batch = len(cond_BCE)
         x = cond_BCE.new_zeros(batch, positions, self.width)
@@ -127,6 +157,6 @@ class MAE(Backbone[MAEState]):
         return take(z, order.argsort(dim=1).gather(1, query_BQ) - state.known)
 
     def commit(self, state: MAEState, index_BK: Tensor, x_BKE: Tensor) -> None:
-        state.x_BNE.scatter_(1, index_BK.unsqueeze(-1).expand_as(x_BKE), x_BKE.to(state.x_BNE.dtype))
+        put_(state.x_BNE, index_BK, x_BKE)
         state.known_BN.scatter_(1, index_BK, True)
         state.known += index_BK.shape[1]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from continuar.backbones import MAEConfig
 from continuar.checkpoints.store import check_keys
+from continuar.conditions import LabelsConfig
 from continuar.errors import UserError, require
 from continuar.heads import DiffusionHeadConfig
 from continuar.model import ModelConfig
@@ -83,13 +84,15 @@ def _adaln_keys(depth: int) -> list[str]:
     return [*(f"res_blocks.{i}.adaLN_modulation.1" for i in range(depth)), "final_layer.adaLN_modulation.1"]
 
 
-def official_parts(config: ModelConfig) -> tuple[MAROrderConfig, MAEConfig, DiffusionHeadConfig]:
-    """(order, backbone, head) of a model that the official layout can hold.
+def official_parts(config: ModelConfig) -> tuple[MAEConfig, DiffusionHeadConfig]:
+    """(backbone, head) of a model that the official layout can hold.
 
     Raises:
         UserError: one of them is of another kind.
     """
     order, backbone, head = config.order, config.backbone, config.head
+    if not isinstance(config.condition, LabelsConfig):
+        raise _no_place("condition", config.condition.kind, "labels")
     if not isinstance(order, MAROrderConfig):
         raise _no_place("order", order.kind, "mar")
     if not isinstance(backbone, MAEConfig):
@@ -98,12 +101,12 @@ def official_parts(config: ModelConfig) -> tuple[MAROrderConfig, MAEConfig, Diff
         raise _no_place("head", head.kind, "diffusion")
     if head.prediction != "eps":
         raise _no_place("head.prediction", head.prediction, "eps")
-    return order, backbone, head
+    return backbone, head
 
 
 def describe(config: ModelConfig) -> str:
     """The sizes of a MAR in one line, for people."""
-    _, b, head = official_parts(config)
+    b, head = official_parts(config)
     width = f"{b.width}" + (f" / {b.decoder_width}" if b.decoder_width else "")
     heads = f"{b.heads}" + (f" / {b.decoder_heads}" if b.decoder_heads else "")
     blocks = f"{b.encoder_depth} + {b.decoder_depth} blocks"
@@ -115,7 +118,7 @@ def _no_place(part: str, kind: str, allowed: str) -> UserError:
 
 
 def _names(config: ModelConfig) -> dict[str, str]:
-    _, backbone, head = official_parts(config)
+    backbone, head = official_parts(config)
     names = dict(_NAMES)
     for part, depth in (("encoder", backbone.encoder_depth), ("decoder", backbone.decoder_depth)):
         for i in range(depth):
@@ -252,7 +255,7 @@ def to_continuar(state: Mapping[str, Tensor], config: ModelConfig, where: str = 
     ours |= {f"head.net.{k}": v for k, v in head_from_official(head).items()}
     for name in ("encoder_positions", "decoder_positions", "z_positions", "mask_token"):
         ours[f"backbone.{name}"] = ours[f"backbone.{name}"][0]
-    ours["class_embedding.weight"] = _join(state, ["class_emb.weight", "fake_latent"])
+    ours["condition.embedding"] = _join(state, ["class_emb.weight", "fake_latent"])
     return _separate(ours)
 
 
@@ -267,7 +270,7 @@ def to_official(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, T
         official[name] = official[name][None]
     head = {k.removeprefix("head.net."): v for k, v in state.items() if k.startswith("head.net.")}
     official |= {_HEAD_PREFIX + k: v for k, v in head_to_official(head).items()}
-    embedding = state["class_embedding.weight"]
+    embedding = state["condition.embedding"]
     official["class_emb.weight"], official["fake_latent"] = embedding[: config.classes], embedding[config.classes :]
     return _separate(official)
 

@@ -96,7 +96,7 @@ def import_official(
 def export_official(source: Path, destination: Path, *, weights: Weights = "ema", overwrite: bool = False) -> Converted:
     """Writes a saved model or a training checkpoint as an official file.
 
-    Not everything has a place there: sampling settings, class names and ``order.mask_granularity`` are left out.
+    Not everything has a place there: sampling settings, class names and ``backbone.mask_granularity`` are left out.
 
     Args:
         weights: "ema": raw weights as 'model', their EMA as 'model_ema'; "raw": raw weights as both.

@@ -69,12 +69,12 @@ def model_file(
         decoder_heads=_heads(official, "decoder_num_heads", decoder_heads, "--decoder-heads"),
         where=str(official.path),
     )
-    order, backbone, head = official_parts(config)
+    backbone, head = official_parts(config)
     config = replace(
         config,
-        order=replace(order, mask_ratio_min=official.number("mask_ratio_min", order.mask_ratio_min, float)),
         backbone=replace(
             backbone,
+            mask_ratio_min=official.number("mask_ratio_min", backbone.mask_ratio_min, float),
             attention_dropout=official.number("attn_dropout", backbone.attention_dropout, float),
             dropout=official.number("proj_dropout", backbone.dropout, float),
         ),
@@ -95,7 +95,7 @@ def official_args(file: ModelFile) -> dict[str, Any]:
     Raises:
         UserError: the model is not a MAR, or its tokens are neither latents nor pixels.
     """
-    order, backbone, head = official_parts(file.model)
+    backbone, head = official_parts(file.model)
     encoder = (backbone.width, backbone.encoder_depth, backbone.heads)
     width, heads = backbone.decoder_width or backbone.width, backbone.decoder_heads or backbone.heads
     decoder = (width, backbone.decoder_depth, heads)
@@ -106,7 +106,7 @@ def official_args(file: ModelFile) -> dict[str, Any]:
     args |= zip((*_TOKENIZER, "latent_scale"), latent_sizes(file), strict=True)
     return args | {
         "class_num": file.model.classes,
-        "mask_ratio_min": order.mask_ratio_min,
+        "mask_ratio_min": backbone.mask_ratio_min,
         "attn_dropout": backbone.attention_dropout,
         "proj_dropout": backbone.dropout,
         "buffer_size": backbone.buffer,

@@ -1,7 +1,8 @@
 """Files of weights: safetensors and JSON, written so that a reader sees all of it or none.
 
-A *saved model* is a directory with ``config.json`` (`ModelFile`) and ``model.safetensors``; a training checkpoint is the same with
-``ema.safetensors`` and the trainer's state beside it. Weights may be stored in bfloat16; they are computed with in float32.
+A *saved model* is a directory with ``config.json`` (`ModelFile`), ``model.safetensors`` and, where the tokenizer has a state,
+``tokenizer.safetensors``; a training checkpoint is the same with ``ema.safetensors`` and the trainer's state beside it. Weights may
+be stored in bfloat16; they are computed with in float32.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ from continuar.configs import from_json, to_json
 from continuar.errors import UserError, require
 from continuar.generation.plan import SamplingOptions
 from continuar.model import ModelConfig
-from continuar.tokenizers import TokenizerConfig
+from continuar.tokenizers import Tokenizer, TokenizerConfig
 
 FORMAT = 1
-CONFIG, WEIGHTS, EMA = "config.json", "model.safetensors", "ema.safetensors"
+_RENAMED = {"class_embedding.weight": "condition.embedding"}
+"""Weights that older files hold under another name."""
+CONFIG, WEIGHTS, EMA, TOKENIZER = "config.json", "model.safetensors", "ema.safetensors", "tokenizer.safetensors"
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class ModelFile:
     classes: tuple[str, ...]
     """Class names in label order; empty for an unconditional model."""
     sampling: SamplingOptions
-    """The settings the model was found best with."""
+    """The settings the model was found best with; head options left out are the head's defaults."""
     format: int = FORMAT
 
     def __post_init__(self) -> None:
@@ -50,6 +53,7 @@ class ModelFile:
             self.tokenizer.spec == self.model.tokens,
             f"the tokenizer gives {self.tokenizer.spec}, the model takes {self.model.tokens}",
         )
+        object.__setattr__(self, "sampling", self.sampling.for_head(self.model.head))
 
 
 @contextmanager
@@ -89,7 +93,7 @@ def is_replaceable(directory: Path) -> bool:
     if not directory.is_dir():
         return False
     names = {p.name for p in directory.iterdir()}
-    return not names or names == {CONFIG, WEIGHTS}
+    return not names or {CONFIG, WEIGHTS} <= names <= {CONFIG, WEIGHTS, TOKENIZER}
 
 
 def write_text(path: Path, text: str) -> None:
@@ -141,13 +145,33 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_state(module: torch.nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Loads weights into a module; every key and shape must fit.
+    """Loads weights into a module; every key and shape must fit, names as of older files being read as today's.
 
     Raises:
         UserError: lists what is missing, unexpected or of another shape.
     """
+    tensors = {_RENAMED.get(k, k): v for k, v in tensors.items()}
     check_keys(tensors, {k: v.shape for k, v in module.state_dict().items()}, where)
-    module.load_state_dict(dict(tensors))
+    module.load_state_dict(tensors)
+
+
+def write_tokenizer(directory: Path, tokenizer: Tokenizer) -> None:
+    """Writes a tokenizer's state beside a model, if it has one."""
+    state = tokenizer.state_dict()
+    if state:
+        write_tensors(directory / TOKENIZER, state)
+
+
+def read_tokenizer(directory: Path, config: TokenizerConfig) -> Tokenizer:
+    """The tokenizer of a saved model, with its state if it has one.
+
+    Raises:
+        UserError: its state is missing, unreadable, or does not fit.
+    """
+    tokenizer = config.build()
+    if tokenizer.state_dict():
+        load_state(tokenizer, read_tensors(directory / TOKENIZER), str(directory / TOKENIZER))
+    return tokenizer
 
 
 def check_keys(state: Mapping[str, Tensor], expected: Mapping[str, torch.Size], where: str, shown: int = 8) -> None:

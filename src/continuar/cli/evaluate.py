@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from continuar.cli.networks import NetworkOptions, local_device, progress_bar
+from continuar.cli.generating import SamplingSettings
+from continuar.cli.networks import NetworkOptions, local_device, progress_bars
 from continuar.cli.parse import parse
-from continuar.cli.settings import SamplingSettings
 from continuar.errors import require
 from continuar.evaluation.images import open_images
 from continuar.evaluation.processes import processes
@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> int:
     """See the module's docstring."""
     options = parse(Arguments, arguments, prog="continuar evaluate", description=_DESCRIPTION)
     require(bool(options.reference), "--reference is missing: what should the images be scored against?")
-    with processes() as group, progress_bar(shown=group.is_first) as bar:
+    with processes() as group, progress_bars(shown=group.is_first) as bar:
         network = options.features.load(local_device(options.device))
         report = evaluate(
             find_samples(options), options.reference, network, options.out, options=options.options, group=group, bar=bar

@@ -16,6 +16,7 @@ from continuar.errors import UserError, unknown_name
 COMMANDS = {
     "train": "train a model by a recipe: continuar train digits",
     "sample": "generate images: continuar sample MODEL --classes 3,7",
+    "edit": "generate a part of an image anew: continuar edit MODEL IMAGE --mask MASK.png --class cat",
     "evaluate": "score images against real ones: continuar evaluate MODEL --reference STATS",
     "sweep": "evaluate a model over settings: continuar sweep MODEL --over figure4",
     "stats": "reference statistics of real images: continuar stats DATA OUT.npz",

@@ -41,7 +41,7 @@ def local_device(name: str) -> torch.device:
 
 
 @contextmanager
-def progress_bar(*, shown: bool = True) -> Iterator[Callable[[str], OnProgress]]:
+def progress_bars(*, shown: bool = True) -> Iterator[Callable[[str], OnProgress]]:
     """Yields a function from a description to what is told (done, in all); on stderr."""
     with Progress(console=Console(file=sys.stderr), disable=not shown) as progress:
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from continuar.cli.networks import NetworkOptions, local_device, progress_bar
+from continuar.cli.networks import NetworkOptions, local_device, progress_bars
 from continuar.cli.parse import parse
 from continuar.errors import require
 from continuar.evaluation.images import by, open_images
@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> int:
     require(options.reference_images >= 0, f"--reference-images is {options.reference_images}; allowed: 0 or more")
     images = open_images(options.data, size=options.size, split=options.split)
     network = options.features.load(local_device(options.device))
-    with progress_bar() as bar:
+    with progress_bars() as bar:
         statistics = measure_images(
             images, network, batch_size=options.batch_size, kept=options.reference_images, on_progress=bar("measuring")
         )

@@ -8,9 +8,9 @@ from typing import Annotated, Literal, cast
 
 import tyro
 
-from continuar.cli.networks import NetworkOptions, local_device, progress_bar
+from continuar.cli.generating import SamplingSettings
+from continuar.cli.networks import NetworkOptions, local_device, progress_bars
 from continuar.cli.parse import parse
-from continuar.cli.settings import SamplingSettings
 from continuar.errors import require
 from continuar.evaluation.axes import AXES, SWEEPS, parse_axes
 from continuar.evaluation.processes import processes
@@ -71,7 +71,7 @@ def main(arguments: list[str]) -> int:
         evaluation=EvaluationOptions(options.batch_size, options.reference_images, options.split),
     )
     device = local_device(options.device)
-    with processes() as group, progress_bar(shown=group.is_first) as bar:
+    with processes() as group, progress_bars(shown=group.is_first) as bar:
         rows = sweep(
             options.model,
             lambda weights: load(options.model, weights=cast(Weights, weights), device=device),

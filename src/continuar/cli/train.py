@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -43,6 +45,8 @@ class Arguments:
     """Continue the run in that directory exactly where its newest intact checkpoint stands."""
     force: bool = False
     """Resume although the config differs from the one the run began with."""
+    max_minutes: float = 0.0
+    """End after so many minutes with a checkpoint that --resume continues; 0: run to the end."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     dry_run: bool = False
@@ -65,19 +69,27 @@ def main(arguments: list[str]) -> int:
     if options.dry_run:
         print(dry_run(options.run), end="")
         return 0
+    minutes = options.max_minutes
+    require(0 <= minutes < math.inf, f"--max-minutes is {minutes}; allowed: 0 or more")
     directory = options.out or Path("runs") / name
     device = pick_device(options.device)
+    end = time.monotonic() + 60 * minutes if minutes else math.inf
     with _progress() as progress:
+        bar = _Bar(progress, "training")
         train(
             options.run,
             directory,
             device=device,
             resume=options.resume,
             force=options.force,
-            on_report=_Bar(progress, "training").report,
+            on_report=bar.report,
             on_read=_Bar(progress, "reading images").update,
+            should_stop=lambda: time.monotonic() >= end,
         )
-    print(f"trained: {directory}  (continuar sample {directory})")
+    if bar.done < bar.total:
+        print(f"stopped after {minutes:g} minutes at step {bar.done:,} of {bar.total:,}: {directory}  (--resume continues it)")
+    else:
+        print(f"trained: {directory}  (continuar sample {directory})")
     return 0
 
 
@@ -87,8 +99,10 @@ class _Bar:
     def __init__(self, progress: Progress, name: str) -> None:
         self._progress, self._name = progress, name
         self._task: TaskID | None = None
+        self.done = self.total = 0
 
     def update(self, done: int, total: int, status: str | None = None) -> None:
+        self.done, self.total = done, total
         if self._task is None:
             self._task = self._progress.add_task(self._name, total=total, status="")
         self._progress.update(self._task, completed=done, total=total)
@@ -126,7 +140,7 @@ def dry_run(run: Run) -> str:
         f"training          {run.train.steps:,} steps of {run.train.batch_size} images",
         f"FLOPs per image   training {_flops(training_flops(config))} (forward and backward, mean mask ratio)",
         f"                  generation {_flops(generation_flops(config, run.sampling))} "
-        f"({run.sampling.steps} steps, {run.sampling.diffusion_steps} diffusion steps, guidance {run.sampling.guidance})",
+        f"({', '.join(f'{name} {value}' for name, value in run.sampling.to_dict().items() if value is not None)})",
     ]
     return "\n".join(lines) + "\n"
 

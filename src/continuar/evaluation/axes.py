@@ -5,19 +5,23 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_type_hints
 
+from continuar.configs import members
 from continuar.errors import UserError, require, unknown_name
+from continuar.heads import HeadOptions, option_names
 
-AXES: dict[str, Callable[[str], int | float | str]] = {
-    "steps": int,
-    "diffusion_steps": int,
-    "temperature": float,
-    "guidance": float,
-    "guidance_schedule": str,
-    "sampler": str,
-    "weights": str,
-}
+
+def _axes() -> dict[str, Callable[[str], int | float | str]]:
+    """The settings of every model, and the options of every head: a new head needs no line here."""
+    hints = {"steps": int, "temperature": float, "guidance": float, "guidance_schedule": str, "weights": str}
+    for options in members(HeadOptions):
+        types = get_type_hints(options)
+        hints |= {name: types[name] for name in option_names(options)}
+    return {name: kind if kind in (int, float) else str for name, kind in hints.items()}
+
+
+AXES = _axes()
 """What can be swept, and how its values are read."""
 
 

@@ -77,10 +77,10 @@ class Report:
         """For people, one line per fact."""
         s, r, n = self.samples, self.reference, self.network
         what = f"{s['model']} ({s['weights']})" if s["kind"] == "generated" else s["path"]
-        settings = ", ".join(f"{k} {v}" for k, v in s.get("settings", {}).items())
+        settings = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in s.get("settings", {}).items())
         lines = [
             ("samples", f"{what}: {s['images']} images of {by(s['size'])}" + (f", seed {s['seed']}" if "seed" in s else "")),
-            *([("settings", settings or "the model's own")] if s["kind"] == "generated" else []),
+            *([("settings", settings)] if s["kind"] == "generated" else []),
             ("reference", f"{r['path']}: {r['images'] or 'an unknown number of'} images; {self._second_reference()}"),
             ("network", f"{n['name']}, {n['dimensions']} features, weights SHA-256 {n['sha256']}"),
             ("", ""),

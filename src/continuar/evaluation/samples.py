@@ -12,6 +12,7 @@ from continuar.configs import to_json
 from continuar.errors import require
 from continuar.evaluation.images import Images
 from continuar.evaluation.networks import sha256_of_state
+from continuar.generation.plan import make_plan
 from continuar.pipeline import Pipeline
 
 
@@ -48,11 +49,11 @@ class GeneratedSamples(Samples):
         pipe: the model.
         count: a multiple of the number of classes, so that they are balanced.
         seed: of the first image.
-        settings: keyword arguments of `Pipeline.__call__` that are not the model's defaults.
+        settings: sampling options by name that are not the model's defaults.
         name, weights: what the report calls the model.
 
     Raises:
-        UserError: no images, or a count that the classes do not divide.
+        UserError: no images, a count that the classes do not divide, or settings that the model cannot take.
     """
 
     def __init__(
@@ -70,7 +71,9 @@ class GeneratedSamples(Samples):
         less = count - count % classes
         near = f"{less} or {less + classes}" if less else f"{classes}"
         require(count % classes == 0, f"images is {count}, which {classes} classes do not divide; take {near}")
-        self._pipe, self._seed, self._settings = pipe, seed, dict(settings or {})
+        options = pipe.defaults.override(**dict(settings or {}))
+        make_plan(pipe.model.order, options, pipe.model.order.positions)  # refuses steps that the model cannot take
+        self._pipe, self._seed, self._settings = pipe, seed, options.to_dict()
         self._name, self._weights = name, weights
         side = pipe.file.tokenizer.image_size
         self.count, self.size, self.classes = count, (side, side), pipe.classes
@@ -90,8 +93,7 @@ class GeneratedSamples(Samples):
             "tokenizer_sha256": sha256_of_state(self._pipe.tokenizer),
             "model_config": to_json(self._pipe.file.model),
             "tokenizer_config": to_json(self._pipe.file.tokenizer),
-            "model_defaults": to_json(self._pipe.defaults),
-            "settings": to_json(self._settings),
+            "settings": self._settings,
             "seed": self._seed,
             "images": self.count,
             "size": list(self.size),

@@ -20,7 +20,7 @@ from continuar.evaluation.networks import FeatureNetwork
 from continuar.evaluation.plots import plot, save_plot
 from continuar.evaluation.processes import Processes
 from continuar.evaluation.reference import open_reference, read_statistics, write_statistics
-from continuar.evaluation.run import Bar, EvaluationOptions, evaluate, finished, no_bar
+from continuar.evaluation.run import Bar, EvaluationOptions, OnProgress, evaluate, finished, no_bar
 from continuar.evaluation.samples import GeneratedSamples
 from continuar.evaluation.tables import write_tables
 from continuar.pipeline import Pipeline
@@ -71,22 +71,17 @@ def sweep(
     require(find_spec("matplotlib") is not None, "plots need matplotlib: pip install 'continuar[metrics]'")
     ours = not out.exists() or (out.is_dir() and (not any(out.iterdir()) or (out / "points").is_dir()))
     require(ours or not group.is_first, f"{out} is not an empty directory, nor a sweep's; choose another directory")
+    weights_of = {i: str(point.get("weights", options.weights)) for i, point in enumerate(points(axes))}
+    pipes = {weights_of[0]: load(weights_of[0])}
+    for point in points(axes):  # what the model cannot take is refused before the work begins
+        _samples(pipes[weights_of[0]], model, weights_of[0], point, options)
     rows: list[SweepRow] = []
-    pipes: dict[str, Pipeline] = {}
     measured: str | Path | None = None
-    for point in points(axes):
-        settings = {name: value for name, value in point.items() if name != "weights"}
-        weights = str(point.get("weights", options.weights))
+    for number, point in enumerate(points(axes)):
+        weights = weights_of[number]
         if weights not in pipes:
             pipes = {weights: load(weights)}  # one at a time in memory
-        samples = GeneratedSamples(
-            pipes[weights],
-            options.images,
-            seed=options.seed,
-            settings={**options.settings, **settings},
-            name=model,
-            weights=weights,
-        )
+        samples = _samples(pipes[weights], model, weights, point, options)
         if measured is None:
             own = _measure(reference, network, samples.size, out, options.evaluation, bar) if group.is_first else reference
             measured = group.share(own)
@@ -97,6 +92,26 @@ def sweep(
     if rows:
         save_plot(plot(axes, rows), out)
     return rows
+
+
+def _samples(
+    pipe: Pipeline, model: str, weights: str, point: Mapping[str, int | float | str], options: SweepOptions
+) -> GeneratedSamples:
+    """The samples of a point.
+
+    Raises:
+        UserError: as `GeneratedSamples`, with the point.
+    """
+    settings = {**options.settings, **{name: value for name, value in point.items() if name != "weights"}}
+    try:
+        return GeneratedSamples(pipe, options.images, seed=options.seed, settings=settings, name=model, weights=weights)
+    except UserError as problem:
+        raise UserError(f"at {named(point)}: {problem}") from problem
+
+
+def named(point: Mapping[str, int | float | str]) -> str:
+    """A point for people."""
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in point.items())
 
 
 def _evaluate_point(
@@ -110,16 +125,16 @@ def _evaluate_point(
     bar: Bar,
 ) -> dict[str, Any] | None:
     """The result of a point, read or computed; None in processes other than the first."""
-    name = ", ".join(f"{k} {v}" for k, v in point.items())
     place = out / "points" / "_".join(f"{k}-{v}" for k, v in point.items())
     options = replace(options, discard_shards=True)
-    try:
-        found = finished(samples, reference, network, place, options) if group.is_first else None
-        if group.share(found is not None):
-            return found
-        report = evaluate(samples, reference, network, place, options=options, group=group, bar=lambda d: bar(f"{d} ({name})"))
-    except UserError as problem:
-        raise UserError(f"at {name}: {problem}") from problem
+    found = finished(samples, reference, network, place, options) if group.is_first else None
+    if group.share(found is not None):
+        return found
+
+    def bar_of_point(description: str) -> OnProgress:
+        return bar(f"{description} ({named(point)})")
+
+    report = evaluate(samples, reference, network, place, options=options, group=group, bar=bar_of_point)
     return None if report is None else report.to_json()
 
 

@@ -3,6 +3,8 @@
 1. Arrange positions: known ones first, then the unknown in the order in which they will be generated.
 2. For each step of the plan: z at this step's positions, with the unconditional z beside it if guided.
 3. The head draws those tokens; they are embedded and committed.
+
+An order that chooses while generating is asked for z at all unknown positions, and picks this step's among the tokens drawn there.
 """
 
 from __future__ import annotations
@@ -18,8 +20,10 @@ from continuar.generation.plan import SamplingOptions, make_plan
 from continuar.guidance import Guidance
 from continuar.model import Model
 from continuar.noise import KeyedNoise, RowNoise
+from continuar.rows import put_, take
+from continuar.tokenizers import TokenSpec
 
-NoiseOf = Callable[[Tensor, Tensor], RowNoise]
+NoiseOf = Callable[..., RowNoise]
 
 
 @dataclass(frozen=True)
@@ -27,23 +31,30 @@ class Start:
     """Where a batch starts. Every row must have the same number of known tokens.
 
     Attributes:
-        labels_B: int64 0..classes (the last is the null condition).
+        condition: int64 labels [B], or vectors [B, C, dim], as the model's condition is; None: the null condition for all.
         seeds_B: int64.
-        tokens_BND: values at known positions; anything elsewhere.
+        tokens: values at known positions, anything elsewhere; [B, N, D] or ids [B, N].
         known_BN: bool.
     """
 
-    labels_B: Tensor
+    condition: Tensor | None
     seeds_B: Tensor
-    tokens_BND: Tensor
+    tokens: Tensor
     known_BN: Tensor
+
+    @classmethod
+    def blank(cls, tokens: TokenSpec, seeds_B: Tensor, condition: Tensor | None = None) -> Start:
+        """A start at which nothing is known, on the device of the seeds."""
+        batch, device = len(seeds_B), seeds_B.device
+        unknown = torch.zeros(batch, tokens.positions, dtype=torch.bool, device=device)
+        return cls(condition, seeds_B, tokens.blank(batch, device), unknown)
 
 
 @dataclass(frozen=True)
 class Progress:
     """After a step: all tokens (zeros where unknown), which are known, and the step's index and count."""
 
-    tokens_BND: Tensor
+    tokens: Tensor
     known_BN: Tensor
     step: int
     steps: int
@@ -62,33 +73,46 @@ def stream(
 
     Args:
         order_BN: instead of the order's own arrangement: known positions first, then the unknown as they come.
-        noise_of: (seeds of the rows, positions of the rows) -> their noise.
+        noise_of: (seeds of the rows, positions of the rows) -> their noise; for an order that chooses, (seeds, positions, step).
     """
+    options = options.for_head(model.config.head)
     known = int(start.known_BN[0].sum()) if len(start.known_BN) else 0
     if order_BN is None:
         order_BN = model.order.arrange(start.known_BN, start.seeds_B)
     plan = make_plan(model.order, options, model.order.positions - known)
-    batch, device = len(start.labels_B), start.labels_B.device
+    device = start.seeds_B.device
     # Guidance runs the null condition as B more rows of the same batch; without it they are not there at all.
     guided = options.guidance != 1.0
-    labels = torch.cat((start.labels_B, torch.full_like(start.labels_B, model.null_label))) if guided else start.labels_B
-    copies = 2 if guided else 1
+    null = model.condition.null(len(start.seeds_B))
+    cond = null if start.condition is None else model.condition(start.condition)
+    cond, copies = (torch.cat((cond, null)), 2) if guided else (cond, 1)
 
-    tokens = torch.where(start.known_BN.unsqueeze(-1), start.tokens_BND, 0.0)
+    blank = ~start.known_BN
+    tokens = start.tokens.masked_fill(blank if start.tokens.ndim == 2 else blank.unsqueeze(-1), 0)
     known_BN = start.known_BN.clone()
-    state = model.backbone.start(model.condition(labels), model.order.positions)
+    state = model.backbone.start(cond, model.order.positions)
     _commit(model, state, tokens, order_BN[:, :known], copies)
     temperature = torch.tensor(options.temperature, device=device)
 
     for number, step in enumerate(plan):
-        index = order_BN[:, step.start : step.start + step.size].sort(dim=1).values
-        z = model.backbone.predict(state, index.repeat(copies, 1)).flatten(0, 1)
-        rows = batch * step.size
+        if model.order.chooses:
+            unknown = order_BN.shape[1] - step.start
+            query = known_BN.to(torch.int8).argsort(dim=1, stable=True)[:, :unknown]
+            noise = noise_of(start.seeds_B.repeat_interleave(unknown), query.flatten(), number)
+        else:
+            query = order_BN[:, step.start : step.start + step.size].sort(dim=1).values
+            noise = noise_of(start.seeds_B.repeat_interleave(step.size), query.flatten())
+        z = model.backbone.predict(state, query.repeat(copies, 1)).flatten(0, 1)
+        rows = query.numel()
         guidance = Guidance(z[rows:], torch.tensor(step.scale, device=device)) if guided else None
-        noise = noise_of(start.seeds_B.repeat_interleave(step.size), index.flatten())
-        drawn = model.head.draw(z[:rows], options=options.head_options(), temperature=temperature, noise=noise, guidance=guidance)
-        drawn_BKD = drawn.tokens.view(batch, step.size, -1).to(tokens.dtype)
-        tokens.scatter_(1, index.unsqueeze(-1).expand_as(drawn_BKD), drawn_BKD)
+        drawn = model.head.draw(z[:rows], options=options.head, temperature=temperature, noise=noise, guidance=guidance)
+        index, values = query, drawn.tokens.unflatten(0, query.shape)
+        if model.order.chooses:
+            assert drawn.log_prob is not None
+            log_prob = drawn.log_prob.view(query.shape)
+            chosen = model.order.choose(step.size, (number + 1) / len(plan), log_prob, noise).sort(dim=1).values
+            index, values = take(query, chosen), take(values, chosen)
+        put_(tokens, index, values)
         known_BN.scatter_(1, index, True)
         _commit(model, state, tokens, index, copies)
         yield Progress(tokens, known_BN, number, len(plan))
@@ -102,15 +126,15 @@ def generate(
     order_BN: Tensor | None = None,
     noise_of: NoiseOf = KeyedNoise,
 ) -> Tensor:
-    """All tokens [B, N, D] of a batch. Known tokens come back unchanged."""
-    tokens = start.tokens_BND
+    """All tokens of a batch. Known tokens come back unchanged."""
+    tokens = start.tokens
     for progress in stream(model, start, options, order_BN=order_BN, noise_of=noise_of):
-        tokens = progress.tokens_BND
+        tokens = progress.tokens
     return tokens
 
 
-def _commit(model: Model, state: Any, tokens_BND: Tensor, index_BK: Tensor, copies: int) -> None:
+def _commit(model: Model, state: Any, tokens: Tensor, index_BK: Tensor, copies: int) -> None:
     """Embeds the tokens at these positions and tells the backbone, in every copy of the batch."""
     if index_BK.shape[1]:
-        x = model.token_embedding(tokens_BND.gather(1, index_BK.unsqueeze(-1).expand(-1, -1, tokens_BND.shape[-1])))
+        x = model.token_embedding(take(tokens, index_BK))
         model.backbone.commit(state, index_BK.repeat(copies, 1), x.repeat(copies, 1, 1))

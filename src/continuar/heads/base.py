@@ -1,45 +1,42 @@
-"""What a head is: the model of one token's distribution given its condition vector z."""
+"""What a head is: the model of one token's distribution given its condition vector z.
+
+A head's config says what it makes (``token_kind``), whether it knows the probability of what it drew (``has_log_prob``), and its
+default ``options``.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
-from continuar.diffusion.samplers import SAMPLERS, SamplerName
 from continuar.errors import require
-from continuar.guidance import Guidance
-from continuar.noise import RowNoise
-
-TokenKind = Literal["vector", "id"]
-
-
-@dataclass(frozen=True)
-class HeadOptions:
-    """How to draw a token. Everything a captured graph may not bake in (temperature) is handed over as a tensor beside it."""
-
-    diffusion_steps: int = 100
-    sampler: SamplerName = "ddpm"
-
-    def __post_init__(self) -> None:
-        require(self.sampler in SAMPLERS, f"sampler is '{self.sampler}'; allowed: {', '.join(SAMPLERS)}")
-        require(1 <= self.diffusion_steps <= 1000, f"diffusion steps is {self.diffusion_steps}; allowed: 1 to 1000")
+from continuar.guidance import Guidance, check_scale
+from continuar.heads.options import Options, with_values
+from continuar.noise import GeneratorNoise, RowNoise
 
 
 @dataclass(frozen=True)
 class HeadSample:
-    """Drawn tokens [M, D] (or ids [M]) and, from heads that have one, their log-probability [M]."""
+    """Drawn tokens [M, D] (or ids [M]) and, from heads that have one, their log-probability (or log-density) [M]."""
 
     tokens: Tensor
     log_prob: Tensor | None = None
 
 
 class Head(nn.Module, ABC):
-    """z -> loss in training, z -> token in generation. Rows M are independent of one another."""
+    """z -> loss in training, z -> token in generation. Rows M are independent of one another.
 
-    token_kind: TokenKind = "vector"
+    Attributes:
+        cond_dim: Z.
+        options_type: the class of this head's options.
+    """
+
+    cond_dim: int
+    options_type: ClassVar[type[Options]] = Options
 
     def forward(self, z: Tensor, target: Tensor) -> Tensor:
         """The loss: what training calls, so that compilation and parallel wrappers can take hold of the head."""
@@ -51,12 +48,67 @@ class Head(nn.Module, ABC):
 
     @abstractmethod
     def draw(
-        self, z: Tensor, *, options: HeadOptions, temperature: Tensor, noise: RowNoise, guidance: Guidance | None = None
+        self, z: Tensor, *, options: Any, temperature: Tensor, noise: RowNoise, guidance: Guidance | None = None
     ) -> HeadSample:
         """Draws one token per row of z [M, Z], a pure function of its arguments.
 
         Args:
+            options: an ``options_type``.
             temperature: 0-d tensor >= 0.
             noise: the rows' randomness.
             guidance: the unconditional vectors [M, Z] and the scale, or None.
         """
+
+    @torch.no_grad()
+    def sample(
+        self,
+        z: Tensor,
+        *,
+        temperature: float = 1.0,
+        z_uncond: Tensor | None = None,
+        guidance: float = 1.0,
+        generator: torch.Generator | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Draws one token, [M, D] or ids [M], for each row of z [M, Z].
+
+        Args:
+            temperature: >= 0; lower is less diverse.
+            z_uncond, guidance: unconditional vectors [M, Z] and the scale of classifier-free guidance (1: none).
+            generator: torch's default generator if None.
+            options: of this head, by name; the diffusion head has ``diffusion_steps`` and ``sampler``.
+
+        Raises:
+            UserError: a shape, a value or an option that is not allowed.
+        """
+        require(z.ndim == 2 and z.shape[1] == self.cond_dim, f"z is {tuple(z.shape)}; allowed: [M, {self.cond_dim}]")
+        check_scale("guidance", guidance)
+        chosen = with_values(self.options_type(), options)
+        chosen.check_temperature(temperature)
+        guide = None
+        if z_uncond is not None:
+            require(z_uncond.shape == z.shape, f"z_uncond is {tuple(z_uncond.shape)}; allowed: {tuple(z.shape)}")
+            guide = Guidance(z_uncond, torch.tensor(guidance, device=z.device))
+        else:
+            require(guidance == 1.0, f"guidance is {guidance} without z_uncond; allowed: 1.0, or give z_uncond")
+        return self.draw(
+            z,
+            options=chosen,
+            temperature=torch.tensor(temperature, device=z.device),
+            noise=GeneratorNoise(len(z), z.device, generator),
+            guidance=guide,
+        ).tokens
+
+
+def check_rows(z: Tensor, target: Tensor, cond_dim: int, token_dim: int) -> None:
+    """Refuses z and vector targets whose shapes do not belong together."""
+    require(
+        target.shape == (*z.shape[:-1], token_dim) and z.shape[-1] == cond_dim,
+        f"z is {tuple(z.shape)} and x {tuple(target.shape)}; allowed: [M, {cond_dim}] and [M, {token_dim}]",
+    )
+
+
+def check_sizes(**sizes: int) -> None:
+    """Refuses sizes below 1."""
+    for name, value in sizes.items():
+        require(value >= 1, f"{name} is {value}; allowed: 1 or more")

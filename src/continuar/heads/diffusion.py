@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -21,16 +21,35 @@ from continuar.diffusion.process import (
     variational_bound,
     velocity,
 )
-from continuar.diffusion.samplers import SAMPLERS, SamplerName
-from continuar.diffusion.schedule import TRAIN_STEPS, sampling_schedule
+from continuar.diffusion.samplers import SAMPLERS, SamplerName, check_sampler, check_temperature
+from continuar.diffusion.schedule import TRAIN_STEPS
 from continuar.errors import require
-from continuar.guidance import Guidance, check_scale
-from continuar.heads.base import Head, HeadOptions, HeadSample
+from continuar.guidance import Guidance
+from continuar.heads.base import Head, HeadSample, check_rows, check_sizes
 from continuar.heads.mlp import DenoisingMLP
-from continuar.noise import GeneratorNoise, Purpose, RowNoise
+from continuar.heads.options import Options
+from continuar.noise import Purpose, RowNoise
 from continuar.precision import without_autocast
 
 Prediction = Literal["eps", "velocity"]
+
+
+@dataclass(frozen=True)
+class DiffusionOptions(Options):
+    """How to denoise a token. The temperature scales the noise that steps add."""
+
+    kind: Literal["diffusion"] = "diffusion"
+    diffusion_steps: int = 100
+    """Denoising steps per token, 1 to 1000, to 980 with "dpmpp"; 100 suffice (paper, Figure 4)."""
+    sampler: SamplerName = "ddpm"
+    """"ddpm" is the paper's; "ddim" and "dpmpp" are deterministic given x_T and have no temperature; "dpmpp" needs fewest steps."""
+
+    def __post_init__(self) -> None:
+        check_sampler(self.sampler, self.diffusion_steps)
+
+    def check_temperature(self, temperature: float) -> None:
+        super().check_temperature(temperature)
+        check_temperature(self.sampler, temperature)
 
 
 @dataclass(frozen=True)
@@ -47,16 +66,22 @@ class DiffusionHeadConfig:
     prediction: Prediction = "eps"
     """What the network predicts: "eps" as the paper's, or "velocity" (Salimans & Ho 2022), which small or short-trained heads need:
     sampling multiplies an error of eps at t = 999 by 300 and more, and a velocity has none there."""
+    token_kind: ClassVar[Literal["vector", "id"]] = "vector"
+    has_log_prob: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for name in ("width", "depth", "timesteps_per_token"):
             require(getattr(self, name) >= 1, f"head.{name} is {getattr(self, name)}; allowed: 1 or more")
         require(self.prediction in ("eps", "velocity"), f"head.prediction is '{self.prediction}'; allowed: eps, velocity")
 
-    def build(self, token_dim: int, cond_dim: int) -> DiffusionHead:
-        """The head for tokens of ``token_dim`` and condition vectors of ``cond_dim``."""
+    def options(self) -> DiffusionOptions:
+        """The default options."""
+        return DiffusionOptions()
+
+    def build(self, token_size: int, cond_dim: int) -> DiffusionHead:
+        """The head for tokens of ``token_size`` dimensions and condition vectors of ``cond_dim``."""
         return DiffusionHead(
-            token_dim,
+            token_size,
             cond_dim,
             width=self.width,
             depth=self.depth,
@@ -76,6 +101,8 @@ class DiffusionHead(Head):
         prediction: "eps" or "velocity"; see `DiffusionHeadConfig`.
     """
 
+    options_type = DiffusionOptions
+
     def __init__(
         self,
         token_dim: int,
@@ -86,8 +113,7 @@ class DiffusionHead(Head):
         prediction: Prediction = "eps",
     ) -> None:
         super().__init__()
-        for name, value in (("token_dim", token_dim), ("cond_dim", cond_dim), ("width", width), ("depth", depth)):
-            require(value >= 1, f"{name} is {value}; allowed: 1 or more")
+        check_sizes(token_dim=token_dim, cond_dim=cond_dim, width=width, depth=depth)
         self.token_dim, self.cond_dim, self.timesteps_per_token = token_dim, cond_dim, timesteps_per_token
         require(prediction in ("eps", "velocity"), f"prediction is '{prediction}'; allowed: eps, velocity")
         self.prediction = prediction
@@ -98,10 +124,7 @@ class DiffusionHead(Head):
 
         x is expected at about unit standard deviation: the noise schedule assumes it.
         """
-        require(
-            target.shape == (*z.shape[:-1], self.token_dim) and z.shape[-1] == self.cond_dim,
-            f"z is {tuple(z.shape)} and x {tuple(target.shape)}; allowed: [M, {self.cond_dim}] and [M, {self.token_dim}]",
-        )
+        check_rows(z, target, self.cond_dim, self.token_dim)
         k = self.timesteps_per_token
         t = torch.randint(TRAIN_STEPS, (k, *z.shape[:-1]), device=z.device)
         noise = torch.randn(k, *target.shape, device=z.device)
@@ -120,13 +143,14 @@ class DiffusionHead(Head):
             return LossTerms((target - out).square().mean(-1), variational_bound(c, eps, v.float(), x0, x, t))
 
     def draw(
-        self, z: Tensor, *, options: HeadOptions, temperature: Tensor, noise: RowNoise, guidance: Guidance | None = None
+        self, z: Tensor, *, options: DiffusionOptions, temperature: Tensor, noise: RowNoise, guidance: Guidance | None = None
     ) -> HeadSample:
-        c = coefficients(sampling_schedule(options.diffusion_steps), z.device)
+        sampler = SAMPLERS[options.sampler]
+        c = coefficients(sampler.schedule(options.diffusion_steps), z.device)
         with without_autocast(z):
             denoise = self._guided(z.float(), guidance)
             x = noise.normal(Purpose.INITIAL, 0, self.token_dim)
-            x = SAMPLERS[options.sampler](
+            x = sampler.run(
                 denoise,
                 x,
                 c,
@@ -158,40 +182,3 @@ class DiffusionHead(Head):
             return eps_uncond + guidance.scale * (eps_cond - eps_uncond), v[: len(x)]
 
         return denoise
-
-    @torch.no_grad()
-    def sample(
-        self,
-        z: Tensor,
-        *,
-        diffusion_steps: int = 100,
-        temperature: float = 1.0,
-        sampler: SamplerName = "ddpm",
-        z_uncond: Tensor | None = None,
-        guidance: float = 1.0,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Draws one x [M, D] for each row of z [M, Z].
-
-        Args:
-            diffusion_steps: 1..1000; 100 suffice (paper, Figure 4).
-            temperature: >= 0; scales the noise added per step, lower is less diverse (paper, Figure 5). "ddpm" only.
-            z_uncond, guidance: unconditional vectors [M, Z] and the scale of classifier-free guidance (1: none).
-            generator: torch's default generator if None.
-        """
-        require(z.ndim == 2 and z.shape[1] == self.cond_dim, f"z is {tuple(z.shape)}; allowed: [M, {self.cond_dim}]")
-        check_scale("temperature", temperature)
-        check_scale("guidance", guidance)
-        guide = None
-        if z_uncond is not None:
-            require(z_uncond.shape == z.shape, f"z_uncond is {tuple(z_uncond.shape)}; allowed: {tuple(z.shape)}")
-            guide = Guidance(z_uncond, torch.tensor(guidance, device=z.device))
-        else:
-            require(guidance == 1.0, f"guidance is {guidance} without z_uncond; allowed: 1.0, or give z_uncond")
-        return self.draw(
-            z,
-            options=HeadOptions(diffusion_steps, sampler),
-            temperature=torch.tensor(temperature, device=z.device),
-            noise=GeneratorNoise(len(z), z.device, generator),
-            guidance=guide,
-        ).tokens

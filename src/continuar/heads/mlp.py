@@ -36,16 +36,16 @@ class Block(nn.Module):
 
 
 class DenoisingMLP(nn.Module):
-    """eps and v from (x_t, t, z).
+    """Outputs of the size of x from (x_t, t, z): eps and v of a diffusion, the velocity of a flow.
 
     All adaLN projections are one Linear: they share their input SiLU(y), so one matrix product serves every block. Its rows are
     (shift, scale, gate) of block 0, 1, ..., then (shift, scale) of the final layer.
 
     Args:
-        token_dim: D. cond_dim: Z. width: W. depth: blocks.
+        token_dim: D. cond_dim: Z. width: W. depth: blocks. outputs: how many vectors [M, D] it gives.
     """
 
-    def __init__(self, token_dim: int, cond_dim: int, width: int, depth: int) -> None:
+    def __init__(self, token_dim: int, cond_dim: int, width: int, depth: int, outputs: int = 2) -> None:
         super().__init__()
         self.token_dim, self.width, self.depth = token_dim, width, depth
         self.input = nn.Linear(token_dim, width)
@@ -53,7 +53,8 @@ class DenoisingMLP(nn.Module):
         self.condition = nn.Linear(cond_dim, width)
         self.modulation = nn.Linear(width, (3 * depth + 2) * width)
         self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
-        self.output = nn.Linear(width, 2 * token_dim)
+        self.outputs = outputs
+        self.output = nn.Linear(width, outputs * token_dim)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -69,7 +70,7 @@ class DenoisingMLP(nn.Module):
         nn.init.zeros_(self.output.weight)
 
     def time_embedding(self, t: Tensor) -> Tensor:
-        """[...] timesteps in 0..999 -> [..., W], always in float32: t = 999 is 1000 in bf16."""
+        """[...] timesteps 0 to 1000 -> [..., W], always in float32: t = 999 is 1000 in bf16."""
         with without_autocast(t):
             return self.time(timestep_features(t).to(self.input.weight.dtype))
 
@@ -77,8 +78,8 @@ class DenoisingMLP(nn.Module):
         """The 3 depth + 2 shifts, scales and gates [M, W] for y = time_embedding(t) + condition(z)."""
         return self.modulation(F.silu(y)).chunk(3 * self.depth + 2, dim=-1)
 
-    def denoise(self, x: Tensor, modulations: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """x_t [M, D] and its modulations -> (eps, v), [M, D] each."""
+    def denoise(self, x: Tensor, modulations: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """x_t [M, D] and its modulations -> the outputs, [M, D] each."""
         h = self.input(x)
         for i, block in enumerate(self.blocks):
             h = block(h, *modulations[3 * i : 3 * i + 3])
@@ -86,10 +87,9 @@ class DenoisingMLP(nn.Module):
         with without_autocast(h):
             h = h.to(self.output.weight.dtype)
             h = torch.addcmul(shift.to(h.dtype), F.layer_norm(h, (self.width,), eps=LN_EPS), 1 + scale.to(h.dtype))
-            eps, v = self.output(h).chunk(2, dim=-1)
-        return eps, v
+            return self.output(h).chunk(self.outputs, dim=-1)
 
-    def forward(self, x: Tensor, t: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """(x_t [M, D], t [M] or 0-d, z [M, Z]) -> (eps, v), [M, D] each."""
+    def forward(self, x: Tensor, t: Tensor, z: Tensor) -> tuple[Tensor, ...]:
+        """(x_t [M, D], t [M] or 0-d, z [M, Z]) -> the outputs, [M, D] each."""
         condition = self.condition(z)
         return self.denoise(x, self.modulate(self.time_embedding(t).to(condition.dtype) + condition))

@@ -1,4 +1,11 @@
-"""What an order is: which positions are known when, in training and in generation."""
+"""What an order is: which positions are known when, in training and in generation.
+
+An order's config says what it asks of the other parts, so that pairs which cannot work are refused before anything is built:
+
+* ``max_group``: the most tokens a step predicts at once, or None for no limit.
+* ``fixed``: every image has the same order, so that what is known is always a prefix.
+* ``needs_log_prob``: positions are chosen by the probability of what the head drew there.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +14,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from continuar.errors import require
+from continuar.noise import RowNoise
 
 
 @dataclass(frozen=True)
@@ -37,28 +47,54 @@ class View:
 class Order(ABC):
     """Decides positions; knows nothing of networks. Stateless."""
 
+    chooses: bool = False
+    """Whether `choose` decides during generation which of all unknown positions come next; else `arrange` has decided before it."""
+
     def __init__(self, positions: int) -> None:
         self.positions = positions
 
     @abstractmethod
-    def group_sizes(self, steps: int, unknown: int) -> tuple[int, ...]:
-        """How many tokens each step predicts: host integers >= 1 that sum to ``unknown``."""
+    def group_sizes(self, steps: int | None, unknown: int) -> tuple[int, ...]:
+        """How many tokens each step predicts: host integers >= 1 that sum to ``unknown``.
+
+        Args:
+            steps: as asked for, at most ``unknown`` of them are made; None is the order's default.
+
+        Raises:
+            UserError: a number of steps the order cannot take.
+        """
 
     @abstractmethod
     def arrange(self, known_BN: Tensor, seeds_B: Tensor) -> Tensor:
         """order_BN for generation: known positions first, then the unknown in the order they are to be generated."""
 
     @abstractmethod
-    def training_view(self, batch: int, device: torch.device) -> View:
-        """A random view from torch's default generators; the number of known tokens is drawn on the host."""
+    def training_order(self, batch: int, device: torch.device) -> Tensor:
+        """order_BN for training, from torch's default generator of the device."""
 
-    @abstractmethod
-    def masked_counts(self) -> dict[int, float]:
-        """Every number of predicted tokens that a training view can have, with its probability."""
+    def choose(self, size: int, progress: float, log_prob_BQ: Tensor, noise: RowNoise) -> Tensor:
+        """Which ``size`` of Q candidates become known: indices [B, size] into them. Only of orders that choose.
 
-    def mean_masked(self) -> float:
-        """Expected number of predicted tokens per training image, for FLOP counts."""
-        return sum(count * share for count, share in self.masked_counts().items())
+        Args:
+            progress: the share of the generation's steps that are done after this one, in (0, 1].
+            log_prob_BQ: of the token drawn at each candidate.
+            noise: of the B Q candidates, image by image.
+        """
+        raise TypeError(f"{type(self).__name__} arranges positions beforehand")
+
+
+def one_by_one(steps: int | None, unknown: int, positions: int) -> tuple[int, ...]:
+    """Groups of one token.
+
+    Raises:
+        UserError: steps other than one per token.
+    """
+    allowed = sorted({unknown, positions})
+    require(
+        steps is None or steps in allowed,
+        f"steps is {steps}; the order predicts one token per step; allowed: {' or '.join(map(str, allowed))}, or not given",
+    )
+    return (1,) * unknown
 
 
 def known_first(order_BN: Tensor, known_BN: Tensor) -> Tensor:

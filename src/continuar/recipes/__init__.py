@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from continuar.errors import unknown_name
 from continuar.recipes.cifar10 import cifar10
+from continuar.recipes.comparison import comparison_recipes
 from continuar.recipes.digits import digits
 from continuar.recipes.folder import folder, folder_gpu
 from continuar.recipes.imagenet256 import (
@@ -30,6 +31,7 @@ RECIPES: dict[str, Callable[[], Run]] = {
         mar_l_imagenet256,
         mar_h_imagenet256,
         mar_l_imagenet256_ablation,
+        *comparison_recipes(),
     )
 }
 

@@ -3,7 +3,6 @@
 from continuar.backbones import MAEConfig
 from continuar.generation.plan import SamplingOptions
 from continuar.heads import DiffusionHeadConfig
-from continuar.orders import MAROrderConfig
 from continuar.tokenizers import PixelConfig
 from continuar.training.config import DataConfig, EMAConfig, LoopConfig, OptimConfig, Run
 
@@ -16,8 +15,7 @@ def cifar10() -> Run:
     return Run(
         data=DataConfig(classes=10, flip=True),
         tokenizer=PixelConfig(image_size=32, patch=4),
-        order=MAROrderConfig(mask_granularity=6),
-        backbone=MAEConfig(width=224, encoder_depth=4, heads=7, decoder_depth=4, buffer=16),
+        backbone=MAEConfig(width=224, encoder_depth=4, heads=7, decoder_depth=4, buffer=16, mask_granularity=6),
         head=DiffusionHeadConfig(width=384, depth=3, timesteps_per_token=2, prediction="velocity"),
         optim=OptimConfig(lr=1e-3, warmup_images=500_000, decay="linear", decay_images=12_000_000),
         ema=EMAConfig(decay=0.9998),

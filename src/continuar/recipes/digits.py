@@ -2,7 +2,7 @@
 
 from continuar.backbones import MAEConfig
 from continuar.generation.plan import SamplingOptions
-from continuar.heads import DiffusionHeadConfig
+from continuar.heads import DiffusionHeadConfig, DiffusionOptions
 from continuar.tokenizers import PixelConfig
 from continuar.training.config import DataConfig, EMAConfig, LoopConfig, OptimConfig, Run
 
@@ -20,5 +20,5 @@ def digits() -> Run:
         optim=OptimConfig(lr=2e-3, warmup_images=6_400, decay="linear", decay_images=50_000),
         ema=EMAConfig(decay=0.998),
         train=LoopConfig(images=75_000, batch_size=64, log_images=6_400, sample_images=75_000, save_images=75_000),
-        sampling=SamplingOptions(steps=16, diffusion_steps=50, guidance=2.0),
+        sampling=SamplingOptions(steps=16, guidance=2.0, head=DiffusionOptions(diffusion_steps=50)),
     )

@@ -3,7 +3,6 @@
 from continuar.backbones import MAEConfig
 from continuar.generation.plan import SamplingOptions
 from continuar.heads import DiffusionHeadConfig
-from continuar.orders import MAROrderConfig
 from continuar.tokenizers import PixelConfig
 from continuar.training.config import DataConfig, EMAConfig, LoopConfig, OptimConfig, Run
 
@@ -38,8 +37,7 @@ def folder_gpu() -> Run:
     return Run(
         data=DataConfig(flip=True),
         tokenizer=PixelConfig(image_size=64, patch=4),
-        order=MAROrderConfig(mask_granularity=16),
-        backbone=MAEConfig(width=384, encoder_depth=6, heads=6, decoder_depth=6, buffer=32),
+        backbone=MAEConfig(width=384, encoder_depth=6, heads=6, decoder_depth=6, buffer=32, mask_granularity=16),
         head=DiffusionHeadConfig(width=512, depth=3, timesteps_per_token=2, prediction="velocity"),
         optim=OptimConfig(lr=6e-4, warmup_images=100_000, decay="linear"),
         ema=EMAConfig(decay=0.9995),

@@ -11,7 +11,6 @@ import dataclasses
 from continuar.backbones import MAEConfig
 from continuar.generation.plan import SamplingOptions
 from continuar.heads import DiffusionHeadConfig
-from continuar.orders import MAROrderConfig
 from continuar.tokenizers import LatentConfig
 from continuar.training.config import DataConfig, EMAConfig, LoopConfig, OptimConfig, Run
 
@@ -24,7 +23,6 @@ def _imagenet256(backbone: MAEConfig, head: DiffusionHeadConfig, guidance: float
     return Run(
         data=DataConfig(classes=1000, flip=True),
         tokenizer=LatentConfig(),
-        order=MAROrderConfig(mask_ratio_min=0.7),
         backbone=backbone,
         head=head,
         optim=OptimConfig(
@@ -43,7 +41,7 @@ def _imagenet256(backbone: MAEConfig, head: DiffusionHeadConfig, guidance: float
             sample_images=5 * IMAGENET_IMAGES,
             save_images=5 * IMAGENET_IMAGES,
         ),
-        sampling=SamplingOptions(steps=256, diffusion_steps=100, guidance=guidance, guidance_schedule="linear"),
+        sampling=SamplingOptions(steps=256, guidance=guidance, guidance_schedule="linear"),
     )
 
 

@@ -1,12 +1,15 @@
 """Tokenizers: images <-> tokens. `TokenizerConfig` is the closed table of them."""
 
 from continuar.tokenizers.base import Tokenizer, TokenKind, TokenSpec
+from continuar.tokenizers.codebook import CodebookConfig, CodebookTokenizer
 from continuar.tokenizers.latent import LatentConfig, LatentTokenizer
 from continuar.tokenizers.pixel import PixelConfig, PixelTokenizer
 
-TokenizerConfig = PixelConfig | LatentConfig
+TokenizerConfig = PixelConfig | CodebookConfig | LatentConfig
 
 __all__ = [
+    "CodebookConfig",
+    "CodebookTokenizer",
     "LatentConfig",
     "LatentTokenizer",
     "PixelConfig",

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from continuar.errors import require
@@ -37,6 +38,17 @@ class TokenSpec:
         return "id" if self.vocabulary else "vector"
 
     @property
+    def size(self) -> int:
+        """D of vectors, V of ids."""
+        return self.vocabulary or self.dim
+
+    def blank(self, batch: int, device: torch.device | str | None = None) -> Tensor:
+        """Tokens of ``batch`` images, all zero: float32 [B, N, D], or int64 [B, N]."""
+        if self.kind == "id":
+            return torch.zeros(batch, self.positions, dtype=torch.int64, device=device)
+        return torch.zeros(batch, self.positions, self.dim, device=device)
+
+    @property
     def positions(self) -> int:
         """N, the number of tokens."""
         return self.grid[0] * self.grid[1]
@@ -51,6 +63,9 @@ class Tokenizer(nn.Module, ABC):
 
     spec: TokenSpec
 
+    def fit(self, images_n3HW: Tensor) -> None:
+        """Learns from training images [n, 3, H, W] what the config leaves open; most tokenizers leave nothing open."""
+
     @abstractmethod
     def encode(self, images_B3HW: Tensor) -> Tensor:
         """Cacheable latents, first dimension B: patches, or posterior moments."""
@@ -62,6 +77,26 @@ class Tokenizer(nn.Module, ABC):
     @abstractmethod
     def decode(self, tokens: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1], clamped."""
+
+
+def check_patches(image_size: int, patch: int) -> None:
+    """Refuses squares that do not tile the image."""
+    require(image_size >= 1 and patch >= 1, f"image size {image_size}, patch {patch}: 1 or more each")
+    require(
+        image_size % patch == 0,
+        f"image size {image_size} is not divisible by the patch {patch}; allowed patches: "
+        + ", ".join(str(p) for p in range(1, image_size + 1) if image_size % p == 0),
+    )
+
+
+def pixels_of(images_B3HW: Tensor, size: int, channels: int) -> Tensor:
+    """Images [B, 3, size, size] as [B, channels, size, size]; one channel is the mean of three.
+
+    Raises:
+        UserError: images of another shape.
+    """
+    require(images_B3HW.shape[1:] == (3, size, size), f"images are {tuple(images_B3HW.shape)}; allowed: [B, 3, {size}, {size}]")
+    return images_B3HW if channels == 3 else images_B3HW.mean(1, keepdim=True)
 
 
 def patchify(x_BCHW: Tensor, patch: int) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from continuar.errors import require
-from continuar.tokenizers.base import Tokenizer, TokenSpec, patchify, unpatchify
+from continuar.tokenizers.base import Tokenizer, TokenSpec, check_patches, patchify, pixels_of, unpatchify
 
 
 @dataclass(frozen=True)
@@ -26,15 +26,7 @@ class PixelConfig:
     """Standard deviation of pixels in [-1, 1]; tokens are divided by it. 0: measured on the training images."""
 
     def __post_init__(self) -> None:
-        require(
-            self.image_size >= 1 and self.patch >= 1,
-            f"image size {self.image_size}, patch {self.patch}: 1 or more each",
-        )
-        require(
-            self.image_size % self.patch == 0,
-            f"image size {self.image_size} is not divisible by the patch {self.patch}; allowed patches: "
-            + ", ".join(str(p) for p in range(1, self.image_size + 1) if self.image_size % p == 0),
-        )
+        check_patches(self.image_size, self.patch)
         require(0 <= self.std < float("inf"), f"tokenizer.std is {self.std}; allowed: above 0, or 0 to measure it")
 
     @property
@@ -57,12 +49,7 @@ class PixelTokenizer(Tokenizer):
         self.config, self.spec = config, config.spec
 
     def encode(self, images_B3HW: Tensor) -> Tensor:
-        size = self.config.image_size
-        require(
-            images_B3HW.shape[1:] == (3, size, size),
-            f"images are {tuple(images_B3HW.shape)}; allowed: [B, 3, {size}, {size}]",
-        )
-        return images_B3HW if self.config.channels == 3 else images_B3HW.mean(1, keepdim=True)
+        return pixels_of(images_B3HW, self.config.image_size, self.config.channels)
 
     def tokenize(self, latents: Tensor) -> Tensor:
         return patchify(latents, self.config.patch) / self.config.std

@@ -8,10 +8,11 @@ from typing import Literal
 
 from continuar.backbones import BackboneConfig, MAEConfig
 from continuar.errors import require
-from continuar.generation.plan import SamplingOptions
+from continuar.generation.plan import SamplingOptions, make_plan
 from continuar.heads import DiffusionHeadConfig, HeadConfig
 from continuar.model import ModelConfig
 from continuar.orders import MAROrderConfig, OrderConfig
+from continuar.parts import check_parts
 from continuar.tokenizers import PixelConfig, TokenizerConfig
 
 
@@ -96,7 +97,7 @@ class LoopConfig:
     """"auto": bfloat16 autocast on CUDA, float32 elsewhere. There is no float16: it gives NaN losses."""
     engine: Literal["eager", "compile", "graphs", "compile-graphs"] = "eager"
     """How a step is executed: "compile" (torch.compile, after minutes of compilation), "graphs" (CUDA graphs, at once), or both.
-    They work per number of masked tokens: set order.mask_granularity to have few of them."""
+    They work per number of masked tokens: set backbone.mask_granularity to have few of them."""
     log_images: int = 10_000
     """Write metrics every so many images."""
     sample_images: int = 200_000
@@ -123,7 +124,10 @@ class LoopConfig:
 
 @dataclass(frozen=True)
 class Run:
-    """A training run: what a recipe returns and a run directory's config.json holds."""
+    """A training run: what a recipe returns and a run directory's config.json holds.
+
+    Sampling options of the head that are left out become the head's defaults.
+    """
 
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=PixelConfig)
@@ -139,11 +143,10 @@ class Run:
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, f"seed is {self.seed}; allowed: 0 or more")
+        check_parts(self.tokenizer.spec, self.order, self.backbone, self.head)
+        object.__setattr__(self, "sampling", self.sampling.for_head(self.head))
         positions = self.tokenizer.spec.positions
-        require(
-            self.sampling.steps <= positions,
-            f"sampling.steps is {self.sampling.steps}; allowed: 1 to {positions}, the number of tokens",
-        )
+        make_plan(self.order.build(positions), self.sampling, positions)  # refuses steps that the order cannot take
 
     def model_config(self, classes: int) -> ModelConfig:
         """The model this run trains on data of ``classes`` classes."""

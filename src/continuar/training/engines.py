@@ -29,7 +29,7 @@ WARMUP_STEPS = 3
 class Engine(Protocol):
     """Forward and backward of one batch."""
 
-    def __call__(self, tokens_BND: Tensor, labels_B: Tensor, view: View) -> Tensor:
+    def __call__(self, tokens: Tensor, labels_B: Tensor, view: View) -> Tensor:
         """The mean loss, detached; gradients replace what was in ``parameter.grad``."""
         ...
 
@@ -41,13 +41,13 @@ class EagerEngine:
         self._model, self._label_dropout, self._bf16 = model, label_dropout, bf16
         self._device_type = next(model.parameters()).device.type
 
-    def __call__(self, tokens_BND: Tensor, labels_B: Tensor, view: View) -> Tensor:
+    def __call__(self, tokens: Tensor, labels_B: Tensor, view: View) -> Tensor:
         self._model.zero_grad(set_to_none=True)
-        return self._forward_backward(tokens_BND, labels_B, view)
+        return self._forward_backward(tokens, labels_B, view)
 
-    def _forward_backward(self, tokens_BND: Tensor, labels_B: Tensor, view: View) -> Tensor:
+    def _forward_backward(self, tokens: Tensor, labels_B: Tensor, view: View) -> Tensor:
         with torch.autocast(self._device_type, torch.bfloat16, enabled=self._bf16):
-            loss = self._model.loss(tokens_BND, labels_B, view, self._label_dropout).mean()
+            loss = self._model.loss(tokens, labels_B, view, self._label_dropout).mean()
         loss.backward()
         return loss.detach()
 
@@ -82,10 +82,10 @@ class GraphEngine(EagerEngine):
         self._captured: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, tokens_BND: Tensor, labels_B: Tensor, view: View) -> Tensor:
+    def __call__(self, tokens: Tensor, labels_B: Tensor, view: View) -> Tensor:
         if self._inputs is None:
-            self._inputs = tokens_BND.clone(), labels_B.clone(), view.order_BN.clone()
-        for static, given in zip(self._inputs, (tokens_BND, labels_B, view.order_BN), strict=True):
+            self._inputs = tokens.clone(), labels_B.clone(), view.order_BN.clone()
+        for static, given in zip(self._inputs, (tokens, labels_B, view.order_BN), strict=True):
             static.copy_(given)
         for parameter, gradient in zip(self._model.parameters(), self._gradients, strict=True):
             parameter.grad = gradient
@@ -113,10 +113,10 @@ class GraphEngine(EagerEngine):
         torch.cuda.set_rng_state(state, tokens.device)
         return graph, loss
 
-    def _zero_and_run(self, tokens_BND: Tensor, labels_B: Tensor, view: View) -> Tensor:
+    def _zero_and_run(self, tokens: Tensor, labels_B: Tensor, view: View) -> Tensor:
         for gradient in self._gradients:
             gradient.zero_()
-        return self._forward_backward(tokens_BND, labels_B, view)
+        return self._forward_backward(tokens, labels_B, view)
 
 
 class CompiledGraphEngine(GraphEngine):
@@ -129,10 +129,10 @@ class CompiledGraphEngine(GraphEngine):
 
 def _compile(model: Model) -> None:
     """Compiles the model's parts in place; parameters, state dict and results stay what they were."""
-    counts = len(model.order.masked_counts())
+    counts = len(model.backbone.queried_counts())
     require(
         counts <= MAX_COMPILED,
-        f"train.engine compiles {counts} masked counts; allowed: {MAX_COMPILED}, see order.mask_granularity",
+        f"train.engine compiles {counts} masked counts; allowed: {MAX_COMPILED}, see backbone.mask_granularity",
     )
     # Symbolic shapes would serve all counts at once, but Inductor of torch 2.11 fails on them on CUDA.
     for module in model.backbone.modules():

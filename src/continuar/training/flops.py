@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,11 +18,10 @@ def training_flops(config: ModelConfig) -> float:
     with torch.device("meta"):
         model = config.build()
         spec = config.tokens
-        masked = min(spec.positions, round(model.order.mean_masked()))
-        view = View(torch.zeros(1, spec.positions, dtype=torch.int64), spec.positions - masked)
-        tokens, labels = torch.zeros(1, spec.positions, spec.dim), torch.zeros(1, dtype=torch.int64)
+        queried = min(spec.positions, round(model.backbone.mean_queried()))
+        view = View(torch.zeros(1, spec.positions, dtype=torch.int64), spec.positions - queried)
         with FlopCounterMode(display=False) as counter:
-            model.loss(tokens, labels, view)
+            model.loss(spec.blank(1), None, view)
     return 3.0 * counter.get_total_flops()
 
 
@@ -33,24 +30,24 @@ def generation_flops(config: ModelConfig, options: SamplingOptions) -> float:
     with torch.device("meta"):
         model = config.build().eval()
         plan = make_plan(model.order, options, config.tokens.positions)
-        # Attention makes a backbone step quadratic in the number of known tokens: three points determine it.
+        # Attention makes a backbone step at most quadratic in the number of known tokens: three points determine it.
         points = [0, config.tokens.positions // 2, config.tokens.positions - 1]
         curve = np.polyfit(points, [_backbone_flops(model, known) for known in points], 2)
         backbone = sum(float(np.polyval(curve, step.start)) for step in plan)
         guided = options.guidance != 1.0
-        # Denoising steps are alike: the second costs what every further one does.
-        one, two = (_head_flops(model, replace(options, diffusion_steps=n), guided) for n in (1, 2))
-        head = one + (options.diffusion_steps - 1) * (two - one)
+        head = _head_flops(model, options.for_head(config.head), guided)
         return backbone * (2 if guided else 1) + head * config.tokens.positions
 
 
 def _backbone_flops(model: Model, known: int) -> int:
     """One evaluation for one image with ``known`` known tokens."""
     spec = model.config.tokens
-    view = View(torch.zeros(1, spec.positions, dtype=torch.int64), known)
-    x = torch.zeros(1, spec.positions, model.backbone.width)
+    index = torch.zeros(1, spec.positions, dtype=torch.int64)
+    state = model.backbone.start(model.condition.null(1), spec.positions)
+    if known:
+        model.backbone.commit(state, index[:, :known], torch.zeros(1, known, model.backbone.width))
     with FlopCounterMode(display=False) as counter:
-        model.backbone(x, model.condition(torch.zeros(1, dtype=torch.int64)), view)
+        model.backbone.predict(state, index[:, :1])
     return counter.get_total_flops()
 
 
@@ -61,7 +58,7 @@ def _head_flops(model: Model, options: SamplingOptions, guided: bool) -> int:
     with FlopCounterMode(display=False) as counter:
         model.head.draw(
             z,
-            options=options.head_options(),
+            options=options.head,
             temperature=scalar,
             noise=KeyedNoise(row, row),
             guidance=Guidance(z, scalar) if guided else None,

@@ -21,15 +21,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+import numpy as np
 import torch
 
-from continuar.checkpoints.store import ModelFile, read_json, write_json
+from continuar.checkpoints.store import ModelFile, read_json, read_tokenizer, write_json
 from continuar.configs import differences, to_json
 from continuar.data.images import ImageSet, load_images
 from continuar.errors import UserError, require
 from continuar.pictures import grid, save_png
 from continuar.pipeline import Pipeline, newest_checkpoints
-from continuar.tokenizers import PixelConfig
+from continuar.tokenizers import LatentConfig, PixelConfig, Tokenizer
 from continuar.training.config import Run
 from continuar.training.log import RunLog
 from continuar.training.optim import learning_rate
@@ -38,6 +39,8 @@ from continuar.training.step import TrainStep
 from continuar.training.stream import ImageStream, measure_std
 
 _LOG = logging.getLogger("continuar")
+FITTED_IMAGES = 10_000
+"""Training images that a tokenizer is fitted to at most, drawn by the run's seed."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ def train(
     force: bool = False,
     on_report: Callable[[Report], None] | None = None,
     on_read: Callable[[int, int], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
 ) -> Pipeline:
     """Trains a run in ``directory`` and returns a pipeline with its averaged weights.
 
@@ -74,6 +78,8 @@ def train(
         force: resume although the config differs.
         on_report: called after every step.
         on_read: called with (images read, images in all) while the data is read.
+        should_stop: asked after every step; when it says so the run ends there, after a checkpoint, and ``resume`` continues it.
+            Where training is cut into slices is no part of what is trained, so it is no field of the config.
 
     Raises:
         UserError: bad data, a directory that holds another run, too many non-finite steps in a row.
@@ -82,6 +88,7 @@ def train(
     check_directory(run, directory, resume, force)
     images = read_images(run, on_read)
     run = measured(run, images)
+    tokenizer = fitted(run, images, directory if resume else None)
     torch.manual_seed(run.seed)
     with torch.device(device):
         model = run.model_config(len(images.classes)).build()
@@ -90,11 +97,11 @@ def train(
     directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / "config.json", run)
     file = ModelFile(model.config, run.tokenizer, images.classes, run.sampling)
-    loop = _Loop(run, directory, file, trainer, images, device, on_report, first)
+    loop = _Loop(run, directory, file, tokenizer.to(device), trainer, images, on_report, should_stop, first)
     # What autocast leaves in float32 (time embedding, output layer) may use TF32 in training, never in sampling.
     with matmul_precision("high" if device.type == "cuda" and run.train.precision != "float32" else "highest"):
         loop.steps_from(first)
-    return Pipeline(file, trainer.ema.model)
+    return Pipeline(file, trainer.ema.model, tokenizer)
 
 
 def check_directory(run: Run, directory: Path, resume: bool, force: bool) -> None:
@@ -119,7 +126,7 @@ def read_images(run: Run, on_read: Callable[[int, int], None] | None) -> ImageSe
     """The run's training images; what was skipped is said."""
     tokenizer = run.tokenizer
     require(
-        isinstance(tokenizer, PixelConfig),
+        not isinstance(tokenizer, LatentConfig),
         "training on latents needs a tokenizer that encodes images; use kind 'pixel'",
     )
     require(bool(run.data.path), "data.path is empty; give a folder of class folders or a Parquet file (--data.path)")
@@ -141,9 +148,10 @@ def read_images(run: Run, on_read: Callable[[int, int], None] | None) -> ImageSe
 
 
 def measured(run: Run, images: ImageSet) -> Run:
-    """The run with its tokenizer's std filled in from the images; a given std that is far off is said."""
+    """The run with its tokenizer's std filled in from the images, where it has one; a given std that is far off is said."""
     tokenizer = run.tokenizer
-    assert isinstance(tokenizer, PixelConfig)
+    if not isinstance(tokenizer, PixelConfig):
+        return run
     unit = dataclasses.replace(tokenizer, std=1.0).build()
     _, std = measure_std(images, lambda x: unit.tokenize(unit.encode(x)))
     require(std > 0, "all training images are of one colour: there is nothing to learn")
@@ -154,6 +162,17 @@ def measured(run: Run, images: ImageSet) -> Run:
     return run
 
 
+def fitted(run: Run, images: ImageSet, resumed: Path | None) -> Tokenizer:
+    """The run's tokenizer, fitted to the images; the one in a resumed run's checkpoint is kept."""
+    kept = newest_checkpoints(resumed) if resumed is not None else []
+    if kept:
+        return read_tokenizer(kept[0], run.tokenizer)
+    tokenizer = run.tokenizer.build()
+    chosen = np.random.default_rng(run.seed).permutation(len(images))[:FITTED_IMAGES]
+    tokenizer.fit(torch.from_numpy(images.images[chosen]).permute(0, 3, 1, 2).float().div_(127.5).sub_(1))
+    return tokenizer
+
+
 class _Loop:
     """The steps of one run; see the module's docstring."""
 
@@ -162,21 +181,21 @@ class _Loop:
         run: Run,
         directory: Path,
         file: ModelFile,
+        tokenizer: Tokenizer,
         trainer: TrainStep,
         images: ImageSet,
-        device: torch.device,
         on_report: Callable[[Report], None] | None,
+        should_stop: Callable[[], bool] | None,
         first: int,
     ) -> None:
-        self.run, self.directory, self.file, self.trainer = run, directory, file, trainer
-        self.on_report = on_report
-        tokenizer = run.tokenizer.build().to(device)
-        self.stream = ImageStream(images, tokenizer, run.data, run.train.batch_size, run.seed, device)
+        self.run, self.directory, self.file, self.tokenizer, self.trainer = run, directory, file, tokenizer, trainer
+        self.on_report, self.should_stop = on_report, should_stop or (lambda: False)
+        self.stream = ImageStream(images, tokenizer, run.data, run.train.batch_size, run.seed, trainer.device)
         self.log = RunLog(directory, first)
         self._since, self._since_step = time.monotonic(), first
 
     def steps_from(self, first: int) -> None:
-        """Runs steps ``first`` to the last; Ctrl-C ends it after a checkpoint."""
+        """Runs steps ``first`` to the last; Ctrl-C or ``should_stop`` ends it after a checkpoint."""
         loop = self.run.train
         checkpoint = self.directory
         with catch_interrupt() as interrupted:
@@ -188,14 +207,17 @@ class _Loop:
                 metrics = self._write_metrics(done) if self._due(done, loop.log_images) else {}
                 if loop.sample_images and self._due(done, loop.sample_images):
                     self._draw_grids(done)
-                stop = interrupted() and done < loop.steps
+                interrupt = interrupted() and done < loop.steps
+                stop = interrupt or self.should_stop()
                 if stop or done == loop.steps or (loop.save_images and self._due(done, loop.save_images)):
                     checkpoint = self._save(done)
                 if self.on_report is not None:
                     self.on_report(Report(done, loop.steps, metrics))
-                if stop:
+                if interrupt:
                     self.log.close()
                     raise Interrupted(checkpoint)
+                if stop:
+                    break
         self.log.close()
 
     def _due(self, done: int, every_images: int) -> bool:
@@ -219,7 +241,7 @@ class _Loop:
             "images": done * batch,
             "loss": averages.loss,
             "gradient_norm": averages.gradient_norm,
-            "token_std": averages.token_std,
+            **({"token_std": averages.token_std} if self.file.model.tokens.kind == "vector" else {}),
             "lr": learning_rate(self.run.optim, (done - 1) * batch, self.run.train.steps * batch),
             "skipped_steps": averages.skipped,
             "images_per_second": (done - self._since_step) * batch / elapsed,
@@ -238,7 +260,7 @@ class _Loop:
         seeds = list(range(len(labels) if labels else 16))
         for name, model in (("ema", self.trainer.ema.model), ("raw", self.trainer.model)):
             with matmul_precision("highest"):
-                images = Pipeline(self.file, model)(labels, seeds, batch_size=len(seeds))
+                images = Pipeline(self.file, model, self.tokenizer)(labels, seeds, batch_size=len(seeds))
             picture = grid(images, [classes[i] for i in labels] if labels else None, columns=min(8, len(seeds)))
             save_png(picture, folder / f"step-{done:08d}-{name}.png")
             self.log.picture(done, f"samples/{name}", picture)
@@ -248,7 +270,7 @@ class _Loop:
 
     def _save(self, done: int) -> Path:
         began = time.monotonic()
-        checkpoint = save_checkpoint(self.directory, self.file, self.trainer, done, self.run.train.keep)
+        checkpoint = save_checkpoint(self.directory, self.file, self.tokenizer, self.trainer, done, self.run.train.keep)
         self._since += time.monotonic() - began
         return checkpoint
 

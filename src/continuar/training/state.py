@@ -21,22 +21,25 @@ from continuar.checkpoints.store import (
     read_tensors,
     write_json,
     write_tensors,
+    write_tokenizer,
 )
 from continuar.errors import UserError, require
 from continuar.pipeline import newest_checkpoints
+from continuar.tokenizers import Tokenizer
 from continuar.training.step import TrainStep
 
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
 _LOG = logging.getLogger("continuar")
 
 
-def save_checkpoint(run_directory: Path, file: ModelFile, trainer: TrainStep, step: int, keep: int) -> Path:
+def save_checkpoint(run_directory: Path, file: ModelFile, tokenizer: Tokenizer, trainer: TrainStep, step: int, keep: int) -> Path:
     """Writes ``checkpoints/step-NNNNNNNN`` (``step`` optimizer steps are done) and drops all but the newest ``keep``."""
     destination = run_directory / "checkpoints" / f"step-{step:08d}"
     with atomic_directory(destination) as temporary:
         write_json(temporary / CONFIG, file)
         write_tensors(temporary / WEIGHTS, trainer.model.state_dict())
         write_tensors(temporary / EMA, trainer.ema.model.state_dict())
+        write_tokenizer(temporary, tokenizer)
         write_tensors(temporary / OPTIMIZER, _optimizer_tensors(trainer.optimizer))
         sums = {p.name: checksum(p) for p in sorted(temporary.iterdir())}
         write_json(temporary / STATE, {"step": step, "checksums": sums})

@@ -81,10 +81,10 @@ class TrainStep:
         self.model, self.run = model.train(), run
         self.optimizer = build_optimizer(model, run.optim)
         self.ema = EMA(model, run.ema)
-        self._device = next(model.parameters()).device
-        self.meter = Meter(self._device)
+        self.device = next(model.parameters()).device
+        self.meter = Meter(self.device)
         precision = run.train.precision
-        bf16 = precision == "bfloat16" or (precision == "auto" and self._device.type == "cuda")
+        bf16 = precision == "bfloat16" or (precision == "auto" and self.device.type == "cuda")
         self._engine = ENGINES[run.train.engine](model, run.train.label_dropout, bf16)
 
     def seed(self, step: int) -> None:
@@ -92,18 +92,18 @@ class TrainStep:
         digest = hashlib.blake2b(f"{self.run.seed}/{step}".encode(), digest_size=8).digest()
         torch.manual_seed(int.from_bytes(digest, "little") >> 1)
 
-    def __call__(self, step: int, tokens_BND: Tensor, labels_B: Tensor) -> None:
+    def __call__(self, step: int, tokens: Tensor, labels_B: Tensor) -> None:
         """Step ``step`` on one batch; call `seed` before the batch is drawn."""
         loop, optim = self.run.train, self.run.optim
         lr = learning_rate(optim, step * loop.batch_size, loop.steps * loop.batch_size)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        view = self.model.order.training_view(len(tokens_BND), self._device)
-        loss = self._engine(tokens_BND, labels_B, view)
+        view = self.model.training_view(len(tokens), self.device)
+        loss = self._engine(tokens, labels_B, view)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), optim.clip or float("inf"), foreach=True)
         bad = ~(loss + norm).isfinite()
         # The fused kernel reads this flag as gradient scaling does, and leaves weights and moments alone if it is 1.
         setattr(self.optimizer, "found_inf", bad.float())  # noqa: B010 (an attribute AdamW reads but does not declare)
         self.optimizer.step()
         self.ema.update(step)
-        self.meter.add(loss, norm, tokens_BND.std(), bad)
+        self.meter.add(loss, norm, tokens.float().std(), bad)

@@ -1,0 +1,130 @@
+"""The causal decoder of autoregressive models, in any order (paper, Section 3.4 and Table 1, first two rows).
+
+The slot that predicts position o(i) holds three things: token o(i-1), its position, and the position o(i) it is to predict; the
+first slot holds the condition instead of a token. Raster order is the special case where both positions follow from the slot. Of a
+condition of several tokens the last is in that slot, and the others are slots before it.
+
+1. Slots -> blocks with triangular attention -> LayerNorm -> z.
+2. Generation keeps keys and values in buffers of fixed size: `predict` writes the query's slot, `commit` makes it last.
+3. Tokens known from the start are prefilled in one pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from continuar.backbones.base import Backbone
+from continuar.backbones.blocks import LN_EPS, Block, KVCache, check_dropout, init_transformer
+from continuar.errors import require
+from continuar.orders import View
+from continuar.rows import take
+
+
+@dataclass(frozen=True)
+class CausalConfig:
+    """Causal decoder with kv-cache. Sizes as of the paper's pairs: B 768, 24 blocks, 12 heads; L 1024, 32, 16; H 1280, 40, 16."""
+
+    kind: Literal["causal"] = "causal"
+    width: int = 768
+    """Width, and so Z."""
+    depth: int = 24
+    """Blocks; as many as encoder and decoder of the bidirectional model together."""
+    heads: int = 12
+    """Attention heads; must divide the width."""
+    attention_dropout: float = 0.1
+    """Dropout on attention weights while training."""
+    dropout: float = 0.1
+    """Dropout after projections and inside the MLP while training."""
+    max_group: ClassVar[int | None] = 1
+    masked: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        for name in ("width", "depth", "heads"):
+            require(getattr(self, name) >= 1, f"backbone.{name} is {getattr(self, name)}; allowed: 1 or more")
+        require(self.width % self.heads == 0, f"backbone width {self.width} is not divisible by its {self.heads} heads")
+        check_dropout(self.attention_dropout, self.dropout)
+
+    @property
+    def max_condition(self) -> int | None:
+        """The most condition tokens it takes: no limit, they are a prefix."""
+        return None
+
+    def build(self, positions: int) -> Causal:
+        """The backbone over ``positions`` tokens."""
+        return Causal(self, positions)
+
+
+@dataclass
+class CausalState:
+    """What is known of a generation.
+
+    Attributes:
+        caches: keys and values of each block.
+        waiting_BTE: slots that are not in the caches yet, for they still lack the position to predict: the condition, then the last
+            token.
+        filled: slots in the caches that will stay.
+        predicted: whether the slots behind ``filled`` hold the last prediction.
+    """
+
+    caches: list[KVCache]
+    waiting_BTE: Tensor
+    filled: int = 0
+    predicted: bool = False
+
+
+class Causal(Backbone[CausalState]):
+    """See the module's docstring."""
+
+    def __init__(self, config: CausalConfig, positions: int) -> None:
+        super().__init__()
+        self.width = self.z_dim = config.width
+        self.heads, self.count = config.heads, positions
+        self.positions = nn.Parameter(torch.empty(positions, config.width))
+        self.targets = nn.Parameter(torch.empty(positions, config.width))
+        rates = config.attention_dropout, config.dropout
+        self.blocks = nn.ModuleList(Block(config.width, config.heads, *rates) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(config.width, eps=LN_EPS)
+        init_transformer(self)
+
+    def forward(self, x_BNE: Tensor, cond_BCE: Tensor, view: View) -> Tensor:
+        past, first = view.order_BN[:, :-1], cond_BCE.shape[1] - 1
+        h = torch.cat((cond_BCE, take(x_BNE, past) + take(self.positions[None], past)), 1)
+        h = torch.cat((h[:, :first], h[:, first:] + take(self.targets[None], view.order_BN)), 1)
+        for block in self.blocks:
+            h = block(h, causal=True)
+        return self.norm(h[:, first + view.known :])
+
+    def draw_queried(self) -> int:
+        return self.count
+
+    def queried_counts(self) -> dict[int, float]:
+        return {self.count: 1.0}
+
+    def start(self, cond_BCE: Tensor, positions: int) -> CausalState:
+        batch, count, width = cond_BCE.shape
+        shape = batch, self.heads, count + positions, width // self.heads
+        return CausalState([KVCache(cond_BCE.new_zeros(shape), cond_BCE.new_zeros(shape)) for _ in self.blocks], cond_BCE)
+
+    def predict(self, state: CausalState, query_BQ: Tensor) -> Tensor:
+        require(query_BQ.shape[1] == 1, f"{query_BQ.shape[1]} positions queried at once; a causal backbone allows 1")
+        state.predicted = True
+        return self.norm(self._run(state, state.waiting_BTE, query_BQ)[:, -1:])
+
+    def commit(self, state: CausalState, index_BK: Tensor, x_BKE: Tensor) -> None:
+        tokens = x_BKE + take(self.positions[None], index_BK)
+        if not state.predicted:
+            self._run(state, torch.cat((state.waiting_BTE, tokens[:, :-1]), 1), index_BK)
+        state.filled += state.waiting_BTE.shape[1] + index_BK.shape[1] - 1
+        state.waiting_BTE, state.predicted = tokens[:, -1:], False
+
+    def _run(self, state: CausalState, slots_BTE: Tensor, targets_BK: Tensor) -> Tensor:
+        """Slots through all blocks, behind what the caches hold; the last K of them predict these targets."""
+        first = slots_BTE.shape[1] - targets_BK.shape[1]
+        h = torch.cat((slots_BTE[:, :first], slots_BTE[:, first:] + take(self.targets[None], targets_BK)), 1)
+        for block, cache in zip(self.blocks, state.caches, strict=True):
+            h = block(h, cache=cache, at=state.filled)
+        return h

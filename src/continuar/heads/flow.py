@@ -1,0 +1,132 @@
+"""The flow head: p(x | z) by a velocity field along straight paths.
+
+Flow matching (Lipman et al. 2023), rectified flow (Liu et al. 2023): x_t = (1 - t) n + t x with n ~ N(0, I) and t in [0, 1]; the
+network predicts the velocity x - n of that path.
+
+Drawing, from x_0 = temperature n, for i = 0 .. S-1 with t = i/S:
+1. v = velocity(x, t); guided: v_u + w (v_c - v_u), both halves at the same x.
+2. Euler: x += v/S. Heun: x += (v + velocity(x + v/S, t + 1/S))/(2 S).
+
+An alternative beside the paper's diffusion head, never in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from continuar.errors import require
+from continuar.guidance import Guidance
+from continuar.heads.base import Head, HeadSample, check_rows, check_sizes
+from continuar.heads.mlp import DenoisingMLP
+from continuar.heads.options import Options
+from continuar.noise import Purpose, RowNoise
+from continuar.precision import without_autocast
+
+Solver = Literal["euler", "heun"]
+TIME_SCALE = 1000.0
+"""The timestep features expect times of about 0..1000."""
+
+
+@dataclass(frozen=True)
+class FlowOptions(Options):
+    """How to follow the velocity field. The temperature scales the noise it starts from."""
+
+    kind: Literal["flow"] = "flow"
+    flow_steps: int = 50
+    """Steps along the path, 1 or more; Heun evaluates the network twice in each."""
+    solver: Solver = "euler"
+    """"euler" (first order) or "heun" (second order)."""
+
+    def __post_init__(self) -> None:
+        require(self.flow_steps >= 1, f"flow_steps is {self.flow_steps}; allowed: 1 or more")
+        require(self.solver in get_args(Solver), f"solver is '{self.solver}'; allowed: {', '.join(get_args(Solver))}")
+
+
+@dataclass(frozen=True)
+class FlowHeadConfig:
+    """Straight-path flow matching with the diffusion head's MLP."""
+
+    kind: Literal["flow"] = "flow"
+    width: int = 1024
+    """W of the MLP."""
+    depth: int = 3
+    """Residual blocks of the MLP."""
+    timesteps_per_token: int = 4
+    """Times drawn per token and training step."""
+    token_kind: ClassVar[Literal["vector", "id"]] = "vector"
+    has_log_prob: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        for name in ("width", "depth", "timesteps_per_token"):
+            require(getattr(self, name) >= 1, f"head.{name} is {getattr(self, name)}; allowed: 1 or more")
+
+    def options(self) -> FlowOptions:
+        """The default options."""
+        return FlowOptions()
+
+    def build(self, token_size: int, cond_dim: int) -> FlowHead:
+        """The head for tokens of ``token_size`` dimensions."""
+        return FlowHead(token_size, cond_dim, self.width, self.depth, self.timesteps_per_token)
+
+
+class FlowHead(Head):
+    """See the module's docstring.
+
+    Args:
+        token_dim: D. cond_dim: Z. width, depth: of the MLP. timesteps_per_token: draws of (t, n) per row in `loss`.
+    """
+
+    options_type = FlowOptions
+
+    def __init__(self, token_dim: int, cond_dim: int, width: int = 1024, depth: int = 3, timesteps_per_token: int = 4) -> None:
+        super().__init__()
+        check_sizes(token_dim=token_dim, cond_dim=cond_dim, width=width, depth=depth)
+        self.token_dim, self.cond_dim, self.timesteps_per_token = token_dim, cond_dim, timesteps_per_token
+        self.net = DenoisingMLP(token_dim, cond_dim, width, depth, outputs=1)
+
+    def loss(self, z: Tensor, target: Tensor) -> Tensor:
+        """Squared error of the velocity, mean over dimensions and draws: [M] for z [M, Z] and x [M, D] of about unit std."""
+        check_rows(z, target, self.cond_dim, self.token_dim)
+        k = self.timesteps_per_token
+        t = torch.rand(k, *z.shape[:-1], device=z.device)
+        noise = torch.randn(k, *target.shape, device=z.device)
+        x = target.float()
+        with without_autocast(z):
+            point = torch.lerp(noise, x.expand_as(noise), t.unsqueeze(-1))
+        (velocity,) = self.net(point, TIME_SCALE * t, z.expand(k, *z.shape))
+        return (velocity.float() - (x - noise)).square().mean((0, -1))
+
+    def draw(
+        self, z: Tensor, *, options: FlowOptions, temperature: Tensor, noise: RowNoise, guidance: Guidance | None = None
+    ) -> HeadSample:
+        with without_autocast(z):
+            velocity = self._guided(z.float(), guidance)
+            x = temperature * noise.normal(Purpose.INITIAL, 0, self.token_dim)
+            size = 1 / options.flow_steps
+            times = TIME_SCALE * size * torch.arange(options.flow_steps + 1, device=x.device)
+            for i in range(options.flow_steps):
+                v = velocity(x, times[i])
+                if options.solver == "heun":
+                    v = (v + velocity(x + size * v, times[i + 1])) / 2
+                x = x + size * v
+        return HeadSample(x)
+
+    def _guided(self, z: Tensor, guidance: Guidance | None) -> Callable[[Tensor, Tensor], Tensor]:
+        """velocity(x, TIME_SCALE t), with z's share of the condition computed once."""
+        net = self.net
+        y = net.condition(z if guidance is None else torch.cat((z, guidance.z_uncond.float())))
+
+        def velocity(x: Tensor, time: Tensor) -> Tensor:
+            both = x if guidance is None else torch.cat((x, x))
+            (v,) = net.denoise(both, net.modulate(net.time_embedding(time) + y))
+            if guidance is None:
+                return v
+            conditional, unconditional = v.chunk(2)
+            return unconditional + guidance.scale * (conditional - unconditional)
+
+        return velocity
