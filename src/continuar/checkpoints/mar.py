@@ -145,7 +145,7 @@ def _join(state: Mapping[str, Tensor], keys: list[str]) -> Tensor:
     return torch.cat([state[key] for key in keys])
 
 
-def _separate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def separate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors each in storage of its own, as file formats want them; copied only where it is shared."""
     seen: set[int] = set()
     own = {}
@@ -256,7 +256,7 @@ def to_continuar(state: Mapping[str, Tensor], config: ModelConfig, where: str = 
     for name in ("encoder_positions", "decoder_positions", "z_positions", "mask_token"):
         ours[f"backbone.{name}"] = ours[f"backbone.{name}"][0]
     ours["condition.embedding"] = _join(state, ["class_emb.weight", "fake_latent"])
-    return _separate(ours)
+    return separate(ours)
 
 
 def to_official(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
@@ -272,7 +272,7 @@ def to_official(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, T
     official |= {_HEAD_PREFIX + k: v for k, v in head_to_official(head).items()}
     embedding = state["condition.embedding"]
     official["class_emb.weight"], official["fake_latent"] = embedding[: config.classes], embedding[config.classes :]
-    return _separate(official)
+    return separate(official)
 
 
 def official_shapes(config: ModelConfig) -> dict[str, torch.Size]:

@@ -14,9 +14,10 @@ from rich.console import Console
 from rich.progress import Progress
 
 from continuar.cli.head_options import AnyHeadOptions, given
+from continuar.cli.load import load_pipeline
 from continuar.errors import require
 from continuar.generation.plan import SamplingOptions, make_plan
-from continuar.pipeline import Pipeline, load
+from continuar.pipeline import Pipeline
 
 
 @dataclass(frozen=True)
@@ -49,15 +50,18 @@ class Settings(SamplingSettings):
     """auto, cpu, cuda, cuda:N or mps."""
     weights: Literal["ema", "raw"] = "ema"
     """Which weights of a training run."""
+    tokenizer: str | None = None
+    """For a model of latents: its autoencoder (a saved tokenizer, an LDM-layout file such as kl16.ckpt, a diffusers directory or
+    hub id)."""
 
     def load(self, model: str) -> Pipeline:
-        """The model, on the device.
+        """The model, on the device, with the autoencoder that was given for its latents.
 
         Raises:
-            UserError: no such model or device.
+            UserError: no such model or device, or an autoencoder that is lacking or unfitting.
         """
         require(self.batch_size >= 1, f"--batch-size is {self.batch_size}; allowed: 1 or more")
-        return load(model, weights=self.weights, device=self.device)
+        return load_pipeline(model, self.tokenizer, weights=self.weights, device=self.device)
 
     def options(self, pipe: Pipeline) -> SamplingOptions:
         """The model's own options, overridden by what was given.

@@ -20,7 +20,9 @@ COMMANDS = {
     "evaluate": "score images against real ones: continuar evaluate MODEL --reference STATS",
     "sweep": "evaluate a model over settings: continuar sweep MODEL --over figure4",
     "stats": "reference statistics of real images: continuar stats DATA OUT.npz",
-    "convert": "official MAR checkpoints into our format and back",
+    "tokenizer": "autoencoders, trained and measured: continuar tokenizer train kl_cifar10",
+    "cache": "latents of every image, kept: continuar cache DATA TOKENIZER DST",
+    "convert": "official files (MAR, autoencoders) into our format and back",
 }
 _HELP = f"""continuar {__version__}: autoregressive generation over continuous tokens.
 

@@ -22,7 +22,7 @@ class Arguments:
     """Generate images from a model."""
 
     model: tyro.conf.Positional[str]
-    """A run directory, a saved model, or a shipped name."""
+    """A run directory, a saved model, a shipped name, or an official MAR checkpoint file."""
     classes: str = ""
     """Class names or numbers, separated by commas; every class if not given (at most 10)."""
     per_class: int = 4

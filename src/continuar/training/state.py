@@ -40,7 +40,7 @@ def save_checkpoint(run_directory: Path, file: ModelFile, tokenizer: Tokenizer, 
         write_tensors(temporary / WEIGHTS, trainer.model.state_dict())
         write_tensors(temporary / EMA, trainer.ema.model.state_dict())
         write_tokenizer(temporary, tokenizer)
-        write_tensors(temporary / OPTIMIZER, _optimizer_tensors(trainer.optimizer))
+        write_tensors(temporary / OPTIMIZER, optimizer_tensors(trainer.optimizer))
         sums = {p.name: checksum(p) for p in sorted(temporary.iterdir())}
         write_json(temporary / STATE, {"step": step, "checksums": sums})
     for old in newest_checkpoints(run_directory)[keep:]:
@@ -72,17 +72,18 @@ def _load(checkpoint: Path, trainer: TrainStep) -> int:
         require(path.is_file() and checksum(path) == expected, f"{path} is missing or its checksum differs")
     load_state(trainer.model, read_tensors(checkpoint / WEIGHTS), str(checkpoint / WEIGHTS))
     load_state(trainer.ema.model, read_tensors(checkpoint / EMA), str(checkpoint / EMA))
-    _load_optimizer(trainer.optimizer, read_tensors(checkpoint / OPTIMIZER))
+    load_optimizer(trainer.optimizer, read_tensors(checkpoint / OPTIMIZER))
     return int(state["step"])
 
 
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The moments and step counts, keyed ``index.name``."""
     state = optimizer.state_dict()["state"]
     return {f"{index}.{name}": value for index, entry in state.items() for name, value in entry.items()}
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """The inverse of `optimizer_tensors`."""
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         index, name = key.split(".", 1)
