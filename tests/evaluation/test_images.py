@@ -98,5 +98,5 @@ def test_bad_npz_files_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"x.npz is truncated or not an npz file: Bad CRC-32"):
         open_images(tmp_path / "x.npz").read(0, 7)
     np.savez(tmp_path / "x.npz", PIXELS)
-    with pytest.raises(UserError, match="holds images of 6x8 pixels, not of 4x4; cropping is for folders and Parquet"):
+    with pytest.raises(UserError, match="holds images of 6x8 pixels, not of 4x4; cropping is for the other kinds"):
         open_images(tmp_path / "x.npz", size=4)

@@ -9,14 +9,15 @@ from typing import Annotated, Literal
 import tyro
 
 from continuar.cli.generating import SamplingSettings
-from continuar.cli.networks import NetworkOptions, local_device, progress_bars
+from continuar.cli.load import load_pipeline
+from continuar.cli.networks import NetworkOptions, local_device
 from continuar.cli.parse import parse
+from continuar.cli.progress import progress_bars
 from continuar.errors import require
 from continuar.evaluation.images import open_images
 from continuar.evaluation.processes import processes
 from continuar.evaluation.run import RESULT, EvaluationOptions, evaluate
 from continuar.evaluation.samples import GeneratedSamples, GivenSamples, Samples
-from continuar.pipeline import load
 
 _DESCRIPTION = (
     "Score a model's images, or images that lie somewhere, against real ones: Frechet distance (FID with the FID Inception "
@@ -30,11 +31,11 @@ class Arguments:
     """Score images."""
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[MODEL]")] = ""
-    """A run directory, a saved model, or a shipped name."""
+    """A run directory, a saved model, a shipped name, or an official MAR checkpoint file."""
     images_from: Path | None = None
-    """Score these instead: a folder of images, a Parquet file, or an .npz file with arr_0."""
+    """Score these instead: a folder of images, Parquet or tars, or an .npz file with arr_0."""
     reference: str = ""
-    """What to score against: an .npz file of `continuar stats` or of ADM's suite, a folder of images, or a Parquet file."""
+    """What to score against: an .npz file of `continuar stats` or of ADM's suite, a folder of images, Parquet or tars."""
     features: Annotated[NetworkOptions, tyro.conf.arg(name="")] = field(default_factory=NetworkOptions)
     images: int = 50_000
     """Images to generate, a multiple of the number of classes."""
@@ -42,6 +43,9 @@ class Arguments:
     """Seed of the first image."""
     weights: Literal["ema", "raw"] = "ema"
     """Which weights of a training run."""
+    tokenizer: str | None = None
+    """For a model of latents: its autoencoder (a saved tokenizer, an LDM-layout file such as kl16.ckpt, a diffusers directory or
+    hub id)."""
     settings: Annotated[SamplingSettings, tyro.conf.arg(name="")] = field(default_factory=SamplingSettings)
     options: Annotated[EvaluationOptions, tyro.conf.arg(name="")] = field(default_factory=EvaluationOptions)
     device: str = "auto"
@@ -72,5 +76,6 @@ def find_samples(options: Arguments) -> Samples:
         require(not given, f"--images-from is given, and sampling settings ({', '.join(given)}); those are for a model")
         return GivenSamples(open_images(options.images_from))
     require(bool(options.model), "neither a model nor --images-from is given; allowed: one of them")
-    pipe = load(options.model, weights=options.weights, device=local_device(options.device))
+    device = local_device(options.device)
+    pipe = load_pipeline(options.model, options.tokenizer, weights=options.weights, device=device)
     return GeneratedSamples(pipe, options.images, seed=options.seed, settings=given, name=options.model, weights=options.weights)

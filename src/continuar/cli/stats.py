@@ -9,8 +9,9 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from continuar.cli.networks import NetworkOptions, local_device, progress_bars
+from continuar.cli.networks import NetworkOptions, local_device
 from continuar.cli.parse import parse
+from continuar.cli.progress import progress_bars
 from continuar.errors import require
 from continuar.evaluation.images import by, open_images
 from continuar.evaluation.networks import sha256_of_file
@@ -28,7 +29,7 @@ class Arguments:
     """Compute reference statistics."""
 
     data: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DATA")]
-    """A folder of images or of class folders, a Parquet file or a folder of them, or an .npz file with arr_0."""
+    """A folder of images or of class folders, Parquet or tars, or an .npz file with arr_0."""
     out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT.npz")]
     """The file to write."""
     features: Annotated[NetworkOptions, tyro.conf.arg(name="")] = field(default_factory=NetworkOptions)

@@ -9,8 +9,10 @@ from typing import Annotated, Literal, cast
 import tyro
 
 from continuar.cli.generating import SamplingSettings
-from continuar.cli.networks import NetworkOptions, local_device, progress_bars
+from continuar.cli.load import load_pipeline
+from continuar.cli.networks import NetworkOptions, local_device
 from continuar.cli.parse import parse
+from continuar.cli.progress import progress_bars
 from continuar.errors import require
 from continuar.evaluation.axes import AXES, SWEEPS, parse_axes
 from continuar.evaluation.processes import processes
@@ -18,7 +20,7 @@ from continuar.evaluation.reference import REFERENCE_IMAGES
 from continuar.evaluation.run import EvaluationOptions
 from continuar.evaluation.sweep import SweepOptions, sweep
 from continuar.evaluation.tables import markdown_table
-from continuar.pipeline import Weights, load
+from continuar.pipeline import Weights
 
 _DESCRIPTION = (
     "Evaluate a model at every combination of settings, into tables (CSV, Markdown) and plots (PNG, SVG). "
@@ -33,11 +35,11 @@ class Arguments:
     """Evaluate a model at many settings."""
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
-    """A run directory, a saved model, or a shipped name."""
+    """A run directory, a saved model, a shipped name, or an official MAR checkpoint file."""
     over: tuple[str, ...] = ()
     """What to sweep: figure4, or steps=8,16,32 temperature=0.95,1."""
     reference: str = ""
-    """What to score against: an .npz file of `continuar stats` or of ADM's suite, a folder of images, or a Parquet file."""
+    """What to score against: an .npz file of `continuar stats` or of ADM's suite, a folder of images, Parquet or tars."""
     features: Annotated[NetworkOptions, tyro.conf.arg(name="")] = field(default_factory=NetworkOptions)
     images: int = 10_000
     """Images per point, a multiple of the number of classes."""
@@ -45,6 +47,9 @@ class Arguments:
     """Seed of the first image, the same at every point."""
     weights: Literal["ema", "raw"] = "ema"
     """Which weights of a training run, where that is not swept."""
+    tokenizer: str | None = None
+    """For a model of latents: its autoencoder (a saved tokenizer, an LDM-layout file such as kl16.ckpt, a diffusers directory or
+    hub id)."""
     settings: Annotated[SamplingSettings, tyro.conf.arg(name="")] = field(default_factory=SamplingSettings)
     batch_size: int = 64
     """Images made and measured at once."""
@@ -74,7 +79,7 @@ def main(arguments: list[str]) -> int:
     with processes() as group, progress_bars(shown=group.is_first) as bar:
         rows = sweep(
             options.model,
-            lambda weights: load(options.model, weights=cast(Weights, weights), device=device),
+            lambda weights: load_pipeline(options.model, options.tokenizer, weights=cast(Weights, weights), device=device),
             axes,
             options.reference,
             options.features.load(device),

@@ -1,4 +1,4 @@
-"""Images to be measured, read block by block so that any number of them fits: folders, Parquet, npz files."""
+"""Images to be measured, read block by block so that any number of them fits: folders, Parquet, tars, npz files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from continuar.data.decode import Unusable, decode
 from continuar.data.find import find_source
-from continuar.data.sources import SUFFIXES, ParquetSource, Source
+from continuar.data.sources import SUFFIXES, FolderSource, Source
 from continuar.errors import UserError, require
 
 LOSSY = frozenset({".jpg", ".jpeg", ".webp"})
@@ -66,7 +66,7 @@ def open_images(path: str | Path, *, size: int | None = None, split: str = "trai
     """The images at ``path``.
 
     Args:
-        path: a folder of images or of class folders, a Parquet file or a folder of them, an npz file with ``arr_0``.
+        path: a folder of images or of class folders, Parquet or WebDataset tars, an npz file with ``arr_0``.
         size: every image is brought to this by ADM's centre crop, as for training; None leaves them as they are.
         split: which part, where the source has several.
 
@@ -74,12 +74,12 @@ def open_images(path: str | Path, *, size: int | None = None, split: str = "trai
         UserError: nothing there, no images, or images of several sizes.
     """
     path = Path(path)
-    require(path.exists(), f"{path} does not exist; allowed: a folder of images, a .parquet file or an .npz file")
+    require(path.exists(), f"{path} does not exist; allowed: a folder of images, a .parquet, .tar or .npz file")
     if path.suffix == ".npz":
         found: Images = NpzImages(path)
         require(
             size is None or found.size == (size, size),
-            f"{path} holds images of {by(found.size)} pixels, not of {size}x{size}; cropping is for folders and Parquet",
+            f"{path} holds images of {by(found.size)} pixels, not of {size}x{size}; cropping is for the other kinds",
         )
         return found
     loose = path.is_dir() and any(_is_image(p) for p in path.iterdir())
@@ -114,8 +114,9 @@ class EncodedImages(Images):
         require(len(source) > 0, f"{path} has no images")
         height, width = self._decode(0, None).shape[:2]
         self.size = (height, width) if size is None else (size, size)
-        self._files = _parquet_files(path) if isinstance(source, ParquetSource) else [source.name(i) for i in range(len(source))]
-        lossy = {Path(name).suffix.lower() for name in self._files} & LOSSY
+        names = [source.name(i) for i in range(len(source))]
+        self._files = names if isinstance(source, FolderSource | LooseFolder) else _archives(path)
+        lossy = {Path(name).suffix.lower() for name in names} & LOSSY
         if lossy:
             self.notes = (f"{path} holds {', '.join(sorted(lossy))} files: lossy compression changes features",)
 
@@ -209,8 +210,8 @@ def npz_names(archive: zipfile.ZipFile) -> list[str]:
     return [name.removesuffix(".npy") for name in archive.namelist()]
 
 
-def _parquet_files(path: Path) -> list[str]:
-    return [str(p) for p in sorted(path.glob("*.parquet"))] if path.is_dir() else [str(path)]
+def _archives(path: Path) -> list[str]:
+    return [str(p) for p in sorted(path.iterdir()) if p.suffix in (".parquet", ".tar")] if path.is_dir() else [str(path)]
 
 
 def _files_identity(files: list[str]) -> str:

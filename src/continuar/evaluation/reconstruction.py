@@ -1,9 +1,6 @@
-"""What a tokenizer loses: images against what comes back of them, pixel by pixel and as distributions.
+"""How well a tokenizer's reconstructions agree with images: PSNR and SSIM, per image in float64, and as distributions.
 
-1. PSNR = 10 log10(255^2 / MSE) of each image, averaged over images.
-2. SSIM (Wang et al. 2004): means, variances and covariance under an 11x11 Gaussian window of std 1.5, K1 = 0.01, K2 = 0.03, on
-   windows that lie inside the image, averaged over windows and channels.
-3. The Frechet distance of reconstructions to originals (rFID, with the FID Inception weights).
+The Frechet distance of reconstructions to their originals is rFID with the FID Inception weights, and only then.
 """
 
 from __future__ import annotations
@@ -24,7 +21,8 @@ from continuar.evaluation.networks import FeatureNetwork
 from continuar.pipeline import to_uint8
 from continuar.tokenizers import Tokenizer
 
-_WINDOW, _STD, _K1, _K2, _RANGE = 11, 1.5, 0.01, 0.03, 255.0
+_WINDOW, _SIGMA = 11, 1.5
+_C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 
 
 @dataclass(frozen=True)
@@ -40,47 +38,39 @@ class Reconstruction:
     distance_name: str | None
 
 
-def psnr(images_BHW3: np.ndarray, others_BHW3: np.ndarray) -> np.ndarray:
-    """Of uint8 images [B, H, W, 3], pair by pair: [B] float64 decibels, infinite for equal ones."""
-    _check_pairs(images_BHW3, others_BHW3)
-    squares = (images_BHW3.astype(np.float64) - others_BHW3) ** 2
+def psnr(a_BHW3: np.ndarray, b_BHW3: np.ndarray) -> np.ndarray:
+    """Peak signal-to-noise ratio [B] of uint8 images, in dB; infinite for equal ones."""
+    _check(a_BHW3, b_BHW3)
+    error = (a_BHW3.astype(np.float64) - b_BHW3).reshape(len(a_BHW3), -1)
     with np.errstate(divide="ignore"):
-        return 10 * np.log10(_RANGE**2 / squares.mean((1, 2, 3)))
+        return 10 * np.log10(255**2 / (error**2).mean(1))
 
 
-def ssim(images_BHW3: np.ndarray, others_BHW3: np.ndarray) -> np.ndarray:
-    """Of uint8 images [B, H, W, 3], pair by pair: [B] float64; see the module's docstring.
+def ssim(a_BHW3: np.ndarray, b_BHW3: np.ndarray) -> np.ndarray:
+    """Structural similarity [B] of uint8 images (Wang et al. 2004), 1 for equal ones.
+
+    Gaussian windows of 11 x 11 with sigma 1.5, where they fit, each channel by itself.
 
     Raises:
         UserError: images smaller than the window.
     """
-    _check_pairs(images_BHW3, others_BHW3)
-    height, width = images_BHW3.shape[1:3]
-    require(min(height, width) >= _WINDOW, f"images are {height}x{width}; SSIM needs {_WINDOW}x{_WINDOW} or more")
-    x, y = (torch.from_numpy(np.ascontiguousarray(i)).permute(0, 3, 1, 2).double() for i in (images_BHW3, others_BHW3))
-    mean_x, mean_y = _blur(x), _blur(y)
-    variance_x, variance_y = _blur(x * x) - mean_x**2, _blur(y * y) - mean_y**2
-    covariance = _blur(x * y) - mean_x * mean_y
-    c1, c2 = (_K1 * _RANGE) ** 2, (_K2 * _RANGE) ** 2
-    similarity = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
-    similarity = similarity / ((mean_x**2 + mean_y**2 + c1) * (variance_x + variance_y + c2))
-    return similarity.mean((1, 2, 3)).numpy()
-
-
-def _blur(x_B3HW: Tensor) -> Tensor:
-    """The Gaussian mean of every window inside the image, channel by channel; separable."""
-    offset = torch.arange(_WINDOW, dtype=torch.float64) - _WINDOW // 2
-    weight = torch.exp(-(offset**2) / (2 * _STD**2))
-    rows = (weight / weight.sum()).view(1, 1, _WINDOW, 1).expand(x_B3HW.shape[1], 1, -1, -1)
-    x = F.conv2d(x_B3HW, rows, groups=len(rows))
-    return F.conv2d(x, rows.transpose(2, 3), groups=len(rows))
+    _check(a_BHW3, b_BHW3)
+    side = min(a_BHW3.shape[1:3])
+    require(side >= _WINDOW, f"images are {side} pixels; allowed for SSIM: {_WINDOW} or more")
+    x, y = (torch.from_numpy(v.astype(np.float64)).permute(0, 3, 1, 2) for v in (a_BHW3, b_BHW3))
+    mean_x, mean_y = _blurred(x), _blurred(y)
+    variance_x, variance_y = _blurred(x * x) - mean_x**2, _blurred(y * y) - mean_y**2
+    covariance = _blurred(x * y) - mean_x * mean_y
+    luminance = (2 * mean_x * mean_y + _C1) / (mean_x**2 + mean_y**2 + _C1)
+    structure = (2 * covariance + _C2) / (variance_x + variance_y + _C2)
+    return (luminance * structure).mean((1, 2, 3)).numpy()
 
 
 def reconstruct(tokenizer: Tokenizer, images_BHW3: np.ndarray, device: torch.device | str = "cpu") -> np.ndarray:
-    """uint8 images through tokens and back; where there is a posterior, one draw of it."""
+    """uint8 images to latents and back; where there is a posterior, from its mean."""
     with exact_float32():
         x_B3HW = torch.from_numpy(np.ascontiguousarray(images_BHW3)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
-        return to_uint8(tokenizer.decode(tokenizer.tokenize(tokenizer.encode(x_B3HW)))).cpu().numpy()
+        return to_uint8(tokenizer.reconstruct(tokenizer.encode(x_B3HW))).cpu().numpy()
 
 
 def score_reconstructions(
@@ -121,9 +111,15 @@ def score_reconstructions(
     )
 
 
-def _check_pairs(images_BHW3: np.ndarray, others_BHW3: np.ndarray) -> None:
-    require(
-        images_BHW3.ndim == 4 and images_BHW3.shape[-1] == 3 and images_BHW3.dtype == others_BHW3.dtype == np.uint8,
-        f"images are {images_BHW3.shape} of {images_BHW3.dtype}; allowed: uint8 [n, H, W, 3]",
-    )
-    require(images_BHW3.shape == others_BHW3.shape, f"images are {images_BHW3.shape} and {others_BHW3.shape}; allowed: the same")
+def _blurred(x_BCHW: Tensor) -> Tensor:
+    """Under the window, rows and columns in turn."""
+    place = torch.arange(_WINDOW, dtype=torch.float64) - _WINDOW // 2
+    weights = (-(place**2) / (2 * _SIGMA**2)).exp()
+    weights = weights / weights.sum()
+    channels = x_BCHW.shape[1]
+    rows = F.conv2d(x_BCHW, weights.view(1, 1, -1, 1).expand(channels, -1, -1, -1), groups=channels)
+    return F.conv2d(rows, weights.view(1, 1, 1, -1).expand(channels, -1, -1, -1), groups=channels)
+
+
+def _check(a: np.ndarray, b: np.ndarray) -> None:
+    require(a.shape == b.shape and a.ndim == 4, f"images are {a.shape} and {b.shape}; allowed: equal shapes [B, H, W, 3]")

@@ -142,15 +142,15 @@ def open_reference(path: str | Path, network: FeatureNetwork, size: tuple[int, i
     """Opens what samples of ``size`` (height, width) will be held against.
 
     Args:
-        path: statistics or images in an npz file; or a folder or Parquet, whose images are cropped to the samples' size.
+        path: statistics or images in an npz file; or a folder, Parquet or tars, whose images are cropped to the samples' size.
 
     Raises:
         UserError: not there, damaged, of another resolution, or statistics of another network without images to measure anew.
     """
     path = Path(path)
-    require(path.exists(), f"reference {path} does not exist; allowed: an .npz file, a folder of images, a .parquet file")
+    require(path.exists(), f"reference {path} does not exist; allowed: a folder of images, a .parquet, .tar or .npz file")
     if path.suffix != ".npz":
-        require(size[0] == size[1], f"samples are of {by(size)} pixels; against a folder or Parquet they must be square")
+        require(size[0] == size[1], f"samples are of {by(size)} pixels; only against an .npz file may they be other than square")
         natural = open_images(path, split=split)
         require(
             min(natural.size) >= size[0],

@@ -75,7 +75,7 @@ class GeneratedSamples(Samples):
         make_plan(pipe.model.order, options, pipe.model.order.positions)  # refuses steps that the model cannot take
         self._pipe, self._seed, self._settings = pipe, seed, options.to_dict()
         self._name, self._weights = name, weights
-        side = pipe.file.tokenizer.image_size
+        side = int(pipe.tokenizer.config.image_size)
         self.count, self.size, self.classes = count, (side, side), pipe.classes
         self.labels = np.arange(count) % classes if pipe.classes else None
 
@@ -92,7 +92,7 @@ class GeneratedSamples(Samples):
             "model_sha256": sha256_of_state(self._pipe.model),
             "tokenizer_sha256": sha256_of_state(self._pipe.tokenizer),
             "model_config": to_json(self._pipe.file.model),
-            "tokenizer_config": to_json(self._pipe.file.tokenizer),
+            "tokenizer_config": to_json(self._pipe.tokenizer.config),
             "settings": self._settings,
             "seed": self._seed,
             "images": self.count,
