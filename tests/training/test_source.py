@@ -13,9 +13,11 @@ import pytest
 import torch
 
 from continuar.backbones import CausalConfig
+from continuar.checkpoints.official_args import latent_sizes
 from continuar.checkpoints.store import read_model_file, read_tokenizer, write_tensors
 from continuar.checkpoints.tokenizers import load_tokenizer, save_tokenizer, set_scale
 from continuar.cli.main import main
+from continuar.cli.train import dry_run
 from continuar.configs import from_json
 from continuar.data.latents import LatentCache, read_info
 from continuar.errors import UserError
@@ -25,7 +27,7 @@ from continuar.orders import RasterOrderConfig
 from continuar.pipeline import Pipeline, newest_checkpoints
 from continuar.recipes import RECIPES
 from continuar.recipes.tokenizers import TOKENIZER_RECIPES
-from continuar.tokenizers import CodebookConfig, TokenizerConfig, VAEConfig, VQConfig
+from continuar.tokenizers import CodebookConfig, LatentConfig, TokenizerConfig, VAEConfig, VQConfig
 from continuar.training.config import Run
 from continuar.training.loop import train
 from continuar.training.source import reads_cache, training_data
@@ -177,12 +179,10 @@ def test_a_head_that_the_cache_s_tokens_do_not_fit_is_refused(caches: dict[str, 
 def test_latents_without_a_cache_are_refused_before_images_are_read(caches: dict[str, Path]) -> None:
     images = caches["kl"].parent / "data"
     for kind, run in (("vae", mar_run(images)), ("vq", ar_run(images)), ("latent", RECIPES["mar_b_imagenet256"]())):
-        with pytest.raises(
-            UserError, match=rf"tokens of kind '{kind}' are read from a cache .* `continuar cache DATA TOKENIZER DST`"
-        ):
+        with pytest.raises(UserError, match=rf"training on latents \(tokenizer '{kind}'\) reads a cache .* `continuar cache DATA"):
             training_data(run)
     pixels = tiny_run(images)
-    with pytest.raises(UserError, match="which only a cache of latents has"):
+    with pytest.raises(UserError, match="but only a cache of latents has one"):
         training_data(replace(pixels, data=replace(pixels.data, tokenizer="somewhere")))
 
 
@@ -215,15 +215,12 @@ def test_a_run_from_before_a_field_was_there_is_continued(caches: dict[str, Path
     train(run, tmp_path / "r", device=CPU, resume=True)
 
 
-def test_dry_run_has_classes_and_tokenizer_of_the_cache(caches: dict[str, Path], capsys: pytest.CaptureFixture) -> None:
-    small = ["--data.classes", "0", "--sampling.steps", "8"]
-    assert main(["train", "mar_kl_cifar10", "--data.path", str(caches["kl"]), "--dry-run", *small]) == 0
-    out = capsys.readouterr().out
+def test_dry_run_has_classes_and_tokenizer_of_the_cache(caches: dict[str, Path]) -> None:
+    out = dry_run(mar_run(caches["kl"]))
     assert '"scale": 0.5' in out
     assert "classes           2\n" in out
     assert "tokens per image  16 (4 x 4) of dim 3" in out
-    assert main(["train", "ar_vq_cifar10", "--dry-run"]) == 0
-    assert "tokens per image  64 (8 x 8) of 1024 ids" in capsys.readouterr().out
+    assert "tokens per image  16 (4 x 4) of 11 ids" in dry_run(ar_run(caches["vq"]))
 
 
 @pytest.mark.parametrize(("model", "tokenizer"), [("mar_kl_cifar10", "kl_cifar10"), ("ar_vq_cifar10", "vq_cifar10")])
@@ -240,3 +237,14 @@ def test_cache_and_run_agree_on_labels(caches: dict[str, Path]) -> None:
     tokens, labels = data.stream(data.tokenizer, CPU).batch(0)
     assert tokens.shape == (8, 16, 3)
     assert set(labels.tolist()) <= set(cache.labels.tolist())
+
+
+def test_a_model_of_cached_latents_has_a_place_in_the_official_layout(caches: dict[str, Path], tmp_path: Path) -> None:
+    train(mar_run(caches["kl"], images=8), tmp_path / "r", device=CPU)
+    assert main(["convert", str(tmp_path / "r"), str(tmp_path / "official.pth")]) == 0
+    assert main(["convert", str(tmp_path / "official.pth"), str(tmp_path / "back")]) == 0
+    back = read_model_file(tmp_path / "back")
+    assert back.tokenizer == LatentConfig("latent", "f2d3", image_size=8, stride=2, channels=3, scale=0.5)
+    shifted = replace(back, tokenizer=replace(VAE, shift=0.1))
+    with pytest.raises(UserError, match=r"tokenizer.shift is 0.1, which the official layout has no place for; allowed: 0"):
+        latent_sizes(shifted)

@@ -77,35 +77,44 @@ def reads_cache(data: DataConfig) -> bool:
 
 
 def _from_cache(run: Run, kept: list[Path]) -> TrainingData:
-    cache, data = LatentCache(run.data.path), run.data
-    _check_classes(data, cache.info.classes)
+    cache, data, loop = LatentCache(run.data.path), run.data, run.train
+    classes = cache.info.classes
+    _check_classes(data, classes)
     require(data.crop_padding == 0, f"data.crop_padding is {data.crop_padding}; allowed with a cache of latents: 0")
     if data.flip and cache.info.views == 1:
         _LOG.warning("%s has no mirror images: data.flip changes nothing", data.path)
-    where = str(kept[0]) if kept else data.tokenizer or cache.info.tokenizer
-    there = Path(where).exists() or bool(data.tokenizer) or not Path(where).is_absolute()
-    require(there, f"the tokenizer of {data.path} was at {where}, which is gone; --data.tokenizer says where it is now")
-    tokenizer = read_tokenizer(kept[0], read_model_file(kept[0]).tokenizer) if kept else cache_tokenizer(cache, where)
-    cache.check_fingerprint(fingerprint(tokenizer))
-    config = tokenizer.config
-    if isinstance(config, VAEConfig):
-        require(config.scale > 0, f"{where} has no scale yet: `continuar tokenizer stats {where} {data.path}` measures it")
-    if config.spec != run.tokenizer.spec:
-        _LOG.warning("the cache's tokens are %s; the run was written for %s", config.spec, run.tokenizer.spec)
-    run = replace(run, tokenizer=config)
-    loop = run.train
+    tokenizer = cache_tokenizer(cache, data.tokenizer, kept)
+    if tokenizer.spec != run.tokenizer.spec:
+        _LOG.warning("the cache's tokens are %s; the run was written for %s", tokenizer.spec, run.tokenizer.spec)
 
     def stream(tokenizer: Tokenizer, device: torch.device) -> Stream:
         return LatentStream(cache, tokenizer, flip=data.flip, batch_size=loop.batch_size, seed=run.seed, device=device)
 
-    return TrainingData(run, tokenizer, cache.info.classes, stream)
+    return TrainingData(replace(run, tokenizer=tokenizer.config), tokenizer, classes, stream)
 
 
-def cache_tokenizer(cache: LatentCache, where: str) -> Tokenizer:
-    """The tokenizer at ``where``, for images of the cache's size, giving ids where the cache has ids."""
-    info = cache.info
-    ids = info.dtype == "int32" and len(info.shape) == 1
-    return load_tokenizer(where, Changes(info.image_size, ids=ids or None))
+def cache_tokenizer(cache: LatentCache, place: str, kept: list[Path]) -> Tokenizer:
+    """The tokenizer that made a cache: of a checkpoint, if one is ``kept``, at ``place``, or where the cache remembers it.
+
+    Raises:
+        UserError: it is gone, did not make the cache, or has no scale.
+    """
+    info, where = cache.info, place or cache.info.tokenizer
+    if kept:
+        where = str(kept[0])
+        tokenizer = read_tokenizer(kept[0], read_model_file(kept[0]).tokenizer)
+    else:
+        # What a cache remembers is absolute, or the id of a hub.
+        gone = not place and Path(where).is_absolute() and not Path(where).exists()
+        require(
+            not gone, f"the tokenizer of {cache.directory} was at {where}, which is gone; --data.tokenizer says where it is now"
+        )
+        ids = info.dtype == "int32" and len(info.shape) == 1
+        tokenizer = load_tokenizer(where, Changes(info.image_size, ids=ids or None))
+    cache.check_fingerprint(fingerprint(tokenizer))
+    unmeasured = isinstance(tokenizer.config, VAEConfig) and tokenizer.config.scale == 0
+    require(not unmeasured, f"{where} has no scale yet: `continuar tokenizer stats {where} {cache.directory}` measures it")
+    return tokenizer
 
 
 def _from_images(run: Run, on_read: Callable[[int, int], None] | None, kept: list[Path]) -> TrainingData:
@@ -123,15 +132,12 @@ def read_images(run: Run, on_read: Callable[[int, int], None] | None) -> ImageSe
     """The run's training images; what was skipped is said."""
     tokenizer, data = run.tokenizer, run.data
     if isinstance(tokenizer, LatentConfig | VAEConfig | VQConfig):
-        there = f"{data.path} is none" if data.path else "data.path is empty"
         raise UserError(
-            f"tokens of kind '{tokenizer.kind}' are read from a cache of latents, and {there}; "
+            f"training on latents (tokenizer '{tokenizer.kind}') reads a cache of them, and data.path is '{data.path}'; "
             "`continuar cache DATA TOKENIZER DST` makes one, for --data.path DST"
         )
     require(bool(data.path), "data.path is empty; give a folder of class folders or a Parquet file (--data.path)")
-    require(
-        not data.tokenizer, f"data.tokenizer is {data.tokenizer}, but {data.path} is not a cache of latents, which alone has one"
-    )
+    require(not data.tokenizer, f"data.tokenizer is {data.tokenizer}, but only a cache of latents has one, and {data.path} is none")
     images = load_images(
         data.path,
         size=tokenizer.image_size,
