@@ -1,6 +1,6 @@
 """The paper's comparison at the size of handwritten digits: every order and backbone with every head that can serve it.
 
-    python benchmarks/comparison.py --out out/comparison --results benchmarks/results/digits_comparison.md
+    python benchmarks/comparison.py --results benchmarks/results/digits_comparison.md --picture docs/images/digits_comparison.png
 
 Trains each `digits_ROW_HEAD` recipe (finished runs are kept), generates 500 digits with and without guidance, and writes one row
 for each:
@@ -69,6 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("out/comparison"))
     parser.add_argument("--results", type=Path)
+    parser.add_argument("--picture", type=Path, help="one digit of each class from every model, a line each")
     parser.add_argument("--only", default="", help="recipes whose name contains this")
     options = parser.parse_args()
     judge, labels = Judge(), np.repeat(np.arange(10), PER_CLASS)
@@ -77,6 +78,7 @@ def main() -> None:
     )
     lines = [head, "|---" * (4 + 2 * len(GUIDANCE)) + "|"]
     print("\n".join(lines), flush=True)
+    shown: dict[str, np.ndarray] = {}
     for name in (n for n in RECIPES if n.startswith("digits_") and options.only in n):
         run, directory = RECIPES[name](), options.out / name
         pipe = train(run, directory, device=torch.device("cpu"), resume=True)
@@ -86,10 +88,7 @@ def main() -> None:
             images = pipe(labels.tolist(), 0, guidance=guidance, batch_size=250)
             seconds = time.perf_counter() - began
             scores.append(judge.score(images, labels))
-        save_png(
-            grid(images.reshape(10, PER_CLASS, *images.shape[1:])[:, :10].reshape(-1, *images.shape[1:]), columns=10),
-            directory / "grid.png",
-        )
+        shown[name] = pipe(list(range(10)), 100)
         parameters = sum(p.numel() for p in pipe.model.parameters()) / 1e6
         trained = seconds_of(directory, run.train.batch_size)
         lines.append(f"| {name} | {parameters:.2f} | {trained:.0f} | {1e3 * seconds / len(labels):.1f} | {' | '.join(scores)} |")
@@ -99,6 +98,9 @@ def main() -> None:
         f"{torch.get_num_threads()} thread(s), {platform.machine()}; ms/image at w={GUIDANCE[-1]:g}."
     )
     print(note)
+    if options.picture:
+        captions = [c for name in shown for c in [name.removeprefix("digits_"), *[""] * 9]]
+        save_png(grid(np.concatenate(list(shown.values())), captions, columns=10, min_side=32), options.picture)
     if options.results:
         options.results.write_text("\n".join([*lines, "", note]) + "\n", encoding="utf-8")
 

@@ -86,7 +86,15 @@ def main() -> None:
     )
     print(note)
     if options.results:
-        options.results.write_text("\n".join([*lines, "", note]) + "\n", encoding="utf-8")
+        head = [
+            "# What the kv-cache saves",
+            "",
+            "```",
+            "python benchmarks/kv_cache.py --results benchmarks/results/kv_cache.md",
+            "```",
+            "",
+        ]
+        options.results.write_text("\n".join([*head, *lines, "", note]) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

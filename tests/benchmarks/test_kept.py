@@ -70,7 +70,7 @@ def test_another_machine_goes_on_from_results(first: Folders, tmp_path: Path) ->
     assert [(line["segment"], line["images"]) for line in lines] == [(0, 16), (0, 32), (1, 48)]  # 40 was lost
     assert Record.load(folders.results / "record.json") == record
     # The first step of a warm-up has rate 0; the average keeps 9/10 of itself per step from the start.
-    moved = ema(newest_checkpoints(folders.run)[0])["class_embedding.weight"] - ema(checkpoint)["class_embedding.weight"]
+    moved = ema(newest_checkpoints(folders.run)[0])["condition.embedding"] - ema(checkpoint)["condition.embedding"]
     assert 0 < moved.abs().max() < 1e-3
 
 

@@ -1,11 +1,20 @@
-"""PSNR and SSIM, against SciPy's Gaussian filter and closed forms."""
+"""PSNR and SSIM, against SciPy's Gaussian filter, torchmetrics and closed forms; a tokenizer scored by them."""
+
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scipy import ndimage
+from torchmetrics.functional.image import structural_similarity_index_measure
 
 from continuar.errors import UserError
-from continuar.evaluation.reconstruction import psnr, ssim
+from continuar.evaluation.images import open_images
+from continuar.evaluation.moments import frechet_distance, moments
+from continuar.evaluation.networks import FeatureNetwork
+from continuar.evaluation.reconstruction import psnr, reconstruct, score_reconstructions, ssim
+from continuar.tokenizers import PixelConfig
+from tests.evaluation.tiny_networks import MeanColour
 
 
 def images(seed: int = 0, size: int = 20) -> tuple[np.ndarray, np.ndarray]:
@@ -57,3 +66,32 @@ def test_shapes_that_cannot_be_compared_are_refused() -> None:
         psnr(a, b[:2])
     with pytest.raises(UserError, match="images are 10 pixels; allowed for SSIM: 11 or more"):
         ssim(a[:, :10, :10], b[:, :10, :10])
+
+
+def test_ssim_agrees_with_torchmetrics_on_windows_inside_the_image() -> None:
+    """Its mean takes windows beyond the edge as well, over mirrored pixels."""
+    a, b = images()
+    x, y = (torch.from_numpy(i).permute(0, 3, 1, 2).double() for i in (a, b))
+    _, every = structural_similarity_index_measure(x, y, data_range=255.0, return_full_image=True)
+    np.testing.assert_allclose(ssim(a, b), every[..., 5:-5, 5:-5].mean((1, 2, 3)).numpy(), rtol=1e-9)
+
+
+def test_a_tokenizer_is_scored_on_streamed_images(tmp_path: Path) -> None:
+    """Pixels come back exactly; their grey version does not, by what the scores say."""
+    originals = np.random.default_rng(0).integers(0, 256, (9, 16, 16, 3), np.uint8)
+    np.savez(tmp_path / "i.npz", originals)
+    network = FeatureNetwork.of(MeanColour(), "colour")
+    exact = PixelConfig(image_size=16, patch=4, std=0.5).build()
+    found = score_reconstructions(exact, open_images(tmp_path / "i.npz"), network, batch_size=4)
+    assert (found.count, found.psnr, found.ssim) == (9, float("inf"), pytest.approx(1))
+    assert found.frechet_distance == pytest.approx(0, abs=1e-9)
+    grey = PixelConfig(image_size=16, patch=4, std=0.5, channels=1).build()
+    found = score_reconstructions(grey, open_images(tmp_path / "i.npz"), network, batch_size=4)
+    other = reconstruct(grey, originals)
+    np.testing.assert_allclose(other, originals.mean(-1, keepdims=True).repeat(3, -1), atol=0.51)
+    assert found.psnr == pytest.approx(psnr(originals, other).mean())
+    assert found.ssim == pytest.approx(ssim(originals, other).mean())
+    expected = frechet_distance(moments(network(other).features_ND), moments(network(originals).features_ND))
+    assert found.frechet_distance == pytest.approx(expected, rel=1e-6)
+    assert found.distance_name == "Frechet distance of reconstructions (colour)"
+    assert score_reconstructions(grey, open_images(tmp_path / "i.npz")).distance_name is None

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -21,7 +21,7 @@ from continuar.pipeline import Pipeline
 
 
 @dataclass(frozen=True)
-class Settings:
+class SamplingSettings:
     """How to generate; what is not given is the model's own."""
 
     steps: int | None = None
@@ -33,6 +33,17 @@ class Settings:
     temperature: float | None = None
     """0 or more; lower is less diverse."""
     head: Annotated[AnyHeadOptions, tyro.conf.arg(name="")] = field(default_factory=AnyHeadOptions)
+
+    def given(self) -> dict[str, Any]:
+        """What was given, by name, as `Pipeline.__call__` takes it."""
+        own = {"steps": self.steps, "guidance": self.guidance, "guidance_schedule": self.guidance_schedule}
+        return {k: v for k, v in (own | {"temperature": self.temperature}).items() if v is not None} | given(self.head)
+
+
+@dataclass(frozen=True)
+class Settings(SamplingSettings):
+    """How to generate, and with what."""
+
     batch_size: int = 64
     """Images generated at once."""
     device: str = "auto"
@@ -58,13 +69,7 @@ class Settings:
         Raises:
             UserError: a value out of range, or steps that the model cannot take.
         """
-        options = pipe.defaults.override(
-            steps=self.steps,
-            guidance=self.guidance,
-            guidance_schedule=self.guidance_schedule,
-            temperature=self.temperature,
-            **given(self.head),
-        )
+        options = pipe.defaults.override(**self.given())
         make_plan(pipe.model.order, options, pipe.model.order.positions)
         return options
 

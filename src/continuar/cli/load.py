@@ -17,7 +17,7 @@ from continuar.pipeline import Pipeline, Weights, load
 from continuar.tokenizers import LatentConfig
 
 
-def load_pipeline(model: str, tokenizer: str | None, *, weights: Weights, device: str) -> Pipeline:
+def load_pipeline(model: str, tokenizer: str | None, *, weights: Weights, device: str | torch.device) -> Pipeline:
     """A model that can make images.
 
     Args:
@@ -42,7 +42,7 @@ def load_pipeline(model: str, tokenizer: str | None, *, weights: Weights, device
     return pipe
 
 
-def load_official(path: Path, *, weights: Weights, device: str) -> Pipeline:
+def load_official(path: Path, *, weights: Weights, device: str | torch.device) -> Pipeline:
     """An official MAR checkpoint file as it is; nothing is written."""
     official = read_official(path, weights)
     file, _ = model_file(official)

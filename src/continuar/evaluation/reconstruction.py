@@ -1,6 +1,12 @@
-"""How well a tokenizer's reconstructions agree with images: PSNR and SSIM, per image in float64."""
+"""How well a tokenizer's reconstructions agree with images: PSNR and SSIM, per image in float64, and as distributions.
+
+The Frechet distance of reconstructions to their originals is rFID with the FID Inception weights, and only then.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -8,9 +14,28 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from continuar.errors import require
+from continuar.evaluation.features import exact_float32
+from continuar.evaluation.images import Images
+from continuar.evaluation.moments import MomentAccumulator, frechet_distance
+from continuar.evaluation.networks import FeatureNetwork
+from continuar.pipeline import to_uint8
+from continuar.tokenizers import Tokenizer
 
 _WINDOW, _SIGMA = 11, 1.5
 _C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """Averages over ``count`` images; ``distance_name`` is what ``frechet_distance`` may be called."""
+
+    count: int
+    psnr: float
+    """Decibels; infinite if every image comes back exactly."""
+    ssim: float
+    """-1..1"""
+    frechet_distance: float | None
+    distance_name: str | None
 
 
 def psnr(a_BHW3: np.ndarray, b_BHW3: np.ndarray) -> np.ndarray:
@@ -39,6 +64,51 @@ def ssim(a_BHW3: np.ndarray, b_BHW3: np.ndarray) -> np.ndarray:
     luminance = (2 * mean_x * mean_y + _C1) / (mean_x**2 + mean_y**2 + _C1)
     structure = (2 * covariance + _C2) / (variance_x + variance_y + _C2)
     return (luminance * structure).mean((1, 2, 3)).numpy()
+
+
+def reconstruct(tokenizer: Tokenizer, images_BHW3: np.ndarray, device: torch.device | str = "cpu") -> np.ndarray:
+    """uint8 images to latents and back; where there is a posterior, from its mean."""
+    with exact_float32():
+        x_B3HW = torch.from_numpy(np.ascontiguousarray(images_BHW3)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        return to_uint8(tokenizer.reconstruct(tokenizer.encode(x_B3HW))).cpu().numpy()
+
+
+def score_reconstructions(
+    tokenizer: Tokenizer,
+    images: Images,
+    network: FeatureNetwork | None = None,
+    *,
+    batch_size: int = 64,
+    device: torch.device | str = "cpu",
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Reconstruction:
+    """Scores a tokenizer on images, streamed.
+
+    Args:
+        network: for the Frechet distance; None leaves it out.
+        device: where the tokenizer is.
+
+    Raises:
+        UserError: an image that the tokenizer does not take; see `psnr`, `ssim`.
+    """
+    decibels, similarities = [], []
+    originals, copies = MomentAccumulator(), MomentAccumulator()
+    for first, block in images.blocks(batch_size):
+        other = reconstruct(tokenizer, block, device)
+        decibels.append(psnr(block, other))
+        similarities.append(ssim(block, other))
+        if network is not None:
+            originals.add(network(block).features_ND)
+            copies.add(network(other).features_ND)
+        if on_progress is not None:
+            on_progress(first + len(block), len(images))
+    return Reconstruction(
+        count=len(images),
+        psnr=float(np.concatenate(decibels).mean()),
+        ssim=float(np.concatenate(similarities).mean()),
+        frechet_distance=None if network is None else frechet_distance(copies.moments(), originals.moments()),
+        distance_name=None if network is None else network.title("rFID", "Frechet distance of reconstructions"),
+    )
 
 
 def _blurred(x_BCHW: Tensor) -> Tensor:
