@@ -1,6 +1,6 @@
 """The training loop.
 
-1. Read the images; measure the tokens' std where the run does not give it.
+1. Open the data and the tokenizer (`training.source`).
 2. Build the model, or restore the newest intact checkpoint of the run.
 3. For each step: seed, batch, step. Now and then: metrics, sample grids, a checkpoint.
 
@@ -9,8 +9,6 @@ Every step is a function of (seed, step), so a resumed run continues the same st
 
 from __future__ import annotations
 
-import dataclasses
-import logging
 import os
 import signal
 import threading
@@ -21,26 +19,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-import numpy as np
 import torch
 
-from continuar.checkpoints.store import ModelFile, read_json, read_tokenizer, write_json
-from continuar.configs import differences, to_json
-from continuar.data.images import ImageSet, load_images
+from continuar.checkpoints.store import ModelFile, read_json, write_json
+from continuar.configs import differences, from_json, to_json
 from continuar.errors import UserError, require
 from continuar.pictures import grid, save_png
 from continuar.pipeline import Pipeline, newest_checkpoints
-from continuar.tokenizers import LatentConfig, PixelConfig, Tokenizer
+from continuar.tokenizers import PixelConfig, Tokenizer
 from continuar.training.config import Run
 from continuar.training.log import RunLog
 from continuar.training.optim import learning_rate
+from continuar.training.source import Stream, reads_cache, training_data
 from continuar.training.state import load_newest, save_checkpoint
 from continuar.training.step import TrainStep
-from continuar.training.stream import ImageStream, measure_std
-
-_LOG = logging.getLogger("continuar")
-FITTED_IMAGES = 10_000
-"""Training images that a tokenizer is fitted to at most, drawn by the run's seed."""
 
 
 @dataclass(frozen=True)
@@ -86,18 +78,19 @@ def train(
         Interrupted: Ctrl-C; a checkpoint was kept.
     """
     check_directory(run, directory, resume, force)
-    images = read_images(run, on_read)
-    run = measured(run, images)
-    tokenizer = fitted(run, images, directory if resume else None)
+    data = training_data(run, on_read, directory if resume else None)
+    run, tokenizer = data.run, data.tokenizer
     torch.manual_seed(run.seed)
     with torch.device(device):
-        model = run.model_config(len(images.classes)).build()
+        model = run.model_config(len(data.classes)).build()
     trainer = TrainStep(model, run)
     first = load_newest(directory, trainer) if resume else 0
     directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / "config.json", run)
-    file = ModelFile(model.config, run.tokenizer, images.classes, run.sampling)
-    loop = _Loop(run, directory, file, tokenizer.to(device), trainer, images, on_report, should_stop, first)
+    file = ModelFile(model.config, run.tokenizer, data.classes, run.sampling)
+    tokenizer.to(device)
+    stream = data.stream(tokenizer, device)
+    loop = _Loop(run, directory, file, tokenizer, trainer, stream, on_report, should_stop, first)
     # What autocast leaves in float32 (time embedding, output layer) may use TF32 in training, never in sampling.
     with matmul_precision("high" if device.type == "cuda" and run.train.precision != "float32" else "highest"):
         loop.steps_from(first)
@@ -114,63 +107,15 @@ def check_directory(run: Run, directory: Path, resume: bool, force: bool) -> Non
         return
     if not resume:
         raise UserError(f"{directory} already holds a run; --resume continues it, or choose another --out")
-    old, new = read_json(config), to_json(run)
+    # Fields that are newer than the run are as they were before they could be given.
+    old, new = to_json(from_json(Run, read_json(config), str(config))), to_json(run)
     if isinstance(run.tokenizer, PixelConfig) and run.tokenizer.std == 0 and isinstance(old, dict):
         new["tokenizer"]["std"] = old.get("tokenizer", {}).get("std", 0)
+    if reads_cache(run.data):
+        new["tokenizer"] = old["tokenizer"]
     changed = differences(old, new)
     if changed and not force:
         raise UserError(f"the run in {directory} has another config ({'; '.join(changed)}); --force continues it all the same")
-
-
-def read_images(run: Run, on_read: Callable[[int, int], None] | None) -> ImageSet:
-    """The run's training images; what was skipped is said."""
-    tokenizer = run.tokenizer
-    require(
-        not isinstance(tokenizer, LatentConfig),
-        "training on latents needs a tokenizer that encodes images; use kind 'pixel'",
-    )
-    require(bool(run.data.path), "data.path is empty; give a folder of class folders or a Parquet file (--data.path)")
-    images = load_images(
-        run.data.path,
-        size=tokenizer.image_size,
-        split=run.data.split,
-        max_skipped_share=run.data.max_skipped_share,
-        progress=on_read,
-    )
-    if images.skipped:
-        _LOG.warning("%d images could not be read and are skipped: %s", len(images.skipped), "; ".join(images.skipped[:5]))
-    expected = run.data.classes
-    require(
-        expected in (0, len(images.classes)),
-        f"the data has {len(images.classes)} classes, data.classes says {expected}",
-    )
-    return images
-
-
-def measured(run: Run, images: ImageSet) -> Run:
-    """The run with its tokenizer's std filled in from the images, where it has one; a given std that is far off is said."""
-    tokenizer = run.tokenizer
-    if not isinstance(tokenizer, PixelConfig):
-        return run
-    unit = dataclasses.replace(tokenizer, std=1.0).build()
-    _, std = measure_std(images, lambda x: unit.tokenize(unit.encode(x)))
-    require(std > 0, "all training images are of one colour: there is nothing to learn")
-    if tokenizer.std == 0:
-        return dataclasses.replace(run, tokenizer=dataclasses.replace(tokenizer, std=std))
-    if not 0.9 < std / tokenizer.std < 1.1:
-        _LOG.warning("tokens have std %.3f, not 1: tokenizer.std is %.4f, measured %.4f", std / tokenizer.std, tokenizer.std, std)
-    return run
-
-
-def fitted(run: Run, images: ImageSet, resumed: Path | None) -> Tokenizer:
-    """The run's tokenizer, fitted to the images; the one in a resumed run's checkpoint is kept."""
-    kept = newest_checkpoints(resumed) if resumed is not None else []
-    if kept:
-        return read_tokenizer(kept[0], run.tokenizer)
-    tokenizer = run.tokenizer.build()
-    chosen = np.random.default_rng(run.seed).permutation(len(images))[:FITTED_IMAGES]
-    tokenizer.fit(torch.from_numpy(images.images[chosen]).permute(0, 3, 1, 2).float().div_(127.5).sub_(1))
-    return tokenizer
 
 
 class _Loop:
@@ -183,14 +128,14 @@ class _Loop:
         file: ModelFile,
         tokenizer: Tokenizer,
         trainer: TrainStep,
-        images: ImageSet,
+        stream: Stream,
         on_report: Callable[[Report], None] | None,
         should_stop: Callable[[], bool] | None,
         first: int,
     ) -> None:
         self.run, self.directory, self.file, self.tokenizer, self.trainer = run, directory, file, tokenizer, trainer
         self.on_report, self.should_stop = on_report, should_stop or (lambda: False)
-        self.stream = ImageStream(images, tokenizer, run.data, run.train.batch_size, run.seed, trainer.device)
+        self.stream = stream
         self.log = RunLog(directory, first)
         self._since, self._since_step = time.monotonic(), first
 
