@@ -5,10 +5,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 WORKERS ?= 2
 
-.PHONY: help demo test test-slow check format clean
+# Whether the package holds the model that `continuar sample cifar10` generates from.
+SHIPPED := $(wildcard src/continuar/models/cifar10/config.json)
+
+.PHONY: help demo digits cifar10 test test-slow check format clean
 
 help:
-	@echo "make demo       set up, train on handwritten digits, write a grid to out/ (a few minutes on a CPU)"
+	@echo "make demo       set up, then as $(if $(SHIPPED),make cifar10,make digits)"
+	@echo "make digits     train on handwritten digits, write a grid to out/ (a few minutes on a CPU)"
 	@echo "make test       set up with the test extras, then the test suite"
 	@echo "make test-slow  the tests that train real models"
 	@echo "make check      lint, format, types, import layering"
@@ -29,7 +33,13 @@ $(VENV)/dev.stamp: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) -e '.[dev]'
 	@touch $@ $(VENV)/demo.stamp
 
-demo: $(VENV)/demo.stamp
+demo: $(if $(SHIPPED),cifar10,digits)
+
+cifar10: $(VENV)/demo.stamp
+	$(BIN)/continuar sample cifar10 --per-class 2 --out out/cifar10
+	@echo "look at out/cifar10/grid.png: each row is the class that was asked for; next, a training of your own: make digits"
+
+digits: $(VENV)/demo.stamp
 	$(BIN)/continuar train digits --out out/digits --resume
 	$(BIN)/continuar sample out/digits --classes 0,1,2,3,4,5,6,7,8,9 --per-class 8 --out out/samples
 	@echo "look at out/samples/grid.png: each row is the digit that was asked for"

@@ -45,12 +45,21 @@ SMALL: dict[type, dict[str, Any]] = {
 }
 
 
+def takes_steps(config: ModelConfig) -> bool:
+    """Whether the order lets one choose the number of steps."""
+    try:
+        config.order.build(16).group_sizes(5, 16)
+    except UserError:
+        return False
+    return True
+
+
 def options_of(config: ModelConfig, **values: Any) -> SamplingOptions:
     """Few steps, of every kind that the model has, and guidance; ``values`` replace them."""
     small = {"diffusion_steps": 6, "flow_steps": 6, "candidates": 8}
     defaults = SamplingOptions().for_head(config.head)
     names = option_names(type(config.head.options()))
-    steps = {} if config.order.max_group == 1 else {"steps": 5}
+    steps = {"steps": 5} if takes_steps(config) else {}
     return defaults.override(**(steps | {"guidance": 2.0} | {k: v for k, v in small.items() if k in names} | values))
 
 

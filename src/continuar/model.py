@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from continuar.backbones import Backbone, BackboneConfig, MAEConfig
+from continuar.conditions import Condition, ConditionConfig, LabelsConfig
 from continuar.errors import require
 from continuar.heads import DiffusionHeadConfig, Head, HeadConfig
 from continuar.orders import MAROrderConfig, Order, OrderConfig, View
-from continuar.parts import check_parts
+from continuar.parts import check_condition, check_parts
 from continuar.rows import take
 from continuar.tokenizers import TokenSpec
 
@@ -23,15 +24,17 @@ class ModelConfig:
     """Everything that determines the weights' names and shapes."""
 
     tokens: TokenSpec
-    classes: int
-    """Number of class labels; 0 for an unconditional model."""
+    classes: int = 0
+    """Number of class labels; 0 for an unconditional model, or one with another condition."""
     order: OrderConfig = field(default_factory=MAROrderConfig)
     backbone: BackboneConfig = field(default_factory=MAEConfig)
     head: HeadConfig = field(default_factory=DiffusionHeadConfig)
+    condition: ConditionConfig = field(default_factory=LabelsConfig)
 
     def __post_init__(self) -> None:
         require(self.classes >= 0, f"classes is {self.classes}; allowed: 0 or more")
         check_parts(self.tokens, self.order, self.backbone, self.head)
+        check_condition(self.condition, self.classes, self.backbone)
 
     def build(self) -> Model:
         """A freshly initialised model on torch's current default device."""
@@ -39,7 +42,7 @@ class ModelConfig:
 
 
 class Model(nn.Module):
-    """Tokens and labels -> loss; and, for generation, tokens -> embeddings and labels -> condition.
+    """Tokens and their condition -> loss; and the parts of which generation is made.
 
     B images, N tokens, Q queried, D token dim, E backbone width, Z condition width. Tokens are [B, N, D] or ids [B, N].
     """
@@ -57,38 +60,30 @@ class Model(nn.Module):
             self.token_embedding = nn.Linear(spec.dim, self.backbone.width)
             nn.init.xavier_uniform_(self.token_embedding.weight)
             nn.init.zeros_(self.token_embedding.bias)
-        # Row `classes` is the null condition: what a dropped label becomes, and the unconditional half of guidance.
-        self.class_embedding = nn.Embedding(config.classes + 1, self.backbone.width)
+        self.condition: Condition = config.condition.build(config.classes, self.backbone.width)
         self.head: Head = config.head.build(spec.size, self.backbone.z_dim)
-        nn.init.normal_(self.class_embedding.weight, std=0.02)
 
     @property
     def null_label(self) -> int:
-        """The label that stands for "no condition"."""
+        """The label that stands for "no class"."""
         return self.config.classes
-
-    def condition(self, labels_B: Tensor) -> Tensor:
-        """Labels 0..classes (the last is the null condition) -> [B, 1, E]."""
-        return self.class_embedding(labels_B).unsqueeze(1)
 
     def training_view(self, batch: int, device: torch.device) -> View:
         """A random view from torch's default generators; the number of known tokens is drawn on the host."""
         queried = self.backbone.draw_queried()
         return View(self.order.training_order(batch, device), self.order.positions - queried)
 
-    def loss(self, tokens: Tensor, labels_B: Tensor, view: View, label_dropout: float = 0.0) -> Tensor:
+    def loss(self, tokens: Tensor, condition: Tensor | None, view: View, condition_dropout: float = 0.0) -> Tensor:
         """The head's loss for every predicted token, [B, Q].
 
         Args:
             tokens: [B, N, D] of about unit std, or ids [B, N].
-            labels_B: int64 0..classes.
+            condition: int64 labels [B], or vectors [B, C, dim], as the model's condition is; None: the null condition for all.
             view: what is known.
-            label_dropout: the probability with which a label is replaced by the null condition (paper: 0.1).
+            condition_dropout: the probability with which a row's condition is replaced by the null condition (paper: 0.1).
         """
-        if label_dropout > 0:
-            dropped = torch.rand(labels_B.shape, device=labels_B.device) < label_dropout
-            labels_B = labels_B.masked_fill(dropped, self.null_label)
-        z = self.backbone(self.token_embedding(tokens), self.condition(labels_B), view)
+        cond = self.condition.null(len(tokens)) if condition is None else self.condition(condition, condition_dropout)
+        z = self.backbone(self.token_embedding(tokens), cond, view)
         target = take(tokens, view.query_BQ)
         return self.head(z.flatten(0, 1), target.flatten(0, 1)).view(view.query_BQ.shape)
 

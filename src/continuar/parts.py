@@ -47,6 +47,28 @@ def check_parts(tokens: TokenSpec, order: Any, backbone: Any, head: Any) -> None
     )
 
 
+def check_condition(condition: Any, classes: int, backbone: Any) -> None:
+    """Refuses a condition that the data or the backbone does not suit.
+
+    Args:
+        condition, backbone: configs.
+        classes: the number of class labels.
+
+    Raises:
+        UserError: the reason and what is allowed instead.
+    """
+    require(
+        condition.labelled or classes == 0,
+        f"classes is {classes} with a condition of {_kind(condition)}, which has no classes; allowed: 0",
+    )
+    limit = backbone.max_condition
+    require(
+        limit is None or condition.count <= limit,
+        f"a condition of {condition.count} tokens does not fit into the buffer of {limit}; allowed: 1 to {limit}, "
+        "or a larger backbone.buffer",
+    )
+
+
 def _kind(config: Any) -> str:
     return kind_of(config if isinstance(config, type) else type(config))
 

@@ -1,16 +1,21 @@
-"""Grids of images with captions, as PNG."""
+"""Grids of images with captions, as PNG; and how they assemble, as GIF."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+T = TypeVar("T")
+
 _MARGIN = 4
 _INK, _PAPER = (40, 40, 40), (255, 255, 255)
+MAX_FRAMES = 48
+"""Frames of an animation: enough to see it move, few enough for a small file."""
 
 
 def grid(images_BHW3: np.ndarray, captions: Sequence[str] | None = None, columns: int = 0, min_side: int = 64) -> Image.Image:
@@ -44,4 +49,31 @@ def save_png(image: Image.Image | np.ndarray, path: Path) -> None:
     picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
     temporary = path.with_name(f".{path.name}.tmp")
     picture.save(temporary, format="PNG")
+    temporary.replace(path)
+
+
+def thinned(items: Sequence[T], most: int) -> list[T]:
+    """At most this many items, evenly spread; the last is always among them."""
+    count = min(most, len(items))
+    return [items[(i + 1) * len(items) // count - 1] for i in range(count)]
+
+
+def save_gif(frames: Sequence[Image.Image], path: Path, seconds: float = 4.0, last_seconds: float = 2.0) -> None:
+    """Writes an endless animation so that a reader sees all of it or none.
+
+    Args:
+        frames: of one size, at least one.
+        seconds: of all frames but the last; each is shown for 0.04 to 0.4 seconds.
+        last_seconds: how long the last frame stays.
+    """
+    each = min(0.4, max(0.04, seconds / len(frames)))
+    milliseconds = [round(1000 * each)] * (len(frames) - 1) + [round(1000 * last_seconds)]
+    # One palette for all frames, of the first and the last: palettes of their own would make still parts flicker.
+    ends = Image.new("RGB", (frames[0].width, 2 * frames[0].height))
+    ends.paste(frames[0], (0, 0))
+    ends.paste(frames[-1], (0, frames[0].height))
+    palette = ends.quantize(256)
+    first, *others = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    temporary = path.with_name(f".{path.name}.tmp")
+    first.save(temporary, format="GIF", save_all=True, append_images=others, duration=milliseconds, loop=0)
     temporary.replace(path)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +29,9 @@ from continuar.checkpoints.store import (
 from continuar.devices import pick_device
 from continuar.errors import UserError, require, unknown_name
 from continuar.generation.eager import Start, stream
+from continuar.generation.known import Array, equal_batches, with_known
 from continuar.generation.plan import SamplingOptions, make_plan
+from continuar.generation.snapshots import Snapshot, snapshots
 from continuar.guidance import GuidanceSchedule
 from continuar.model import Model
 from continuar.tokenizers import Tokenizer
@@ -81,6 +82,8 @@ class Pipeline:
         labels: Sequence[int | str] | None = None,
         seeds: Sequence[int] | int = 0,
         *,
+        known_tokens: Array | None = None,
+        known_mask: Array | None = None,
         steps: int | None = None,
         guidance: float | None = None,
         guidance_schedule: GuidanceSchedule | None = None,
@@ -91,10 +94,17 @@ class Pipeline:
     ) -> np.ndarray:
         """Generates one image per label.
 
+        With known tokens it completes images: holes, where the order is random; the continuation of a prefix, where it is raster.
+        (There known tokens that are no prefix come first all the same, and the rest row by row: nothing a model has learned.)
+
         Args:
             labels: class numbers or names; None for images without a class, one per seed.
             seeds: one per image, -2^63..2^63-1; a single number s means s, s+1, ... The same seed and settings give the same image
                 at any batch size.
+            known_tokens: [B, N, D] of about unit std or ids [B, N], as ``tokenizer.tokenize`` gives them; one image serves all as
+                [1, N, D]. They come back unchanged; what stands at unknown positions does not matter.
+            known_mask: bool, True where known: [B, N], or [N] or [h, w] for all images. Images may differ in how many they know;
+                all known gives the tokens back as they are, none known is plain generation.
             steps, guidance, guidance_schedule, temperature: see `SamplingOptions`; None is the model's default.
             batch_size: images generated at once.
             on_progress: called with (steps done, steps in all).
@@ -104,41 +114,92 @@ class Pipeline:
             uint8 [B, H, W, 3].
 
         Raises:
-            UserError: an unknown class, a setting out of range, or an option the head does not have.
+            UserError: an unknown class, a setting out of range, an option the head does not have, or known tokens of another shape.
         """
         options = self.defaults.override(
             steps=steps, guidance=guidance, guidance_schedule=guidance_schedule, temperature=temperature, **head_options
         )
-        tokens = self.tokens(labels, seeds, options=options, batch_size=batch_size, on_progress=on_progress)
-        return np.concatenate([to_uint8(self.tokenizer.decode(part)).cpu().numpy() for part in tokens.split(batch_size)])
+        tokens = self.tokens(
+            labels,
+            seeds,
+            known_tokens=known_tokens,
+            known_mask=known_mask,
+            options=options,
+            batch_size=batch_size,
+            on_progress=on_progress,
+        )
+        return self.decode(tokens, batch_size)
 
     def tokens(
         self,
         labels: Sequence[int | str] | None = None,
         seeds: Sequence[int] | int = 0,
         *,
+        known_tokens: Array | None = None,
+        known_mask: Array | None = None,
         options: SamplingOptions | None = None,
         batch_size: int = 64,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> Tensor:
         """Generates tokens, [B, N, D] float32 or ids [B, N]: what the tokenizer would decode; arguments as of `__call__`."""
         options = options or self.defaults
+        start = self._begin(labels, seeds, batch_size, known_tokens, known_mask)
+        batches = equal_batches(start, batch_size)
+        total = sum(len(make_plan(self.model.order, options, batch.unknown)) for batch in batches)
+        tokens, done = start.tokens.clone(), 0
+        for batch in batches:
+            last = batch.start.tokens
+            for progress in stream(self.model, batch.start, options):
+                last, done = progress.tokens, done + 1
+                if on_progress is not None:
+                    on_progress(done, total)
+            tokens[batch.rows_b] = last
+        return tokens
+
+    def stream(
+        self,
+        labels: Sequence[int | str] | None = None,
+        seeds: Sequence[int] | int = 0,
+        *,
+        known_tokens: Array | None = None,
+        known_mask: Array | None = None,
+        batch_size: int = 64,
+        **settings: Any,
+    ) -> Iterator[Snapshot]:
+        """Generates as `__call__` does, and yields a `Snapshot` of all images after every autoregressive step.
+
+        The last one is what the call would return. Images that know more than others are complete earlier; if all tokens are known,
+        the only snapshot is of step 0.
+
+        Args:
+            batch_size: images computed at once; the states of all are kept.
+            settings: as of `__call__`, by name.
+
+        Raises:
+            UserError: as of `__call__`; before the first step.
+        """
+        start = self._begin(labels, seeds, batch_size, known_tokens, known_mask)
+        options = self.defaults.override(**settings)
+        return snapshots(self.model, start, options, batch_size, lambda tokens: self.decode(tokens, batch_size))
+
+    def decode(self, tokens: Tensor, batch_size: int = 64) -> np.ndarray:
+        """Tokens [B, N, D] or ids [B, N] -> uint8 [B, H, W, 3]."""
+        return np.concatenate([to_uint8(self.tokenizer.decode(part)).cpu().numpy() for part in tokens.split(batch_size)])
+
+    def _begin(
+        self,
+        labels: Sequence[int | str] | None,
+        seeds: Sequence[int] | int,
+        batch_size: int,
+        known_tokens: Array | None,
+        known_mask: Array | None,
+    ) -> Start:
+        """All images at the start of their generation."""
         require(batch_size >= 1, f"batch size is {batch_size}; allowed: 1 or more")
         names = self._labels(labels, seeds)
-        numbers = self._seeds(seeds, len(names))
+        numbers = self.seeds(seeds, len(names))
         require(bool(names), "no labels and no seeds: there is nothing to generate")
-        steps_per_batch = len(make_plan(self.model.order, options, self.model.order.positions))
-        total = -(-len(names) // batch_size) * steps_per_batch
-        parts: list[Tensor] = []
-        for number, first in enumerate(range(0, len(names), batch_size)):
-            chosen = slice(first, first + batch_size)
-            start = self._start(names[chosen], numbers[chosen])
-            for progress in stream(self.model, start, options):
-                start = replace(start, tokens=progress.tokens)
-                if on_progress is not None:
-                    on_progress(number * steps_per_batch + progress.step + 1, total)
-            parts.append(start.tokens)
-        return torch.cat(parts)
+        return with_known(self._start(names, numbers), self.model.config.tokens, known_tokens, known_mask)
 
     def _labels(self, labels: Sequence[int | str] | None, seeds: Sequence[int] | int) -> list[int]:
         if labels is None:
@@ -146,7 +207,12 @@ class Pipeline:
         require(not isinstance(labels, str), f"labels is the text {labels!r}; allowed: a list of class numbers or names")
         return [self.label(name) for name in labels]
 
-    def _seeds(self, seeds: Sequence[int] | int, count: int) -> list[int]:
+    def seeds(self, seeds: Sequence[int] | int, count: int) -> list[int]:
+        """One seed per image; a single number s means s, s+1, ...
+
+        Raises:
+            UserError: another number of them, or one out of range.
+        """
         numbers = list(range(seeds, seeds + count)) if isinstance(seeds, int) else [int(s) for s in seeds]
         require(len(numbers) == count, f"{len(numbers)} seeds for {count} labels; allowed: one each, or a single number")
         for s in numbers:
@@ -156,7 +222,7 @@ class Pipeline:
     def _start(self, labels: list[int], seeds: list[int]) -> Start:
         spec, batch, device = self.file.model.tokens, len(labels), self.device
         return Start(
-            torch.tensor(labels, device=device),
+            torch.tensor(labels, device=device) if self.classes else None,
             torch.tensor(seeds, device=device),
             spec.blank(batch, device),
             torch.zeros(batch, spec.positions, dtype=torch.bool, device=device),

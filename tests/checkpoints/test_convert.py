@@ -206,7 +206,7 @@ def test_convert_replaces_a_saved_model_but_nothing_else(save: Callable[..., str
     assert sorted(p.name for p in saved.iterdir()) == [CONFIG, WEIGHTS]
     assert [p.name for p in saved.parent.iterdir()] == ["model"]
     fake = state(Sizes(), seed=1)["fake_latent"]
-    assert_same_bits({"": read_tensors(saved / WEIGHTS)["class_embedding.weight"][3:]}, {"": fake})
+    assert_same_bits({"": read_tensors(saved / WEIGHTS)["condition.embedding"][3:]}, {"": fake})
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
     (run / CONFIG).write_text("{}")

@@ -103,7 +103,7 @@ def test_to_continuar_joins_tensors_in_the_models_order() -> None:
     sizes = Sizes()
     official = state(sizes)
     ours = to_continuar(official, config_of(sizes))
-    embedding, w = ours["class_embedding.weight"], sizes.head_width
+    embedding, w = ours["condition.embedding"], sizes.head_width
     assert_same_bits(
         {"": embedding[:3], "null": embedding[3:]}, {"": official["class_emb.weight"], "null": official["fake_latent"]}
     )
@@ -204,9 +204,12 @@ class Foreign:
     needs_log_prob: ClassVar[bool] = False
     masked: ClassVar[bool] = False
     token_kind: ClassVar[str] = "vector"
+    max_condition: ClassVar[None] = None
+    labelled: ClassVar[bool] = True
+    count: ClassVar[int] = 1
 
 
-@pytest.mark.parametrize("part", ["order", "backbone", "head"])
+@pytest.mark.parametrize("part", ["order", "backbone", "head", "condition"])
 def test_other_kinds_have_no_place_in_the_official_layout(part: str) -> None:
     config = config_of(Sizes())
     ours = to_continuar(state(Sizes()), config)

@@ -18,7 +18,7 @@ from continuar.orders import OrderConfig, View
 from continuar.pipeline import Pipeline
 from continuar.rows import take
 from continuar.tokenizers import TokenSpec
-from tests.tiny import model_configs, name, options_of, pipeline, random_tokens, shaken
+from tests.tiny import model_configs, name, options_of, pipeline, random_tokens, shaken, takes_steps
 
 CONFIGS = model_configs()
 every_model = pytest.mark.parametrize("config", CONFIGS, ids=name)
@@ -83,7 +83,7 @@ def test_predict_after_commit_equals_the_teacher_forced_forward(config: ModelCon
 def test_every_position_is_committed_exactly_once(config: ModelConfig, known: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = shaken(config)
     real = model.backbone.commit
-    counts = [1, 3, N] if config.order.max_group is None else [None]
+    counts = [1, 3, N] if takes_steps(config) else [None]
     for steps in counts:
         committed = torch.zeros(2, N, dtype=torch.int64)
 
@@ -124,7 +124,7 @@ def test_known_tokens_come_back_unchanged(config: ModelConfig, known: int) -> No
 def test_stream_shows_every_step_with_more_known(config: ModelConfig) -> None:
     model, options = shaken(config), options_of(config)
     counts = [int(p.known_BN.sum(1).unique()) for p in stream(model, start_of(model, [0, 1], [0, 1]), options)]
-    assert len(counts) == (options.steps or N)
+    assert len(counts) == len(model.order.group_sizes(options.steps, N))
     assert counts == sorted(set(counts))
     assert counts[-1] == N
 
@@ -133,7 +133,7 @@ def test_stream_shows_every_step_with_more_known(config: ModelConfig) -> None:
 def test_guidance_of_one_is_no_guidance_and_more_changes_the_image(config: ModelConfig) -> None:
     model = shaken(config)
     with torch.no_grad():  # conditions far from the null condition
-        model.class_embedding.weight.mul_(5)
+        model.condition.embedding.mul_(5)
     start = start_of(model, [1, 2], [0, 1])
     # One candidate: the mixture head chooses among as many as guidance asks for, and so does not draw the same one otherwise.
     single = {"candidates": 1} if config.head.kind == "mixture" else {}
@@ -189,7 +189,7 @@ def test_loss_is_finite_per_queried_token_and_reaches_every_parameter(config: Mo
     model = shaken(config).train()
     torch.manual_seed(0)
     view = View(torch.rand(3, N).argsort(dim=1), 5)
-    loss = model.loss(random_tokens(config, 3, 0), torch.tensor([0, 1, 2]), view, label_dropout=0.5)
+    loss = model.loss(random_tokens(config, 3, 0), torch.tensor([0, 1, 2]), view, condition_dropout=0.5)
     assert loss.shape == (3, N - 5)
     assert torch.isfinite(loss).all()
     loss.mean().backward()

@@ -57,7 +57,7 @@ def test_split_folders_are_found(tmp_path: Path) -> None:
         (lambda p: None, "does not exist"),
         (lambda p: p.mkdir(), "has no images; allowed"),
         (lambda p: (p.mkdir(), gradient().save(p / "a.png")), r"no class folders with images \(1 images lie loose in it\)"),
-        (lambda p: p.write_text("x"), "is a file; allowed: a .parquet file or a folder"),
+        (lambda p: p.write_text("x"), "is a file; allowed: a .parquet or .tar file, or a folder"),
         (lambda p: (p.mkdir(), (p / "train.parquet").write_bytes(b"PAR1")), "is damaged or lacks the columns"),
     ],
 )
@@ -197,7 +197,7 @@ def test_parquet_splits_and_shards_of_a_folder(tmp_path: Path) -> None:
         write_parquet(tmp_path / f"{name}.parquet", labels, ["x", "y"])
     assert load_images(tmp_path, size=8).labels.tolist() == [0, 1, 1]
     assert len(load_images(tmp_path, size=8, split="test")) == 1
-    with pytest.raises(UserError, match=r"no Parquet file of .* is of the split 'val'"):
+    with pytest.raises(UserError, match=r"no .parquet file of .* is of the split 'val'"):
         load_images(tmp_path, size=8, split="val")
 
 

@@ -127,7 +127,7 @@ def test_samplers_reproduce_a_gaussian(name: str) -> None:
     torch.manual_seed(0)
     c = coefficients(sampling_schedule(200))
     x = torch.randn(20_000, 1)
-    out = SAMPLERS[name](
+    out = SAMPLERS[name].run(
         exact_eps(c, 0.5, 0.6),
         x,
         c,
@@ -144,7 +144,7 @@ def test_temperature_zero_adds_no_noise_and_a_lower_one_less() -> None:
     x = torch.randn(5000, 1)
     stds = []
     for temperature in (0.0, 0.7, 1.0):
-        out = SAMPLERS["ddpm"](
+        out = SAMPLERS["ddpm"].run(
             exact_eps(c, 0.0, 1.0),
             x,
             c,

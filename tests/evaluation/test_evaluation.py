@@ -15,7 +15,7 @@ from continuar.errors import UserError
 from continuar.evaluation.classifier import Classifier, ClassifierConfig, class_accuracy
 from continuar.evaluation.features import SqueezeNet, extract
 from continuar.evaluation.moments import MomentAccumulator, Moments, frechet_distance, moments
-from continuar.evaluation.neighbours import nearest_neighbours
+from continuar.evaluation.neighbours import NeighbourSearch, nearest_neighbours, neighbours_picture
 
 SHARED = Path(__file__).parents[3] / "shared"
 WEIGHTS = SHARED / "weights" / "squeezenet1_1_imagenet.safetensors"
@@ -137,3 +137,27 @@ def test_classifier_learns_colours_and_survives_a_file(tmp_path: Path) -> None:
     assert np.array_equal(again.predict(images), network.predict(images))
     with pytest.raises(UserError, match="1 predictions for 2 labels"):
         class_accuracy(np.zeros(1), np.zeros(2))
+
+
+def test_a_search_block_by_block_finds_what_brute_force_finds() -> None:
+    rng = np.random.default_rng(0)
+    query, reference = rng.normal(size=(7, 4)), rng.normal(size=(40, 4)).astype(np.float32)
+    reference[13] = query[2] = reference[5]  # a copy, twice
+    search = NeighbourSearch(query, 3)
+    for first in (0, 11, 12, 30):
+        search.add(reference[first : {0: 11, 11: 12, 12: 30, 30: 40}[first]], first)
+    distances, indices = search.result()
+    expected = np.linalg.norm(query[:, None].astype(np.float32) - reference[None], axis=-1)
+    assert np.array_equal(indices, expected.argsort(1, kind="stable")[:, :3])
+    assert distances[2, :2].tolist() == [0, 0]
+    few = NeighbourSearch(query, 3)
+    few.add(reference[:2], 0)
+    with pytest.raises(UserError, match="k is 3; allowed: 1 to 2, the number of references"):
+        few.result()
+
+
+def test_neighbours_picture_shows_each_sample_and_what_is_near_it() -> None:
+    colours = np.arange(0, 240, 30, dtype=np.uint8).reshape(2, 4, 1, 1, 1)
+    images = np.broadcast_to(colours, (2, 4, 8, 8, 3))
+    picture = np.asarray(neighbours_picture(images[:, 0], images[:, 1:], np.zeros((2, 3))))
+    assert [c for c in colours.ravel().tolist() if not (picture == c).all(-1).any()] == []

@@ -2,8 +2,9 @@
 
     python tests/golden/check.py FILE...
 
-Reads any file of the formats `mar_*` (a MAR in the official key layout), `diffusion` and `diffusion_steps`, of any sizes. Prints
-the error of each quantity, max|ours - golden| / max|golden|, and exits 1 if one is over 1e-4.
+Reads any file of the formats `mar_*` (a MAR in the official key layout), `diffusion`, `diffusion_steps` and `vae_*` (an
+autoencoder in LDM's key layout), of any sizes. Prints the error of each quantity, max|ours - golden| / max|golden|, and exits 1 if
+one is over 1e-4.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from autoencoders import check_autoencoder
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -276,6 +278,11 @@ def replay_generation(model: Model, g: dict[str, Tensor], name: str, sampling: d
     return out
 
 
+def check_vae(meta: dict, g: dict[str, Tensor]) -> Errors:
+    """Latents, ids and images of an autoencoder (files `vae_*`)."""
+    yield from check_autoencoder(g, weights(g), error)
+
+
 def errors_of(path: Path) -> Errors:
     """Every quantity of a golden file with its error; raises ValueError for another kind of file."""
     meta, tensors = read(path)
@@ -285,8 +292,10 @@ def errors_of(path: Path) -> Errors:
         check = check_diffusion
     elif "loss.t" in tensors:
         check = check_steps
+    elif "weights.encoder.conv_in.weight" in tensors:
+        check = check_vae
     else:
-        raise ValueError(f"{path}: not a golden file of a known format (mar, diffusion, diffusion_steps)")
+        raise ValueError(f"{path}: not a golden file of a known format (mar, diffusion, diffusion_steps, vae)")
     with torch.no_grad() if check is not check_steps else torch.enable_grad():
         yield from check(meta, tensors)
 

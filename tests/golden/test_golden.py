@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +13,16 @@ import torch
 from continuar.diffusion import process
 from continuar.generation import eager
 from continuar.orders import MAROrder
+from tests.checkpoints import ldm_reference
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 import check  # noqa: E402
 
 FILES = sorted(HERE.glob("*.safetensors"))
+# 9 MB each: they lie beside the repository rather than in it; tests/checkpoints/test_ldm.py needs none of them.
+SHARED = Path(os.environ.get("CONTINUAR_SHARED", HERE.parents[2] / "shared")) / "golden"
+AUTOENCODERS = ("vae_kl16_mar", "vae_kl16_ldm", "vae_kl8_ldm", "vae_vq16_ldm")
 
 
 def worst(name: str) -> float:
@@ -29,6 +34,39 @@ def test_golden_vectors_are_reproduced(path: Path) -> None:
     errors = list(check.errors_of(path))
     assert len(errors) >= 9
     assert {name: value for name, value in errors if not value < 1e-5} == {}
+
+
+def shared(name: str) -> Path:
+    path = SHARED / f"{name}.safetensors"
+    if not path.is_file():
+        pytest.skip(f"{path} is not there")
+    return path
+
+
+@pytest.mark.parametrize("name", AUTOENCODERS)
+def test_golden_autoencoders_are_reproduced(name: str) -> None:
+    errors = dict(check.errors_of(shared(name)))
+    assert len(errors) >= 4
+    assert {name: value for name, value in errors.items() if not value < 5e-5} == {}
+
+
+@pytest.mark.parametrize("name", AUTOENCODERS)
+def test_the_references_of_the_tests_agree_with_golden_autoencoders(name: str) -> None:
+    _, g = check.read(shared(name))
+    state = check.weights(g)
+    latents = ldm_reference.encode(state, g["image"])
+    assert check.error(latents, g["moments" if "moments" in g else "pre_quant"]) < 5e-5
+    codes = ldm_reference.quantise(state, latents)[1] if "indices" in g else g["mean"]
+    assert check.error(ldm_reference.decode(state, codes), g["decoded"]) < 5e-5
+
+
+def test_checker_notices_an_ignored_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = shared("vae_kl16_ldm")
+    real = check.weights
+    silent = "weights.decoder.up.4.attn.0.proj_out."
+    monkeypatch.setattr(check, "weights", lambda g: real({k: v * (not k.startswith(silent)) for k, v in g.items()}))
+    errors = dict(check.errors_of(path))
+    assert errors["moments"] < check.TOLERANCE < errors["decoded"]
 
 
 def test_checker_says_which_quantity_is_wrong_and_exits_1() -> None:

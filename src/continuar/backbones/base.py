@@ -1,7 +1,8 @@
 """What a backbone is: known tokens and a condition -> one condition vector z per queried position.
 
 A backbone's config says what it asks of an order: ``max_group``, the most tokens it can predict at once (None: no limit), and
-``masked``, whether it is trained on randomly masked tokens and so needs an order that is random too.
+``masked``, whether it is trained on randomly masked tokens and so needs an order that is random too; and of a condition:
+``max_condition``, the most condition tokens it takes (None: no limit).
 """
 
 from __future__ import annotations

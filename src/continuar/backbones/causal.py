@@ -1,7 +1,8 @@
 """The causal decoder of autoregressive models, in any order (paper, Section 3.4 and Table 1, first two rows).
 
 The slot that predicts position o(i) holds three things: token o(i-1), its position, and the position o(i) it is to predict; the
-first slot holds the condition instead of a token. Raster order is the special case where both positions follow from the slot.
+first slot holds the condition instead of a token. Raster order is the special case where both positions follow from the slot. Of a
+condition of several tokens the last is in that slot, and the others are slots before it.
 
 1. Slots -> blocks with triangular attention -> LayerNorm -> z.
 2. Generation keeps keys and values in buffers of fixed size: `predict` writes the query's slot, `commit` makes it last.
@@ -46,6 +47,11 @@ class CausalConfig:
             require(getattr(self, name) >= 1, f"backbone.{name} is {getattr(self, name)}; allowed: 1 or more")
         require(self.width % self.heads == 0, f"backbone width {self.width} is not divisible by its {self.heads} heads")
         check_dropout(self.attention_dropout, self.dropout)
+
+    @property
+    def max_condition(self) -> int | None:
+        """The most condition tokens it takes: no limit, they are a prefix."""
+        return None
 
     def build(self, positions: int) -> Causal:
         """The backbone over ``positions`` tokens."""

@@ -1,6 +1,6 @@
 """The MAE-style bidirectional encoder and decoder (paper, Sections 3.4 and 4.2; He et al. 2022).
 
-1. Encoder: [buffer copies of the condition, known tokens] + positions -> LayerNorm -> blocks -> LayerNorm.
+1. Encoder: [buffer filled with the condition, known tokens] + positions -> LayerNorm -> blocks -> LayerNorm.
 2. Decoder: [encoded buffer, encoded known tokens, one mask token per unknown position] + positions -> blocks -> LayerNorm.
 3. z = decoder output at the queried positions + one more learned position embedding.
 
@@ -41,7 +41,7 @@ class MAEConfig:
     decoder_heads: int = 0
     """Attention heads of the decoder; 0 is the encoder's."""
     buffer: int = 64
-    """Copies of the condition before the tokens: something to compute on while little is known."""
+    """Places before the tokens, filled with copies of the condition: something to compute on while little is known."""
     attention_dropout: float = 0.1
     """Dropout on attention weights while training."""
     dropout: float = 0.1
@@ -62,6 +62,11 @@ class MAEConfig:
         check_dropout(self.attention_dropout, self.dropout)
         require(0 <= self.mask_ratio_min <= 1, f"mask_ratio_min is {self.mask_ratio_min}; allowed: 0 to 1")
         require(self.mask_granularity >= 1, f"mask_granularity is {self.mask_granularity}; allowed: 1 or more")
+
+    @property
+    def max_condition(self) -> int | None:
+        """The most condition tokens it takes: they stand in the buffer."""
+        return self.buffer
 
     def build(self, positions: int) -> MAE:
         """The backbone over ``positions`` tokens."""
@@ -102,14 +107,23 @@ class MAE(Backbone[MAEState]):
 
     def encode(self, x_BKE: Tensor, known_BK: Tensor, cond_BCE: Tensor) -> Tensor:
         """Embedded known tokens at their positions -> [B, buffer + K, E], buffer first."""
-        batch, count = cond_BCE.shape[:2]
-        require(count in (1, self.buffer), f"{count} condition tokens; allowed: 1 (repeated) or {self.buffer}")
-        buffer = cond_BCE.expand(batch, self.buffer, -1) + self.encoder_positions[: self.buffer]
+        buffer = self._fill(cond_BCE) + self.encoder_positions[: self.buffer]
         tokens = x_BKE + take(self.encoder_positions[None, self.buffer :], known_BK)
         h = self.input_norm(torch.cat((buffer, tokens), 1))
         for block in self.encoder:
             h = block(h)
         return self.encoder_norm(h)
+
+    def _fill(self, cond_BCE: Tensor) -> Tensor:
+        """Condition tokens [B, C, E] -> [B, buffer, E]; place i holds token i mod C.
+
+        One token is copied to every place, as in the paper. Of several, whole copies of the sequence follow one another, the last
+        one cut where the buffer ends: so lengths and shapes do not depend on C, no place is empty (with little known, the encoder
+        has as much to compute on as with a label), and no condition token is there more than once more than another.
+        """
+        count = cond_BCE.shape[1]
+        require(1 <= count <= self.buffer, f"{count} condition tokens; allowed: 1 to {self.buffer}, the buffer")
+        return cond_BCE.repeat(1, -(-self.buffer // count), 1)[:, : self.buffer]
 
     def decode(self, encoded_BLE: Tensor, known_BK: Tensor, masked_BM: Tensor) -> Tensor:
         """Encoder output and all masked positions -> z [B, K + M, Z]: known positions first, then masked ones."""

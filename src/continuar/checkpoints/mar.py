@@ -14,6 +14,7 @@ from torch import Tensor
 
 from continuar.backbones import MAEConfig
 from continuar.checkpoints.store import check_keys
+from continuar.conditions import LabelsConfig
 from continuar.errors import UserError, require
 from continuar.heads import DiffusionHeadConfig
 from continuar.model import ModelConfig
@@ -90,6 +91,8 @@ def official_parts(config: ModelConfig) -> tuple[MAEConfig, DiffusionHeadConfig]
         UserError: one of them is of another kind.
     """
     order, backbone, head = config.order, config.backbone, config.head
+    if not isinstance(config.condition, LabelsConfig):
+        raise _no_place("condition", config.condition.kind, "labels")
     if not isinstance(order, MAROrderConfig):
         raise _no_place("order", order.kind, "mar")
     if not isinstance(backbone, MAEConfig):
@@ -142,7 +145,7 @@ def _join(state: Mapping[str, Tensor], keys: list[str]) -> Tensor:
     return torch.cat([state[key] for key in keys])
 
 
-def _separate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def separate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors each in storage of its own, as file formats want them; copied only where it is shared."""
     seen: set[int] = set()
     own = {}
@@ -252,8 +255,8 @@ def to_continuar(state: Mapping[str, Tensor], config: ModelConfig, where: str = 
     ours |= {f"head.net.{k}": v for k, v in head_from_official(head).items()}
     for name in ("encoder_positions", "decoder_positions", "z_positions", "mask_token"):
         ours[f"backbone.{name}"] = ours[f"backbone.{name}"][0]
-    ours["class_embedding.weight"] = _join(state, ["class_emb.weight", "fake_latent"])
-    return _separate(ours)
+    ours["condition.embedding"] = _join(state, ["class_emb.weight", "fake_latent"])
+    return separate(ours)
 
 
 def to_official(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
@@ -267,9 +270,9 @@ def to_official(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, T
         official[name] = official[name][None]
     head = {k.removeprefix("head.net."): v for k, v in state.items() if k.startswith("head.net.")}
     official |= {_HEAD_PREFIX + k: v for k, v in head_to_official(head).items()}
-    embedding = state["class_embedding.weight"]
+    embedding = state["condition.embedding"]
     official["class_emb.weight"], official["fake_latent"] = embedding[: config.classes], embedding[config.classes :]
-    return _separate(official)
+    return separate(official)
 
 
 def official_shapes(config: ModelConfig) -> dict[str, torch.Size]:

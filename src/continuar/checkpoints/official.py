@@ -10,18 +10,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import pickle
-import re
-import struct
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from continuar.checkpoints.mar import to_continuar, to_official
@@ -38,16 +32,12 @@ from continuar.checkpoints.store import (
     write_json,
     write_tensors,
 )
+from continuar.checkpoints.torch_files import atomic_file, check_file, load_torch_file, written
 from continuar.errors import UserError, require
 from continuar.tokenizers import LatentConfig
 
 Weights = Literal["ema", "raw"]
 _ENTRY = {"ema": "model_ema", "raw": "model"}
-_ZIP, _LEGACY = b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-_ONLY_PLAIN = "only plain tensors, numbers and argparse.Namespace are read from checkpoint files"
-# What torch's reader raises for a damaged file depends on where the damage is; found by flipping bytes.
-_DAMAGED = (RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError)
-_DAMAGED += (AttributeError, AssertionError, struct.error)
 
 
 @dataclass(frozen=True)
@@ -87,7 +77,7 @@ def import_official(
     official = read_official(source, weights)
     file, notes = model_file(official, heads=heads, decoder_heads=decoder_heads)
     ours = to_continuar(official.state, file.model, str(source))
-    with _written(destination), atomic_directory(destination) as temporary:
+    with written(destination), atomic_directory(destination) as temporary:
         write_json(temporary / CONFIG, file)
         write_tensors(temporary / WEIGHTS, ours)
     return Converted(file, ours, len(official.state), official.entry or "a bare state dict", notes)
@@ -105,7 +95,7 @@ def export_official(source: Path, destination: Path, *, weights: Weights = "ema"
     Raises:
         UserError: the source cannot be read; or see `write_official`.
     """
-    _check_file(destination, overwrite)
+    check_file(destination, overwrite)
     file = read_model_file(source)
     model = read_tensors(source / WEIGHTS)
     scale = latent_sizes(file)[-1]
@@ -128,7 +118,7 @@ def read_official(path: Path, weights: Weights = "ema") -> OfficialFile:
         UserError: missing, damaged, of another format, with anything but plain tensors in it, or without these weights.
     """
     require(weights in _ENTRY, f"weights is '{weights}'; allowed: {', '.join(_ENTRY)}")
-    content = _load(path)
+    content = load_torch_file(path)
     require(isinstance(content, dict), f"{path} holds a {type(content).__name__}; a dict with 'model_ema' is expected")
     entry, state = _select(content, weights, path)
     args = content.get("args") if entry else None
@@ -148,7 +138,7 @@ def write_official(
     Raises:
         UserError: the file exists or cannot be written; weights do not fit the config; the model is not a MAR.
     """
-    _check_file(path, overwrite)
+    check_file(path, overwrite)
     args = official_args(file)
     with torch.device("meta"):
         shapes = {k: v.shape for k, v in file.model.build().state_dict().items()}
@@ -156,41 +146,9 @@ def write_official(
         check_keys(state, shapes, "the source")
     layout = to_official(model, file.model)
     average = layout if ema is model else to_official(ema, file.model)
-    with _written(path), _atomic_file(path) as handle:
+    with written(path), atomic_file(path) as handle:
         torch.save({"model": layout, "model_ema": average, "args": argparse.Namespace(**args)}, handle)
     return len(layout)
-
-
-def _load(path: Path) -> Any:
-    """The content of a torch file; no object that could run code is made."""
-    require(not path.is_dir(), f"{path} is a directory; an official checkpoint file (.pth) is expected")
-    try:
-        with path.open("rb") as file:
-            start = file.read(len(_LEGACY))
-    except OSError as problem:
-        raise UserError(f"{path} cannot be read: {problem.strerror}") from problem
-    require(bool(start), f"{path} is empty")
-    zipped = start.startswith(_ZIP)
-    require(zipped or start == _LEGACY, f"{path} is {_kind(start)}, not a checkpoint of torch.save; {_ONLY_PLAIN}")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            # About the pickle protocols and storage classes of old or damaged files; what matters is an error.
-            warnings.simplefilter("ignore", UserWarning)
-            # Only the zip format, torch's since 1.6, can be mapped.
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except pickle.UnpicklingError as problem:
-        # Not chained: torch's message advises to load unsafely.
-        found = re.search(r"GLOBAL ([\w.]+)", str(problem))
-        held = found[1] if found else "more than tensors, or is damaged"
-        raise UserError(f"{path} holds {held}; {_ONLY_PLAIN}") from None
-    except _DAMAGED as problem:
-        raise UserError(f"{path} is truncated, damaged or not a checkpoint of torch.save; {_ONLY_PLAIN}") from problem
-
-
-def _kind(start: bytes) -> str:
-    if start[8:9] == b"{":
-        return "a safetensors file"
-    return "a plain pickle" if start[:1] == b"\x80" else f"a file that begins with {start!r}"
 
 
 def _select(content: dict[Any, Any], weights: Weights, where: Path) -> tuple[str, Mapping[Any, Any]]:
@@ -222,32 +180,3 @@ def _check_directory(destination: Path, source: Path) -> None:
     require(free, f"{destination} exists and is not a saved model; choose another directory")
     inside = destination.resolve() in source.resolve().parents
     require(not inside, f"{source} lies in {destination}, which would be replaced; choose another directory")
-
-
-def _check_file(path: Path, overwrite: bool) -> None:
-    require(not path.is_dir(), f"{path} is a directory; an official checkpoint is a file")
-    require(overwrite or not path.exists(), f"{path} exists; --overwrite replaces it")
-
-
-@contextmanager
-def _written(path: Path) -> Iterator[None]:
-    """Turns what the operating system refuses into one line."""
-    try:
-        yield
-    except (OSError, SafetensorError) as problem:
-        raise UserError(f"{path} cannot be written: {getattr(problem, 'strerror', None) or problem}") from problem
-
-
-@contextmanager
-def _atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Yields a file to fill; it becomes ``path`` when the block ends, and vanishes if the block raises."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as handle:
-            yield handle
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

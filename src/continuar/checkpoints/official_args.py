@@ -16,7 +16,7 @@ from continuar.checkpoints.mar import MODELS, config_from_official, describe, of
 from continuar.checkpoints.store import ModelFile
 from continuar.errors import UserError, require
 from continuar.generation.plan import SamplingOptions
-from continuar.tokenizers import LatentConfig, PixelConfig, TokenSpec
+from continuar.tokenizers import LatentConfig, PixelConfig, TokenSpec, VAEConfig
 
 _GUIDANCE = {768: 2.9, 1024: 3.0, 1280: 3.2}
 """The best scale by width (paper, Section 4 and Table 4)."""
@@ -177,4 +177,7 @@ def latent_sizes(file: ModelFile) -> tuple[int, int, int, int, float]:
     if isinstance(t, PixelConfig):
         require(t.std > 0, "tokenizer.std is 0: pixels have not been measured yet")
         return t.image_size, 1, t.patch, t.channels, 1 / t.std
-    raise UserError(f"tokenizer is '{t.kind}', which the official layout has no place for; allowed: latent, pixel")
+    if isinstance(t, VAEConfig):
+        require(t.shift == 0, f"tokenizer.shift is {t.shift}, which the official layout has no place for; allowed: 0")
+        return t.image_size, t.network.stride, t.patch, t.network.channels, t.scale
+    raise UserError(f"tokenizer is '{t.kind}', which the official layout has no place for; allowed: latent, pixel, vae")

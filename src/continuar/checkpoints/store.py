@@ -29,6 +29,8 @@ from continuar.model import ModelConfig
 from continuar.tokenizers import Tokenizer, TokenizerConfig
 
 FORMAT = 1
+_RENAMED = {"class_embedding.weight": "condition.embedding"}
+"""Weights that older files hold under another name."""
 CONFIG, WEIGHTS, EMA, TOKENIZER = "config.json", "model.safetensors", "ema.safetensors", "tokenizer.safetensors"
 SHARDS = "shards"
 """The folder of a checkpoint whose weights several processes wrote; see `checkpoints.shards`."""
@@ -156,13 +158,19 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_state(module: torch.nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Loads weights into a module; every key and shape must fit.
+    """Loads weights into a module; every key and shape must fit, names as of older files being read as today's.
 
     Raises:
         UserError: lists what is missing, unexpected or of another shape.
     """
+    tensors = current_names(tensors)
     check_keys(tensors, {k: v.shape for k, v in module.state_dict().items()}, where)
-    module.load_state_dict(dict(tensors))
+    module.load_state_dict(tensors)
+
+
+def current_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights by today's names, whatever version wrote them."""
+    return {_RENAMED.get(k, k): v for k, v in tensors.items()}
 
 
 def write_tokenizer(directory: Path, tokenizer: Tokenizer) -> None:

@@ -8,26 +8,31 @@ from typing import Annotated, Literal
 
 import tyro
 
+from continuar.checkpoints.ldm import is_ldm
 from continuar.checkpoints.mar import describe
 from continuar.checkpoints.official import Converted, export_official, import_official
+from continuar.checkpoints.tokenizers import Changes, find_saved
+from continuar.cli import convert_tokenizer as autoencoders
 from continuar.cli.parse import parse
 from continuar.errors import require
 from continuar.pipeline import find_model, shipped_models
 
 _DESCRIPTION = (
     "Convert an official MAR checkpoint file into a saved model (DST a directory), or a saved model or run into an "
-    "official checkpoint file (DST ending in .pth). Every key and shape is checked, and no bit of a weight changes."
+    "official checkpoint file (DST ending in .pth). Or an autoencoder in the layout of latent diffusion (kl16.ckpt, kl-f16, "
+    "vq-f16, kl-f8) into a saved tokenizer, or back (DST ending in .ckpt). Every key and shape is checked, and no bit of a weight "
+    "changes."
 )
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Convert between official MAR checkpoints and saved models."""
+    """Convert between official files (MAR checkpoints, autoencoders) and saved models and tokenizers."""
 
     src: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SRC")]
-    """An official checkpoint file; or a saved model, a run directory, a checkpoint or a shipped name."""
+    """An official checkpoint or autoencoder file; or a saved model or tokenizer, a run directory, a checkpoint, a shipped name."""
     dst: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DST")]
-    """A new or empty directory, or a saved model to replace; or a file ending in .pth."""
+    """A new or empty directory, or a saved model or tokenizer to replace; or a file ending in .pth or .ckpt."""
     weights: Literal["ema", "raw"] = "ema"
     """Which weights of an official file. Into one: raw puts the raw weights in both places."""
     heads: int | None = None
@@ -35,15 +40,57 @@ class Arguments:
     decoder_heads: int | None = None
     """Attention heads of the decoder, where the official file does not tell them."""
     overwrite: bool = False
-    """Replace an existing .pth file."""
+    """Replace an existing .pth or .ckpt file."""
+    like: str | None = None
+    """Of an autoencoder: a tokenizer of the paper's Table 2 (vq16, kl16, kl8, kl16_mar) whose scale and patch it gets."""
+    image_size: int | None = None
+    """Of an autoencoder: pixels of the images; 256 if not given."""
+    patch: int | None = None
+    """Of an autoencoder: side of the square of latents that makes one token."""
+    scale: float | None = None
+    """Of an autoencoder: 1/std of its latents, where it is known."""
+    ids: bool = False
+    """Of a VQ autoencoder: ids of the codebook instead of vectors before quantisation."""
+
+    @property
+    def changes(self) -> Changes:
+        """How the autoencoder will be used."""
+        return Changes(self.image_size, self.patch, self.scale, self.ids or None)
 
 
 def main(arguments: list[str]) -> int:
     """See the module's docstring."""
     options = parse(Arguments, arguments, prog="continuar convert", description=_DESCRIPTION)
+    source, to_file = Path(options.src), options.dst.suffix in autoencoders.SUFFIXES
+    if to_file or is_ldm(source):
+        _check_unused(options, "an autoencoder", weights="ema", heads=None, decoder_heads=None)
+        done = _export_autoencoder(options) if to_file else _import_autoencoder(options)
+        print(autoencoders.summary(options.src, options.dst, done), end="")
+        return 0
+    _check_unused(options, "a model", like=None, image_size=None, patch=None, scale=None, ids=False)
     done = _export(options) if options.dst.suffix == ".pth" else _import(options)
     print(summary(options.src, options.dst, done), end="")
     return 0
+
+
+def _check_unused(options: Arguments, what: str, **unset: object) -> None:
+    """Refuses options that mean nothing for ``what`` is converted."""
+    for name, value in unset.items():
+        given = getattr(options, name)
+        require(given == value, f"--{name.replace('_', '-')} is {given}, which is not for {what}")
+
+
+def _import_autoencoder(options: Arguments) -> autoencoders.Converted:
+    require(not options.overwrite, "--overwrite is for a DST ending in .pth or .ckpt; a saved tokenizer is replaced without it")
+    require(options.dst.suffix != ".pth", f"SRC {options.src} is an autoencoder, so DST must be a directory; it is {options.dst}")
+    return autoencoders.import_tokenizer(Path(options.src), options.dst, options.changes, options.like)
+
+
+def _export_autoencoder(options: Arguments) -> autoencoders.Converted:
+    _check_unused(options, "a DST ending in .ckpt", like=None, image_size=None, patch=None, scale=None, ids=False)
+    saved = find_saved(Path(options.src)) is not None
+    require(saved, f"SRC {options.src} is not a saved tokenizer; a DST ending in .ckpt is made of one")
+    return autoencoders.export_tokenizer(Path(options.src), options.dst, overwrite=options.overwrite)
 
 
 def _import(options: Arguments) -> Converted:

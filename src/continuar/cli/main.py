@@ -17,8 +17,14 @@ COMMANDS = {
     "train": "train a model by a recipe: continuar train digits",
     "plan": "what a run costs: continuar plan mar_l_imagenet256 --gpus 64",
     "sample": "generate images: continuar sample MODEL --classes 3,7",
+    "edit": "generate a part of an image anew: continuar edit MODEL IMAGE --mask MASK.png --class cat",
+    "evaluate": "score images against real ones: continuar evaluate MODEL --reference STATS",
+    "sweep": "evaluate a model over settings: continuar sweep MODEL --over figure4",
+    "stats": "reference statistics of real images: continuar stats DATA OUT.npz",
+    "tokenizer": "autoencoders, trained and measured: continuar tokenizer train kl_cifar10",
+    "cache": "latents of every image, kept: continuar cache DATA TOKENIZER DST",
     "extract": "a saved model from a training run: continuar extract RUN DST",
-    "convert": "official MAR checkpoints into our format and back",
+    "convert": "official files (MAR, autoencoders) into our format and back",
 }
 _HELP = f"""continuar {__version__}: autoregressive generation over continuous tokens.
 

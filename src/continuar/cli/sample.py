@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
-from rich.console import Console
-from rich.progress import Progress
 
 from continuar.checkpoints.store import write_json
-from continuar.cli.head_options import AnyHeadOptions, given
+from continuar.cli.generating import Settings, make_writable, progress_bar
 from continuar.cli.parse import parse
 from continuar.errors import require
-from continuar.generation.plan import make_plan
-from continuar.pictures import grid, save_png
-from continuar.pipeline import Pipeline, load, shipped_models
+from continuar.generation.snapshots import Snapshot
+from continuar.pictures import MAX_FRAMES, grid, save_gif, save_png, thinned
+from continuar.pipeline import Pipeline, shipped_models
 
 
 @dataclass(frozen=True)
@@ -25,30 +22,18 @@ class Arguments:
     """Generate images from a model."""
 
     model: tyro.conf.Positional[str]
-    """A run directory, a saved model, or a shipped name."""
+    """A run directory, a saved model, a shipped name, or an official MAR checkpoint file."""
     classes: str = ""
     """Class names or numbers, separated by commas; every class if not given (at most 10)."""
     per_class: int = 4
     """Images per class."""
     seed: int = 0
     """Seed of the first image; each further image takes the next number."""
-    steps: int | None = None
-    """Autoregressive steps, 1 to the number of tokens."""
-    guidance: float | None = None
-    """Scale of classifier-free guidance, 0 or more; 1 is none."""
-    guidance_schedule: Literal["linear", "constant"] | None = None
-    """How guidance grows over the steps."""
-    temperature: float | None = None
-    """0 or more; lower is less diverse."""
-    head: Annotated[AnyHeadOptions, tyro.conf.arg(name="")] = field(default_factory=AnyHeadOptions)
-    batch_size: int = 64
-    """Images generated at once."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:N or mps."""
-    weights: Literal["ema", "raw"] = "ema"
-    """Which weights of a training run."""
+    settings: Annotated[Settings, tyro.conf.arg(name="")] = field(default_factory=Settings)
+    animate: bool = False
+    """Write grid.gif too: the pictures as they assemble."""
     out: Path = Path("samples")
-    """The directory to write to: 00000.png ..., grid.png, samples.json."""
+    """The directory to write to: 00000.png ..., grid.png, samples.json; grid.gif with --animate."""
 
 
 def main(arguments: list[str]) -> int:
@@ -57,39 +42,35 @@ def main(arguments: list[str]) -> int:
     description = f"Generate images from a model. Settings that are not given are the model's own. Shipped models: {shipped}."
     options = parse(Arguments, arguments, prog="continuar sample", description=description)
     require(options.per_class >= 1, f"--per-class is {options.per_class}; allowed: 1 or more")
-    pipe = load(options.model, weights=options.weights, device=options.device)
+    pipe = options.settings.load(options.model)
     labels = _labels(pipe, options.classes, options.per_class)
     count = len(labels) if labels else options.per_class
-    seeds = [options.seed + i for i in range(count)]
-    settings = pipe.defaults.override(
-        steps=options.steps,
-        guidance=options.guidance,
-        guidance_schedule=options.guidance_schedule,
-        temperature=options.temperature,
-        **given(options.head),
-    )
-    require(options.batch_size >= 1, f"--batch-size is {options.batch_size}; allowed: 1 or more")
-    make_plan(pipe.model.order, settings, pipe.model.order.positions)  # refuses steps that the model cannot take
-    _check_writable(options.out)
-    with Progress(console=Console(file=sys.stderr)) as progress:
-        task = progress.add_task("generating", total=None)
-        images = pipe(
-            labels,
-            seeds,
-            **settings.to_dict(),
-            batch_size=options.batch_size,
-            on_progress=lambda done, total: progress.update(task, completed=done, total=total),
-        )
+    seeds = pipe.seeds(options.seed, count)
+    settings, batch_size = options.settings.options(pipe), options.settings.batch_size
+    make_writable(options.out)
+    shots: list[Snapshot] = []
+    with progress_bar() as on_progress:
+        if options.animate:
+            for shot in pipe.stream(labels, seeds, batch_size=batch_size, **settings.to_dict()):
+                shots.append(shot)
+                on_progress(shot.step, shot.steps)
+            images = shots[-1].image()
+        else:
+            images = pipe(labels, seeds, batch_size=batch_size, on_progress=on_progress, **settings.to_dict())
     names = [pipe.classes[i] for i in labels] if labels else None
     entries = []
     for i, pixels in enumerate(images):
         file = f"{i:05d}.png"
         save_png(pixels, options.out / file)
         entry = {"file": file, "label": labels[i] if labels else None, "class_name": names[i] if names else None}
-        entries.append({**entry, "seed": seeds[i], **settings.to_dict(), "model": options.model, "weights": options.weights})
-    save_png(grid(images, names, columns=options.per_class if labels else 0), options.out / "grid.png")
+        model = {"model": options.model, "weights": options.settings.weights}
+        entries.append({**entry, "seed": seeds[i], **settings.to_dict(), **model})
+    columns = options.per_class if labels else 0
+    save_png(grid(images, names, columns), options.out / "grid.png")
+    if shots:
+        save_gif([grid(shot.image(), names, columns) for shot in thinned(shots, MAX_FRAMES)], options.out / "grid.gif")
     write_json(options.out / "samples.json", entries)
-    print(f"{len(images)} images: {options.out / 'grid.png'}")
+    print(f"{len(images)} images: {options.out / ('grid.gif' if shots else 'grid.png')}")
     return 0
 
 
@@ -101,12 +82,3 @@ def _labels(pipe: Pipeline, classes: str, per_class: int) -> list[int] | None:
     names = [c.strip() for c in classes.split(",") if c.strip()]
     chosen = [pipe.label(name) for name in names] if names else list(range(min(10, len(pipe.classes))))
     return [label for label in chosen for _ in range(per_class)]
-
-
-def _check_writable(directory: Path) -> None:
-    """Fails before the work, not after it."""
-    require(not directory.exists() or directory.is_dir(), f"--out is the file {directory}; allowed: a directory")
-    directory.mkdir(parents=True, exist_ok=True)
-    probe = directory / ".writable"
-    probe.touch()
-    probe.unlink()

@@ -27,6 +27,7 @@ from continuar.training.config import Run
 from continuar.training.flops import generation_flops, training_flops
 from continuar.training.loop import Report, train
 from continuar.training.parallel import Kind, joined, local_device, processes
+from continuar.training.source import reads_cache, training_data
 from continuar.training.trackers import TrackerName
 
 _HELP = """usage: continuar train RECIPE [options]
@@ -136,8 +137,13 @@ def list_recipes() -> str:
 
 
 def dry_run(run: Run) -> str:
-    """The resolved config and what it costs; nothing is allocated."""
-    classes = run.data.classes or (len(class_names(run.data.path, run.data.split)) if run.data.path else 0)
+    """The resolved config and what it costs; no model is allocated."""
+    classes = run.data.classes
+    if reads_cache(run.data):
+        data = training_data(run)
+        run, classes = data.run, len(data.classes)
+    elif not classes and run.data.path:
+        classes = len(class_names(run.data.path, run.data.split))
     # Without data at hand the number of classes is unknown; it moves one small embedding.
     config = run.model_config(classes or 1)
     with torch.device("meta"):
@@ -145,11 +151,12 @@ def dry_run(run: Run) -> str:
     parts = ", ".join(f"{part} {count / 1e6:.2f}M" for part, count in parameter_counts(model))
     parameters = sum(p.numel() for p in model.parameters())
     spec = config.tokens
+    tokens = f"of dim {spec.dim}" if spec.kind == "vector" else f"of {spec.vocabulary} ids"
     lines = [
         json.dumps(to_json(run), indent=2),
         f"classes           {classes or 'read from the data'}",
         f"parameters        {parameters / 1e6:.2f}M ({parts})",
-        f"tokens per image  {spec.positions} ({spec.grid[0]} x {spec.grid[1]}) of dim {spec.dim}",
+        f"tokens per image  {spec.positions} ({spec.grid[0]} x {spec.grid[1]}) {tokens}",
         f"training          {run.train.steps:,} steps of {run.train.batch_size} images",
         f"FLOPs per image   training {_flops(training_flops(config))} (forward and backward, mean mask ratio)",
         f"                  generation {_flops(generation_flops(config, run.sampling))} "

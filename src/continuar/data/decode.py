@@ -19,8 +19,8 @@ class Unusable(Exception):
     """Why an image is skipped, in a few words."""
 
 
-def decode(data: bytes, size: int, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """The image in ``data`` as uint8 [size, size, 3]: upright, on white where transparent, centre-cropped.
+def decode(data: bytes, size: int | None, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """The image in ``data`` as uint8 [size, size, 3]: upright, on white where transparent, centre-cropped (None: left so).
 
     Raises:
         Unusable: unreadable, truncated, or of more than ``max_pixels`` pixels (read from the header, before decoding).
@@ -30,7 +30,8 @@ def decode(data: bytes, size: int, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         width, height = image.size
         if width * height > max_pixels:
             raise Unusable(f"{width}x{height} pixels; allowed: {max_pixels:,} pixels")
-        return np.asarray(centre_crop(to_rgb(ImageOps.exif_transpose(image)), size))
+        upright = to_rgb(ImageOps.exif_transpose(image))
+        return np.asarray(upright if size is None else centre_crop(upright, size))
     except Unusable:
         raise
     except UnidentifiedImageError as problem:

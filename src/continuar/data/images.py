@@ -1,20 +1,19 @@
-"""Images in memory: from folders of class folders, Hugging Face style Parquet, or scikit-learn's digits.
+"""Images in memory: from folders of class folders, Hugging Face style Parquet, WebDataset tars, or scikit-learn's digits.
 
 A file that cannot be used is skipped, named and counted; more than a set share of them stops.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from continuar.data.decode import Unusable, decode
-from continuar.data.sources import Source, find_source
+from continuar.data.blocks import image_blocks
+from continuar.data.find import find_source
+from continuar.data.sources import Source
 from continuar.errors import UserError, require
 
 GIB = 2**30
@@ -53,7 +52,7 @@ def load_images(
     """Reads every image of a source at size x size, by ADM's centre crop where it is not that size.
 
     Args:
-        source: a folder of class folders (ROOT/CLASS/IMAGE), a Parquet file or a folder of them, or "digits".
+        source: a folder of class folders (ROOT/CLASS/IMAGE), a Parquet file or a WebDataset tar or a folder of them, or "digits".
         size: pixels.
         split: which part, where the source has several (sub-folders or file names "train", "val", "test").
         max_skipped_share: of files that cannot be used, 0..1.
@@ -93,40 +92,29 @@ def load_digits() -> ImageSet:
     return ImageSet(np.repeat(grey, 3, axis=-1), np.asarray(labels, np.int64), tuple(str(i) for i in range(10)))
 
 
-def _decode_all(
-    source: Source, size: int, max_skipped_share: float, progress: Callable[[int, int], None] | None, block: int = 256
-) -> ImageSet:
-    """Decodes in a thread pool (Pillow works outside the interpreter's lock), in the source's order."""
+def _decode_all(source: Source, size: int, max_skipped_share: float, progress: Callable[[int, int], None] | None) -> ImageSet:
+    """Decodes in the source's order. Blocks keep few futures waiting, so that Ctrl-C stops at once."""
     count = len(source)
-    images = np.empty((count, size, size, 3), np.uint8)
-    usable = np.ones(count, bool)
+    images, usable = np.empty((count, size, size, 3), np.uint8), np.zeros(count, bool)
     skipped: list[str] = []
-
-    def one(index: int) -> str | None:
-        try:
-            images[index] = decode(source.read(index), size)
-        except (Unusable, OSError) as problem:
-            return f"{source.name(index)}: {problem}"
-        return None
-
-    # What Pillow warns of (odd tags, sizes beyond its own limit) either does no harm or makes the image unusable, which is said.
-    # Blocks keep few futures waiting, so that Ctrl-C stops at once.
-    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
-        warnings.simplefilter("ignore")
-        for first in range(0, count, block):
-            chosen = range(first, min(first + block, count))
-            for index, reason in zip(chosen, pool.map(one, chosen), strict=True):
-                if reason is not None:
-                    usable[index] = False
-                    skipped.append(reason)
-            if progress is not None:
-                progress(chosen.stop, count)
+    done = 0
+    for block in image_blocks(source, range(count), size):
+        images[block.index], usable[block.index] = block.images, True
+        skipped += block.skipped
+        done += block.asked
+        if progress is not None:
+            progress(done, count)
     if skipped:
-        share = len(skipped) / count
-        few = "; ".join(skipped[:3])
-        require(
-            share <= max_skipped_share and len(skipped) < count,
-            f"{len(skipped)} of {count} images cannot be used ({share:.1%}; allowed: {max_skipped_share:.1%}): {few}",
-        )
+        check_skipped(skipped, count, max_skipped_share)
         images = images[usable]
     return ImageSet(images, source.labels[usable], source.classes, tuple(skipped))
+
+
+def check_skipped(skipped: Sequence[str], count: int, max_skipped_share: float) -> None:
+    """Stops if more than a share of ``count`` images, or all of them, cannot be used; the message names the first."""
+    share = len(skipped) / count
+    few = "; ".join(skipped[:3])
+    require(
+        share <= max_skipped_share and len(skipped) < count,
+        f"{len(skipped)} of {count} images cannot be used ({share:.1%}; allowed: {max_skipped_share:.1%}): {few}",
+    )

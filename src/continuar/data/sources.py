@@ -12,7 +12,6 @@ import numpy as np
 from continuar.errors import UserError, require
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
-SPLITS = ("train", "validation", "val", "test")
 
 
 class Source(ABC):
@@ -35,27 +34,6 @@ class Source(ABC):
     @abstractmethod
     def name(self, index: int) -> str:
         """What to call it in a message."""
-
-
-def find_source(path: Path, split: str) -> Source:
-    """The images at ``path``; see `load_images`.
-
-    Raises:
-        UserError: no such path, no images, or not of a known layout.
-    """
-    require(path.exists(), f"data path {path} does not exist")
-    if path.is_file():
-        require(path.suffix == ".parquet", f"data path {path} is a file; allowed: a .parquet file or a folder")
-        return ParquetSource([path])
-    parquet = sorted(path.glob("*.parquet"))
-    if parquet:
-        of_split = [p for p in parquet if split in p.name]
-        require(
-            bool(of_split) or not any(s in p.name for p in parquet for s in SPLITS),
-            f"no Parquet file of {path} is of the split '{split}' (there are {', '.join(p.name for p in parquet[:5])})",
-        )
-        return ParquetSource(of_split or parquet)
-    return FolderSource(path / split if (path / split).is_dir() else path)
 
 
 class FolderSource(Source):

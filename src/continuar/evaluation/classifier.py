@@ -73,9 +73,12 @@ class Classifier(nn.Module):
         self.output = nn.Linear(inputs, len(config.classes))
 
     def forward(self, images_BHW3: Tensor) -> Tensor:
+        return self.output(self.features(images_BHW3))
+
+    def features(self, images_BHW3: Tensor) -> Tensor:
+        """What the last layer sees: the global average of the last feature map, [B, 4 width]."""
         x = images_BHW3.permute(0, 3, 1, 2).float() / 127.5 - 1
-        h = F.relu(self.norm(self.blocks(self.stem(x))))
-        return self.output(h.mean((2, 3)))
+        return F.relu(self.norm(self.blocks(self.stem(x)))).mean((2, 3))
 
     def predict(self, images_BHW3: np.ndarray, batch_size: int = 500) -> np.ndarray:
         """Labels [n] int64 of uint8 images; the logits of an image and of its mirror image are averaged."""

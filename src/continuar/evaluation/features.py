@@ -6,7 +6,8 @@ ImageNet in Caffe's convention (BGR, means subtracted).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from continuar.checkpoints.store import load_state, read_tensors
+from continuar.devices import pick_device
 from continuar.errors import require
 
 FEATURES = 512
@@ -71,7 +73,20 @@ class SqueezeNet(nn.Module):
         return x.mean((2, 3))
 
 
-@torch.no_grad()
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """No gradients, and float32 products in float32: no TF32 inside the block."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
 def extract(
     network: Callable[[Tensor], Tensor],
     images_BHW3: np.ndarray,
@@ -82,17 +97,23 @@ def extract(
 ) -> np.ndarray:
     """Features [n, D] float32 of uint8 images [n, H, W, 3], batch by batch, in float32 (no autocast, no TF32)."""
     require(images_BHW3.ndim == 4 and images_BHW3.shape[-1] == 3, f"images are {images_BHW3.shape}; allowed: [n, H, W, 3]")
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
     parts = []
-    try:
+    with exact_float32():
         for first in range(0, len(images_BHW3), batch_size):
             batch = torch.from_numpy(np.ascontiguousarray(images_BHW3[first : first + batch_size])).to(device)
             parts.append(network(batch).float().cpu().numpy())
             if on_progress is not None:
                 on_progress(min(first + batch_size, len(images_BHW3)), len(images_BHW3))
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
     return np.concatenate(parts)
+
+
+def check_same_dimensions(a_MD: np.ndarray, b_ND: np.ndarray) -> None:
+    """Refuses two sets that are not features of one network."""
+    require(a_MD.ndim == b_ND.ndim == 2, f"features are {a_MD.shape} and {b_ND.shape}; allowed: [images, dimensions]")
+    require(a_MD.shape[1] == b_ND.shape[1], f"features of {a_MD.shape[1]} and {b_ND.shape[1]} dimensions cannot be compared")
+
+
+def float64_device(device: torch.device | str) -> torch.device:
+    """The device, or the CPU instead of one that has no float64."""
+    found = pick_device(device)
+    return torch.device("cpu") if found.type == "mps" else found

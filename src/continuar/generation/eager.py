@@ -21,6 +21,7 @@ from continuar.guidance import Guidance
 from continuar.model import Model
 from continuar.noise import KeyedNoise, RowNoise
 from continuar.rows import put_, take
+from continuar.tokenizers import TokenSpec
 
 NoiseOf = Callable[..., RowNoise]
 
@@ -30,16 +31,23 @@ class Start:
     """Where a batch starts. Every row must have the same number of known tokens.
 
     Attributes:
-        labels_B: int64 0..classes (the last is the null condition).
+        condition: int64 labels [B], or vectors [B, C, dim], as the model's condition is; None: the null condition for all.
         seeds_B: int64.
         tokens: values at known positions, anything elsewhere; [B, N, D] or ids [B, N].
         known_BN: bool.
     """
 
-    labels_B: Tensor
+    condition: Tensor | None
     seeds_B: Tensor
     tokens: Tensor
     known_BN: Tensor
+
+    @classmethod
+    def blank(cls, tokens: TokenSpec, seeds_B: Tensor, condition: Tensor | None = None) -> Start:
+        """A start at which nothing is known, on the device of the seeds."""
+        batch, device = len(seeds_B), seeds_B.device
+        unknown = torch.zeros(batch, tokens.positions, dtype=torch.bool, device=device)
+        return cls(condition, seeds_B, tokens.blank(batch, device), unknown)
 
 
 @dataclass(frozen=True)
@@ -72,16 +80,17 @@ def stream(
     if order_BN is None:
         order_BN = model.order.arrange(start.known_BN, start.seeds_B)
     plan = make_plan(model.order, options, model.order.positions - known)
-    device = start.labels_B.device
+    device = start.seeds_B.device
     # Guidance runs the null condition as B more rows of the same batch; without it they are not there at all.
     guided = options.guidance != 1.0
-    labels = torch.cat((start.labels_B, torch.full_like(start.labels_B, model.null_label))) if guided else start.labels_B
-    copies = 2 if guided else 1
+    null = model.condition.null(len(start.seeds_B))
+    cond = null if start.condition is None else model.condition(start.condition)
+    cond, copies = (torch.cat((cond, null)), 2) if guided else (cond, 1)
 
     blank = ~start.known_BN
     tokens = start.tokens.masked_fill(blank if start.tokens.ndim == 2 else blank.unsqueeze(-1), 0)
     known_BN = start.known_BN.clone()
-    state = model.backbone.start(model.condition(labels), model.order.positions)
+    state = model.backbone.start(cond, model.order.positions)
     _commit(model, state, tokens, order_BN[:, :known], copies)
     temperature = torch.tensor(options.temperature, device=device)
 

@@ -18,6 +18,7 @@ from continuar.recipes.imagenet256 import (
     mar_l_imagenet256,
     mar_l_imagenet256_ablation,
 )
+from continuar.recipes.latents import ar_vq_cifar10, mar_kl_cifar10
 from continuar.training.config import Run
 
 RECIPES: dict[str, Callable[[], Run]] = {
@@ -27,6 +28,8 @@ RECIPES: dict[str, Callable[[], Run]] = {
         folder,
         folder_gpu,
         cifar10,
+        mar_kl_cifar10,
+        ar_vq_cifar10,
         mar_b_imagenet256,
         mar_l_imagenet256,
         mar_h_imagenet256,

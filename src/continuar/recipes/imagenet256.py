@@ -1,7 +1,13 @@
 """The paper's ImageNet 256x256 models (Li et al., NeurIPS 2024, Section 4, Tables 3 and 4, Appendix B).
 
-Tokens are the latents of KL-16: 16 x 16 of 16 channels, times 0.2325. The FIDs are the paper's, of 50,000 samples. They build
-and can be sized up with ``--dry-run``; training needs an image tokenizer with an encoder, which this version does not have yet.
+Tokens are the latents of KL-16: 16 x 16 of 16 channels, times 0.2325. The FIDs are the paper's, of 50,000 samples; none of these
+models has been trained here. ``--dry-run`` sizes one up without any data. Training reads a cache of latents:
+
+    continuar convert kl16.ckpt kl16 --like kl16_mar         the paper's autoencoder with its scale
+    continuar cache IMAGENET kl16 latents/imagenet256        every image and its mirror image, once
+    continuar train mar_l_imagenet256 --data.path latents/imagenet256
+
+Another autoencoder of stride 16 and 16 channels goes the same way (`continuar tokenizer train kl16_imagenet256`).
 """
 
 from __future__ import annotations
@@ -48,7 +54,7 @@ def _imagenet256(backbone: MAEConfig, head: DiffusionHeadConfig, guidance: float
 def mar_b_imagenet256() -> Run:
     """MAR-B, 208M parameters: 768 wide, 12 + 12 blocks, head 6 x 1024. Paper: FID 3.48, guided 2.31.
 
-    continuar train mar_b_imagenet256 --dry-run
+    continuar train mar_b_imagenet256 --data.path latents/imagenet256
     """
     backbone = MAEConfig(width=768, encoder_depth=12, heads=12, decoder_depth=12)
     return _imagenet256(backbone, DiffusionHeadConfig(width=1024, depth=6), guidance=2.9)
@@ -57,7 +63,7 @@ def mar_b_imagenet256() -> Run:
 def mar_l_imagenet256() -> Run:
     """MAR-L, 479M parameters: 1024 wide, 16 + 16 blocks, head 8 x 1280. Paper: FID 2.60, guided 1.78.
 
-    continuar train mar_l_imagenet256 --dry-run
+    continuar train mar_l_imagenet256 --data.path latents/imagenet256
     """
     backbone = MAEConfig(width=1024, encoder_depth=16, heads=16, decoder_depth=16)
     return _imagenet256(backbone, DiffusionHeadConfig(width=1280, depth=8), guidance=3.0)
@@ -66,7 +72,7 @@ def mar_l_imagenet256() -> Run:
 def mar_h_imagenet256() -> Run:
     """MAR-H, 943M parameters: 1280 wide, 20 + 20 blocks, head 12 x 1536. Paper: FID 2.35, guided 1.55.
 
-    continuar train mar_h_imagenet256 --dry-run
+    continuar train mar_h_imagenet256 --data.path latents/imagenet256
     """
     backbone = MAEConfig(width=1280, encoder_depth=20, heads=16, decoder_depth=20)
     return _imagenet256(backbone, DiffusionHeadConfig(width=1536, depth=12), guidance=3.2)
@@ -75,7 +81,7 @@ def mar_h_imagenet256() -> Run:
 def mar_l_imagenet256_ablation() -> Run:
     """MAR-L with the ablations' head 3 x 1024, 400 epochs (Tables 1 to 3). Paper: FID 3.50, guided 1.98, at 64 steps.
 
-    continuar train mar_l_imagenet256_ablation --dry-run
+    continuar train mar_l_imagenet256_ablation --data.path latents/imagenet256
     """
     run = mar_l_imagenet256()
     return dataclasses.replace(

@@ -2,10 +2,12 @@
 
 from continuar.tokenizers.base import Tokenizer, TokenKind, TokenSpec
 from continuar.tokenizers.codebook import CodebookConfig, CodebookTokenizer
+from continuar.tokenizers.diffusers_vae import VAEConfig, VAETokenizer
 from continuar.tokenizers.latent import LatentConfig, LatentTokenizer
 from continuar.tokenizers.pixel import PixelConfig, PixelTokenizer
+from continuar.tokenizers.vq import VQConfig, VQTokenizer
 
-TokenizerConfig = PixelConfig | CodebookConfig | LatentConfig
+TokenizerConfig = PixelConfig | CodebookConfig | LatentConfig | VAEConfig | VQConfig
 
 __all__ = [
     "CodebookConfig",
@@ -18,4 +20,8 @@ __all__ = [
     "TokenSpec",
     "Tokenizer",
     "TokenizerConfig",
+    "VAEConfig",
+    "VAETokenizer",
+    "VQConfig",
+    "VQTokenizer",
 ]

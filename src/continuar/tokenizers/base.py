@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,8 @@ class Tokenizer(nn.Module, ABC):
     tokenizer has them, are saved beside the model as tokenizer.safetensors.
     """
 
+    config: Any
+    """The frozen config that builds it."""
     spec: TokenSpec
 
     def fit(self, images_n3HW: Tensor) -> None:
@@ -70,6 +72,10 @@ class Tokenizer(nn.Module, ABC):
     def encode(self, images_B3HW: Tensor) -> Tensor:
         """Cacheable latents, first dimension B: patches, or posterior moments."""
 
+    def encoding_state(self) -> dict[str, Tensor]:
+        """The weights that `encode` depends on: latents kept in a cache belong to them."""
+        return self.state_dict()
+
     @abstractmethod
     def tokenize(self, latents: Tensor) -> Tensor:
         """Model-ready tokens. Draws from the posterior where there is one."""
@@ -77,6 +83,10 @@ class Tokenizer(nn.Module, ABC):
     @abstractmethod
     def decode(self, tokens: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1], clamped."""
+
+    def reconstruct(self, latents: Tensor) -> Tensor:
+        """Images of latents as `encode` gives them, without any draw and whatever the scale."""
+        return self.decode(self.tokenize(latents))
 
 
 def check_patches(image_size: int, patch: int) -> None:

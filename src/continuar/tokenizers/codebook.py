@@ -88,7 +88,7 @@ class CodebookTokenizer(Tokenizer):
         return distance.argmin(-1)
 
     def tokenize(self, latents: Tensor) -> Tensor:
-        return latents
+        return latents.long()
 
     def decode(self, tokens: Tensor) -> Tensor:
         return unpatchify(self.codebook[tokens], self.config.patch, self.spec.grid).clamp(-1, 1).expand(-1, 3, -1, -1)

@@ -70,6 +70,6 @@ class LatentTokenizer(Tokenizer):
 
     def decode(self, tokens: Tensor) -> Tensor:
         raise UserError(
-            f"images need the autoencoder '{self.config.autoencoder}', which is not part of this model; "
-            "take `pipe.tokens(...)` instead and decode `pipe.tokenizer.latents(tokens)` with it"
+            f"images need the autoencoder '{self.config.autoencoder}', which is not part of this model; give it "
+            "(`continuar sample --tokenizer`), or take `pipe.tokens(...)` and decode `pipe.tokenizer.latents(tokens)` with it"
         )

@@ -21,7 +21,10 @@ class DataConfig:
     """Where images come from."""
 
     path: str = ""
-    """A folder of class folders, a Parquet file or a folder of them, or "digits"."""
+    """A folder of class folders, a Parquet file or a folder of them, "digits", or a cache of latents (`continuar cache`), which
+    brings its own tokenizer: the run's ``tokenizer`` is then what that one says."""
+    tokenizer: str = ""
+    """Of a cache: the tokenizer that made it; empty: at the place that the cache remembers."""
     split: str = "train"
     """Which part of it, where there are several."""
     classes: int = 0

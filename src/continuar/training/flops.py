@@ -21,7 +21,7 @@ def training_flops(config: ModelConfig) -> float:
         queried = min(spec.positions, round(model.backbone.mean_queried()))
         view = View(torch.zeros(1, spec.positions, dtype=torch.int64), spec.positions - queried)
         with FlopCounterMode(display=False) as counter:
-            model.loss(spec.blank(1), torch.zeros(1, dtype=torch.int64), view)
+            model.loss(spec.blank(1), None, view)
     return 3.0 * counter.get_total_flops()
 
 
@@ -43,7 +43,7 @@ def _backbone_flops(model: Model, known: int) -> int:
     """One evaluation for one image with ``known`` known tokens."""
     spec = model.config.tokens
     index = torch.zeros(1, spec.positions, dtype=torch.int64)
-    state = model.backbone.start(model.condition(index[:, 0]), spec.positions)
+    state = model.backbone.start(model.condition.null(1), spec.positions)
     if known:
         model.backbone.commit(state, index[:, :known], torch.zeros(1, known, model.backbone.width))
     with FlopCounterMode(display=False) as counter:

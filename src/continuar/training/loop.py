@@ -1,6 +1,6 @@
 """The training loop.
 
-1. Read the images; measure the tokens' std where the run does not give it.
+1. Open the data and the tokenizer (`training.source`).
 2. Build the model, or restore the newest intact checkpoint of the run.
 3. Take the steps, and between them write metrics, sample grids and checkpoints (`Steps`).
 
@@ -10,33 +10,27 @@ together (`training.parallel`).
 
 from __future__ import annotations
 
-import dataclasses
-import logging
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from continuar.checkpoints.store import ModelFile, read_json, read_tokenizer, write_json
-from continuar.configs import differences, to_json
-from continuar.data.images import ImageSet, load_images
+from continuar.checkpoints.store import ModelFile, read_json, write_json
+from continuar.configs import differences, from_json, to_json
 from continuar.errors import UserError, require
-from continuar.pipeline import Pipeline, newest_checkpoints
-from continuar.tokenizers import LatentConfig, PixelConfig, Tokenizer
+from continuar.pipeline import Pipeline
+from continuar.tokenizers import PixelConfig
 from continuar.training.config import Run
 from continuar.training.parallel import Single, together
+from continuar.training.source import reads_cache, training_data
 from continuar.training.state import load_newest
 from continuar.training.step import TrainStep
 from continuar.training.steps import Interrupted, Report, Steps, matmul_precision
-from continuar.training.stream import measure_std
 from continuar.training.trackers import TrackerName, check_tracker, open_tracker
 
 __all__ = ["Interrupted", "Report", "train"]
-_LOG = logging.getLogger("continuar")
-FITTED_IMAGES = 10_000
-"""Training images that a tokenizer is fitted to at most, drawn by the run's seed."""
 
 
 def train(
@@ -73,13 +67,13 @@ def train(
         check_tracker(track)
         check_directory(run, directory, resume, force)
         run = shared_out(run, directory, parallel)
-        images = read_images(run, on_read)
-        run = measured(run, images)
-        tokenizer = fitted(run, images, directory if resume else None)
-    parallel.share(list(tokenizer.state_dict().values()))
+        data = training_data(run, on_read, directory if resume else None)
+    run, tokenizer = data.run, data.tokenizer
+    if not reads_cache(run.data):
+        parallel.share(list(tokenizer.state_dict().values()))  # fitted, which hardware may round otherwise
     torch.manual_seed(run.seed)
     with torch.device(device):
-        model = run.model_config(len(images.classes)).build()
+        model = run.model_config(len(data.classes)).build()
     trainer = TrainStep(model, run, parallel)
     first = load_newest(directory, trainer) if resume else 0
     with together(parallel):
@@ -89,9 +83,10 @@ def train(
     with together(parallel):
         found = (directory / "config.json").is_file()
         require(found, f"{directory} is not the same directory for all processes; allowed: one on a file system they share")
-    file = ModelFile(model.config, run.tokenizer, images.classes, run.sampling)
+    file = ModelFile(model.config, run.tokenizer, data.classes, run.sampling)
     tracker = open_tracker(track, directory, run) if track and parallel.first else None
-    steps = Steps(run, directory, file, tokenizer.to(device), trainer, images, on_report, should_stop, tracker, first)
+    stream = data.stream(tokenizer.to(device), device, trainer.slots)
+    steps = Steps(run, directory, file, tokenizer, trainer, stream, on_report, should_stop, tracker, first)
     # What autocast leaves in float32 (time embedding, output layer) may use TF32 in training, never in sampling.
     with matmul_precision("high" if device.type == "cuda" and run.train.precision != "float32" else "highest"):
         try:
@@ -114,7 +109,7 @@ def shared_out(run: Run, directory: Path, parallel: Single) -> Run:
         allowed = "allowed: a number of processes that divides it"
         require(loop.batch_size % parallel.world == 0, f"{parallel.world} processes for a batch of {loop.batch_size}; {allowed}")
         size = loop.batch_size // parallel.world
-    run = dataclasses.replace(run, train=dataclasses.replace(loop, micro_batch=size))
+    run = replace(run, train=replace(loop, micro_batch=size))
     parallel.slots(run.train.micro_batches)
     return run
 
@@ -129,63 +124,14 @@ def check_directory(run: Run, directory: Path, resume: bool, force: bool) -> Non
         return
     if not resume:
         raise UserError(f"{directory} already holds a run; --resume continues it, or choose another --out")
-    old, new = read_json(config), to_json(run)
-    # What is decided when a run begins, and what is decided for it elsewhere, is no difference.
+    # Fields that are newer than the run are as they were before they could be given.
+    old, new = to_json(from_json(Run, read_json(config), str(config))), to_json(run)
     if isinstance(run.tokenizer, PixelConfig) and run.tokenizer.std == 0 and isinstance(old, dict):
         new["tokenizer"]["std"] = old.get("tokenizer", {}).get("std", 0)
-    if run.train.micro_batch == 0 and isinstance(old, dict):
-        new["train"]["micro_batch"] = old.get("train", {}).get("micro_batch", 0)
+    if reads_cache(run.data):
+        new["tokenizer"] = old["tokenizer"]
+    if run.train.micro_batch == 0:
+        new["train"]["micro_batch"] = old["train"]["micro_batch"]
     changed = differences(old, new)
     if changed and not force:
         raise UserError(f"the run in {directory} has another config ({'; '.join(changed)}); --force continues it all the same")
-
-
-def read_images(run: Run, on_read: Callable[[int, int], None] | None) -> ImageSet:
-    """The run's training images; what was skipped is said."""
-    tokenizer = run.tokenizer
-    require(
-        not isinstance(tokenizer, LatentConfig),
-        "training on latents needs a tokenizer that encodes images; use kind 'pixel'",
-    )
-    require(bool(run.data.path), "data.path is empty; give a folder of class folders or a Parquet file (--data.path)")
-    images = load_images(
-        run.data.path,
-        size=tokenizer.image_size,
-        split=run.data.split,
-        max_skipped_share=run.data.max_skipped_share,
-        progress=on_read,
-    )
-    if images.skipped:
-        _LOG.warning("%d images could not be read and are skipped: %s", len(images.skipped), "; ".join(images.skipped[:5]))
-    expected = run.data.classes
-    require(
-        expected in (0, len(images.classes)),
-        f"the data has {len(images.classes)} classes, data.classes says {expected}",
-    )
-    return images
-
-
-def measured(run: Run, images: ImageSet) -> Run:
-    """The run with its tokenizer's std filled in from the images, where it has one; a given std that is far off is said."""
-    tokenizer = run.tokenizer
-    if not isinstance(tokenizer, PixelConfig):
-        return run
-    unit = dataclasses.replace(tokenizer, std=1.0).build()
-    _, std = measure_std(images, lambda x: unit.tokenize(unit.encode(x)))
-    require(std > 0, "all training images are of one colour: there is nothing to learn")
-    if tokenizer.std == 0:
-        return dataclasses.replace(run, tokenizer=dataclasses.replace(tokenizer, std=std))
-    if not 0.9 < std / tokenizer.std < 1.1:
-        _LOG.warning("tokens have std %.3f, not 1: tokenizer.std is %.4f, measured %.4f", std / tokenizer.std, tokenizer.std, std)
-    return run
-
-
-def fitted(run: Run, images: ImageSet, resumed: Path | None) -> Tokenizer:
-    """The run's tokenizer, fitted to the images; the one in a resumed run's checkpoint is kept."""
-    kept = newest_checkpoints(resumed) if resumed is not None else []
-    if kept:
-        return read_tokenizer(kept[0], run.tokenizer)
-    tokenizer = run.tokenizer.build()
-    chosen = np.random.default_rng(run.seed).permutation(len(images))[:FITTED_IMAGES]
-    tokenizer.fit(torch.from_numpy(images.images[chosen]).permute(0, 3, 1, 2).float().div_(127.5).sub_(1))
-    return tokenizer

@@ -27,6 +27,7 @@ from continuar.checkpoints.store import (
     atomic_directory,
     check_keys,
     checksum,
+    current_names,
     read_json,
     read_tensors,
     temporary_directory,
@@ -138,7 +139,9 @@ def _load(checkpoint: Path, trainer: TrainStep) -> None:
     for group, file in ({"model": WEIGHTS, "ema": EMA} | _OTHERS).items():
         if not groups[group]:
             continue
-        tensors = read_tensors(checkpoint / file)
+        tensors = current_names(read_tensors(checkpoint / file))
+        if group == "optimizer" and not tensors:
+            continue  # a checkpoint of weights alone, made by hand: moments begin at zero
         check_keys(tensors, {k: v.shape for k, v in groups[group].items()}, str(checkpoint / file))
         for name, tensor in groups[group].items():
             tensor.copy_(like(tensors[name], tensor))
@@ -146,8 +149,7 @@ def _load(checkpoint: Path, trainer: TrainStep) -> None:
 
 def _state(trainer: TrainStep) -> dict[str, dict[str, Tensor]]:
     """Everything a run is continued from, as the tensors that training uses, sharded where they are."""
-    parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
-    for p in parameters:
+    for p in (p for group in trainer.optimizer.param_groups for p in group["params"]):
         if not trainer.optimizer.state[p]:  # before the first step; AdamW itself would begin with the same zeros
             moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
             trainer.optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
@@ -155,8 +157,23 @@ def _state(trainer: TrainStep) -> dict[str, dict[str, Tensor]]:
         "model": trainer.model.state_dict(),
         "ema": trainer.ema.model.state_dict(),
         "averages": trainer.averages.tensors,
-        "optimizer": {f"{i}.{name}": x for i, p in enumerate(parameters) for name, x in trainer.optimizer.state[p].items()},
+        "optimizer": optimizer_tensors(trainer.optimizer),
     }
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The moments and step counts, keyed ``index.name``; the optimizer's own, not copies."""
+    state = optimizer.state_dict()["state"]
+    return {f"{index}.{name}": value for index, entry in state.items() for name, value in entry.items()}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """The inverse of `optimizer_tensors`."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def _flat(groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:

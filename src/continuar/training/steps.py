@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 
 from continuar.checkpoints.store import ModelFile
-from continuar.data.images import ImageSet
 from continuar.errors import UserError
 from continuar.model import Model
 from continuar.pictures import grid, save_png
@@ -30,9 +29,9 @@ from continuar.training.plan import out_of_memory
 from continuar.training.power_ema import drop_after
 from continuar.training.rollback import Rollback
 from continuar.training.signals import Signals, Stop, noted_signals
+from continuar.training.source import Stream
 from continuar.training.state import save_checkpoint
 from continuar.training.step import TrainStep
-from continuar.training.stream import ImageStream
 from continuar.training.trackers import Tracker
 
 
@@ -69,7 +68,7 @@ class Steps:
         file: ModelFile,
         tokenizer: Tokenizer,
         trainer: TrainStep,
-        images: ImageSet,
+        stream: Stream,
         on_report: Callable[[Report], None] | None,
         should_stop: Callable[[], bool] | None,
         tracker: Tracker | None,
@@ -80,7 +79,7 @@ class Steps:
         self.parallel, self.tracker = trainer.parallel, tracker
         self._masks_vary = len(trainer.model.backbone.queried_counts()) > 1
         loop = run.train
-        self.stream = ImageStream(images, tokenizer, run.data, loop.batch_size, run.seed, trainer.device, loop.micro_batch)
+        self.stream = stream
         self._rollback = Rollback(directory, trainer, loop)
         self._of_samples: dict[str, float] = {}
         self._begin_at(first)

@@ -1,8 +1,13 @@
-"""Samplers: pure functions from x_T to x_0. Each is one file; `SAMPLERS` is the closed table of their names."""
+"""Samplers: pure functions from x_T to x_0. Each is one file; `SAMPLERS` is the closed table of their names.
+
+A sampler's steps and its time grid are separate (`schedule.Grid`); the table says which grid a name goes with.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Literal, Protocol
 
 from torch import Tensor
@@ -10,8 +15,11 @@ from torch import Tensor
 from continuar.diffusion.process import Coefficients
 from continuar.diffusion.samplers.ddim import ddim
 from continuar.diffusion.samplers.ddpm import ddpm
+from continuar.diffusion.samplers.dpmpp import LAST, dpmpp
+from continuar.diffusion.schedule import Grid, Schedule, sampling_schedule, uniform_log_snr, uniform_t
+from continuar.errors import require
 
-SamplerName = Literal["ddpm", "ddim"]
+SamplerName = Literal["ddpm", "ddim", "dpmpp"]
 
 
 class Sampler(Protocol):
@@ -36,4 +44,45 @@ class Sampler(Protocol):
     ) -> Tensor: ...
 
 
-SAMPLERS: dict[str, Sampler] = {"ddpm": ddpm, "ddim": ddim}
+@dataclass(frozen=True)
+class SamplerEntry:
+    """What a sampler's name stands for.
+
+    Attributes:
+        run: its steps.
+        grid: the timesteps they visit.
+        has_temperature: whether steps add noise, which is what a temperature scales.
+    """
+
+    run: Sampler
+    grid: Grid
+    has_temperature: bool
+
+    def schedule(self, steps: int) -> Schedule:
+        """The process of ``steps`` steps that it visits.
+
+        Raises:
+            UserError: a number of steps that its grid does not have.
+        """
+        return sampling_schedule(steps, self.grid)
+
+
+SAMPLERS: dict[str, SamplerEntry] = {
+    "ddpm": SamplerEntry(ddpm, uniform_t, has_temperature=True),
+    "ddim": SamplerEntry(ddim, partial(uniform_t, last=LAST), has_temperature=False),
+    "dpmpp": SamplerEntry(dpmpp, partial(uniform_log_snr, last=LAST), has_temperature=False),
+}
+
+
+def check_sampler(name: str, steps: int) -> None:
+    """Refuses a name that is not in the table, and a number of steps that its grid does not have."""
+    require(name in SAMPLERS, f"sampler is '{name}'; allowed: {', '.join(SAMPLERS)}")
+    SAMPLERS[name].schedule(steps)
+
+
+def check_temperature(name: str, temperature: float) -> None:
+    """Refuses a temperature with a sampler that adds no noise."""
+    require(
+        SAMPLERS[name].has_temperature or temperature == 1.0,
+        f"temperature is {temperature} with the sampler '{name}', which adds no noise; allowed: 1.0",
+    )

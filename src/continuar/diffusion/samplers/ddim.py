@@ -5,6 +5,8 @@ For i = S-1 .. 0:
 2. x0 = predict_x0(x, eps)
 3. x = sqrt(abar_{i-1}) x0 + sqrt(1 - abar_{i-1}) eps
 
+Its grid ends at t = 979, as that of `dpmpp`, whose module says why.
+
 It adds no noise, so it has no temperature: any value but 1 is refused where the options are made.
 """
 

@@ -1,0 +1,109 @@
+"""The paper's comparison at the size of handwritten digits: every order and backbone with every head that can serve it.
+
+    python benchmarks/comparison.py --results benchmarks/results/digits_comparison.md --picture docs/images/digits_comparison.png
+
+Trains each `digits_ROW_HEAD` recipe (finished runs are kept), generates 500 digits with and without guidance, and writes one row
+for each:
+
+* accuracy: the share that a support vector machine trained on all real digits reads as what was asked for. It says nothing of
+  diversity: one perfect example per class would score 1.
+* distance: Frechet distance of the 64 pixel values (in units of their overall std) to all 1,797 real digits. It says both. Half of
+  the real digits against the other half give the scale.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.svm import SVC
+
+from continuar.data.images import load_digits
+from continuar.evaluation.moments import Moments, frechet_distance, moments
+from continuar.pictures import grid, save_png
+from continuar.recipes import RECIPES
+from continuar.training.loop import train
+
+GUIDANCE = (1.0, 2.0)
+PER_CLASS = 50
+
+
+def flat(images: np.ndarray) -> np.ndarray:
+    return images[..., 0].reshape(len(images), -1).astype(float)
+
+
+class Judge:
+    """Scores generated digits against the real ones."""
+
+    def __init__(self) -> None:
+        real = load_digits()
+        pixels = flat(real.images)
+        self.std = pixels.std()
+        self.reader = SVC(gamma="scale").fit(pixels, real.labels)
+        self.reference: Moments = moments(pixels / self.std)
+        shuffled = np.random.default_rng(0).permutation(len(pixels))
+        halves = [moments(pixels[part] / self.std) for part in np.array_split(shuffled, 2)]
+        self.between_halves = frechet_distance(*halves)
+
+    def score(self, images: np.ndarray, labels: np.ndarray) -> str:
+        x = flat(images)
+        accuracy = (self.reader.predict(x) == labels).mean()
+        return f"{accuracy:.3f} | {frechet_distance(moments(x / self.std), self.reference):.2f}"
+
+
+def seconds_of(run: Path, batch_size: int) -> float:
+    """Training time as the run's own log counts it: without drawing and saving."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    previous = [0, *(line["step"] for line in lines)]
+    return sum(
+        (line["step"] - before) * batch_size / line["images_per_second"] for line, before in zip(lines, previous, strict=False)
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("out/comparison"))
+    parser.add_argument("--results", type=Path)
+    parser.add_argument("--picture", type=Path, help="one digit of each class from every model, a line each")
+    parser.add_argument("--only", default="", help="recipes whose name contains this")
+    options = parser.parse_args()
+    judge, labels = Judge(), np.repeat(np.arange(10), PER_CLASS)
+    head = (
+        "| recipe | M parameters | training s | ms/image | " + " | ".join(f"accuracy, w={g:g} | distance" for g in GUIDANCE) + " |"
+    )
+    lines = [head, "|---" * (4 + 2 * len(GUIDANCE)) + "|"]
+    print("\n".join(lines), flush=True)
+    shown: dict[str, np.ndarray] = {}
+    for name in (n for n in RECIPES if n.startswith("digits_") and options.only in n):
+        run, directory = RECIPES[name](), options.out / name
+        pipe = train(run, directory, device=torch.device("cpu"), resume=True)
+        scores, seconds = [], 0.0
+        for guidance in GUIDANCE:
+            began = time.perf_counter()
+            images = pipe(labels.tolist(), 0, guidance=guidance, batch_size=250)
+            seconds = time.perf_counter() - began
+            scores.append(judge.score(images, labels))
+        shown[name] = pipe(list(range(10)), 100)
+        parameters = sum(p.numel() for p in pipe.model.parameters()) / 1e6
+        trained = seconds_of(directory, run.train.batch_size)
+        lines.append(f"| {name} | {parameters:.2f} | {trained:.0f} | {1e3 * seconds / len(labels):.1f} | {' | '.join(scores)} |")
+        print(lines[-1], flush=True)
+    note = (
+        f"Distance between two halves of the real digits: {judge.between_halves:.2f}. torch {torch.__version__}, "
+        f"{torch.get_num_threads()} thread(s), {platform.machine()}; ms/image at w={GUIDANCE[-1]:g}."
+    )
+    print(note)
+    if options.picture:
+        captions = [c for name in shown for c in [name.removeprefix("digits_"), *[""] * 9]]
+        save_png(grid(np.concatenate(list(shown.values())), captions, columns=10, min_side=32), options.picture)
+    if options.results:
+        options.results.write_text("\n".join([*lines, "", note]) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

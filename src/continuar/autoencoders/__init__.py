@@ -1,0 +1,1 @@
+"""Training of tokenizers: autoencoders with a KL or a codebook, from images."""

@@ -1,0 +1,189 @@
+"""One training step of a tokenizer (LDM, Rombach et al. 2022; VQGAN, Esser et al. 2021).
+
+1. Images through encoder, posterior or codebook, and decoder.
+2. Reconstruction: L1 of pixels and a perceptual distance. Regularisation: KL, or commitment to codes.
+3. From ``discriminator.start_images`` on, the decoder also learns to pass for real, with the adaptive weight; then the
+   discriminator takes a step of its own on the same images.
+4. Codes move.
+
+A step whose loss or gradient norm is not finite changes nothing, and nothing is read back to the host.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from continuar.autoencoders.codebook import CodebookLearner, Quantised
+from continuar.autoencoders.config import TokenizerRun
+from continuar.autoencoders.discriminator import PatchDiscriminator, adaptive_weight, hinge
+from continuar.autoencoders.perceptual import Perceptual
+from continuar.tokenizers import VAETokenizer, VQTokenizer
+from continuar.training.optim import learning_rate
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The terms of one batch; scalars."""
+
+    l1: Tensor
+    perceptual: Tensor
+    regularisation: Tensor
+    """KL per image, or the commitment (and codebook) loss."""
+    total: Tensor
+    """What the autoencoder minimises, but for the adversarial term."""
+    squared_error: Tensor
+    """Mean squared error of pixels in [-1, 1]."""
+
+
+class Meter:
+    """Sums of named scalars on the device; read on the host only when metrics are written."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, Tensor] = {}
+        self._streak = torch.zeros((), device=device)
+        self._longest = torch.zeros((), device=device)
+        self._bad = torch.zeros((), device=device)
+
+    def add(self, bad: Tensor, **values: Tensor) -> None:
+        """Counts one step; the values of a bad one are left out."""
+        for name, value in values.items():
+            zero = torch.zeros((), device=self._device)
+            self._sums[name] = self._sums.get(name, zero) + value.detach().float().masked_fill(bad, 0)
+            self._counts[name] = self._counts.get(name, zero) + ~bad
+        self._streak = (self._streak + 1) * bad
+        self._longest = torch.maximum(self._longest, self._streak)
+        self._bad = self._bad + bad
+
+    def read(self) -> tuple[dict[str, float], int, int]:
+        """(means, steps skipped, longest streak of skipped steps) since the last read; synchronises."""
+        names = list(self._sums)
+        tensors = [*self._sums.values(), *self._counts.values(), self._bad, self._longest]
+        *values, bad, longest = torch.stack(tensors).tolist()
+        sums, counts = values[: len(names)], values[len(names) :]
+        means = {n: s / c if c else float("nan") for n, s, c in zip(names, sums, counts, strict=True)}
+        self._sums, self._counts = {}, {}
+        self._bad, self._longest = torch.zeros_like(self._bad), self._streak
+        return means, int(bad), int(longest)
+
+
+class TokenizerStep:
+    """Owns the networks that train and their optimizers.
+
+    Args:
+        tokenizer: on its device; trained from here on.
+        run: the run's config.
+        perceptual: the frozen network of the perceptual term, or None.
+    """
+
+    def __init__(self, tokenizer: VAETokenizer | VQTokenizer, run: TokenizerRun, perceptual: Perceptual | None) -> None:
+        self.tokenizer, self.run, self.perceptual = tokenizer.train().requires_grad_(True), run, perceptual
+        self.network: Any = tokenizer.network
+        self.device = next(tokenizer.parameters()).device
+        self.codebook = (
+            CodebookLearner(self.network.quantize.embedding.weight, run.codebook) if isinstance(tokenizer, VQTokenizer) else None
+        )
+        self.optimizer = self._adamw(tokenizer)
+        self.discriminator = PatchDiscriminator(run.discriminator).to(self.device) if run.discriminator.weight > 0 else None
+        self.discriminator_optimizer = None if self.discriminator is None else self._adamw(self.discriminator)
+        self.meter = Meter(self.device)
+        precision = run.train.precision
+        self._bf16 = precision == "bfloat16" or (precision == "auto" and self.device.type == "cuda")
+
+    def _adamw(self, module: nn.Module) -> torch.optim.AdamW:
+        optim = self.run.optim
+        trained = [p for p in module.parameters() if p.requires_grad]
+        # Fused: it can skip a step on the device, without a host read.
+        return torch.optim.AdamW(trained, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True)
+
+    def seed(self, step: int) -> None:
+        """Makes every draw of a step (mirror images, posterior, revival) a function of (seed, step)."""
+        digest = hashlib.blake2b(f"{self.run.seed}/{step}".encode(), digest_size=8).digest()
+        torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+
+    def __call__(self, step: int, images_B3HW: Tensor) -> None:
+        """Step ``step`` on one batch in [-1, 1]; call `seed` before the batch is drawn."""
+        self._set_rate(step)
+        with torch.autocast(self.device.type, torch.bfloat16) if self._bf16 else nullcontext():
+            decoded, losses, quantised = self.reconstruct(images_B3HW)
+            judge = self._judge(step)
+            adversarial = losses.total.new_zeros(()) if judge is None else -judge(decoded).mean()
+        loss, weight = losses.total, losses.total.new_zeros(())
+        if judge is not None:
+            weight = adaptive_weight(losses.l1 + losses.perceptual, adversarial, self.network.decoder.conv_out.weight)
+            loss = loss + self.run.discriminator.weight * weight * adversarial
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        bad = self._update(self.optimizer, loss)
+        values = {"l1": losses.l1, "mse": losses.squared_error, "regularisation": losses.regularisation}
+        if self.perceptual is not None:
+            values["perceptual"] = losses.perceptual
+        if self.codebook is not None and quantised is not None:
+            self.codebook.update(quantised, ~bad, self.optimizer)
+        if judge is not None:
+            values |= {"adaptive_weight": weight, "adversarial": adversarial}
+            values["discriminator"], worse = self._train_discriminator(judge, images_B3HW, decoded.detach())
+            bad = bad | worse
+        self.meter.add(bad, **values)
+
+    def reconstruct(self, images_B3HW: Tensor) -> tuple[Tensor, Losses, Quantised | None]:
+        """Images through the autoencoder, with the terms that they are held to."""
+        network, quantised = self.tokenizer.config.network, None
+        encoded = network.encode(self.network, images_B3HW)
+        if self.codebook is not None:
+            quantised = self.codebook(encoded)
+            decoded = self.network.decode(quantised.codes_BCHW, force_not_quantize=True, return_dict=False)[0]
+            regularisation = penalty = quantised.loss
+        else:
+            mean, log_variance = encoded.float().chunk(2, 1)
+            log_variance = log_variance.clamp(-30, 20)
+            decoded = network.decode(self.network, mean + (log_variance / 2).exp() * torch.randn_like(mean))
+            divergence = (mean.square() + log_variance.exp() - 1 - log_variance).flatten(1).sum(1) / 2
+            regularisation = divergence.mean()
+            # Per value of an image, as the other terms are means over values.
+            penalty = self.run.loss.kl_weight * regularisation / images_B3HW[0].numel()
+        difference = decoded.float() - images_B3HW
+        l1, squared = difference.abs().mean(), difference.detach().square().mean()
+        perceptual = l1.new_zeros(())
+        if self.perceptual is not None:
+            perceptual = self.run.loss.perceptual_weight * self.perceptual(decoded, images_B3HW).mean()
+        return decoded, Losses(l1, perceptual, regularisation, l1 + perceptual + penalty, squared), quantised
+
+    def _judge(self, step: int) -> PatchDiscriminator | None:
+        """The discriminator, once it has joined; its parameters get no gradient from the autoencoder's loss."""
+        begun = step * self.run.train.batch_size >= self.run.discriminator.start_images
+        return None if self.discriminator is None or not begun else self.discriminator.requires_grad_(False)
+
+    def _train_discriminator(self, judge: PatchDiscriminator, real_B3HW: Tensor, made_B3HW: Tensor) -> tuple[Tensor, Tensor]:
+        """Its own step; returns its loss, and whether that was not finite."""
+        assert self.discriminator_optimizer is not None
+        judge.requires_grad_(True)
+        with torch.autocast(self.device.type, torch.bfloat16) if self._bf16 else nullcontext():
+            loss = hinge(judge(real_B3HW).float(), judge(made_B3HW).float())
+        self.discriminator_optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        return loss, self._update(self.discriminator_optimizer, loss)
+
+    def _update(self, optimizer: torch.optim.AdamW, loss: Tensor) -> Tensor:
+        """Clips and steps, unless something is not finite; returns whether it was not, as a tensor."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.run.optim.clip or float("inf"), foreach=True)
+        bad = ~(loss.detach() + norm).isfinite()
+        # The fused kernel reads this flag as gradient scaling does, and leaves weights and moments alone if it is 1.
+        setattr(optimizer, "found_inf", bad.float())  # noqa: B010 (an attribute AdamW reads but does not declare)
+        optimizer.step()
+        return bad
+
+    def _set_rate(self, step: int) -> None:
+        loop = self.run.train
+        lr = learning_rate(self.run.optim, step * loop.batch_size, loop.steps * loop.batch_size)
+        for optimizer in (self.optimizer, self.discriminator_optimizer):
+            for group in optimizer.param_groups if optimizer is not None else ():
+                group["lr"] = lr

@@ -1,0 +1,5 @@
+"""Baselines of the paper: other models of the same tokens, with the same loss and samplers. They need the extra [diffusers]."""
+
+from continuar.baselines.dit import DiT, DiTConfig
+
+__all__ = ["DiT", "DiTConfig"]

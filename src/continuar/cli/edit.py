@@ -1,0 +1,86 @@
+"""``continuar edit MODEL IMAGE --mask MASK``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+
+from continuar.checkpoints.store import write_json
+from continuar.cli.generating import Settings, make_writable, progress_bar
+from continuar.cli.parse import parse
+from continuar.editing import edit, prepare, read_picture
+from continuar.errors import require
+from continuar.pictures import grid, save_png
+
+_DESCRIPTION = (
+    "Generate a part of an image anew: what is white in the mask. Image and mask are cropped and scaled to the model's size; "
+    "pixels outside the mask come back unchanged. Settings that are not given are the model's own."
+)
+_COLUMNS = 6
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Generate a part of an image anew."""
+
+    model: tyro.conf.Positional[str]
+    """A run directory, a saved model, or a shipped name."""
+    image: tyro.conf.Positional[Path]
+    """The image, of any size."""
+    mask: Path
+    """An image of the same size: white is to be generated, black is kept."""
+    class_name: Annotated[str, tyro.conf.arg(name="class", metavar="CLASS")] = ""
+    """What the whole picture shows, a class name or number; no class if not given."""
+    variants: int = 4
+    """How many images to make, each of its own seed."""
+    seed: int = 0
+    """Seed of the first variant; each further one takes the next number."""
+    grow: int = 1
+    """Rings of tokens around the hole that are generated with it: those of an autoencoder tell what was in it. 0 suits pixels."""
+    settings: Annotated[Settings, tyro.conf.arg(name="")] = field(default_factory=Settings)
+    out: Path = Path("edited")
+    """The directory to write to: 00000.png ..., grid.png (image, masked, variants), samples.json."""
+
+
+def main(arguments: list[str]) -> int:
+    """See the module's docstring."""
+    options = parse(Arguments, arguments, prog="continuar edit", description=_DESCRIPTION)
+    require(options.variants >= 1, f"--variants is {options.variants}; allowed: 1 or more")
+    require(options.grow >= 0, f"--grow is {options.grow}; allowed: 0 or more rings of tokens")
+    pipe = options.settings.load(options.model)
+    settings = options.settings.options(pipe)
+    seeds = pipe.seeds(options.seed, options.variants)
+    label = pipe.label(options.class_name) if options.class_name else None
+    picture = read_picture(options.image, options.mask, pipe.file.tokenizer.image_size)
+    canvas = prepare(pipe, picture, options.grow)
+    make_writable(options.out)
+    with progress_bar() as on_progress:
+        batch_size = options.settings.batch_size
+        images = edit(pipe, canvas, label, seeds, batch_size=batch_size, on_progress=on_progress, **settings.to_dict())
+    generated = int((~canvas.known_hw).sum())
+    shared = {
+        "label": label,
+        "class_name": None if label is None else pipe.classes[label],
+        "image": options.image,
+        "mask": options.mask,
+        "grow": options.grow,
+        "tokens_generated": generated,
+        **settings.to_dict(),
+        "model": options.model,
+        "weights": options.settings.weights,
+    }
+    entries = []
+    for i, pixels in enumerate(images):
+        file = f"{i:05d}.png"
+        save_png(pixels, options.out / file)
+        entries.append({"file": file, "seed": seeds[i], **shared})
+    shown = np.concatenate((picture.image_HW3[None], picture.masked()[None], images))
+    captions = ["image", "masked", *(f"seed {s}" for s in seeds)]
+    save_png(grid(shown, captions, columns=min(_COLUMNS, len(shown))), options.out / "grid.png")
+    write_json(options.out / "samples.json", entries)
+    print(f"{len(images)} variants, {generated} of {canvas.known_hw.size} tokens generated: {options.out / 'grid.png'}")
+    return 0

@@ -1,0 +1,79 @@
+"""``continuar stats DATA OUT.npz``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+
+from continuar.cli.networks import NetworkOptions, local_device
+from continuar.cli.parse import parse
+from continuar.cli.progress import progress_bars
+from continuar.errors import require
+from continuar.evaluation.images import by, open_images
+from continuar.evaluation.networks import sha256_of_file
+from continuar.evaluation.reference import REFERENCE_IMAGES, few_images, measure_images, reference_indices, write_statistics
+
+_DESCRIPTION = (
+    "Reference statistics of real images for `continuar evaluate --reference OUT.npz`: mean and covariance of the features of all "
+    "of them, and the features of some for precision, recall, density, coverage and the kernel distance. The layout is that of "
+    "ADM's suite, with what the file is of beside it."
+)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Compute reference statistics."""
+
+    data: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DATA")]
+    """A folder of images or of class folders, Parquet or tars, or an .npz file with arr_0."""
+    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT.npz")]
+    """The file to write."""
+    features: Annotated[NetworkOptions, tyro.conf.arg(name="")] = field(default_factory=NetworkOptions)
+    size: int | None = None
+    """Bring every image to this many pixels by ADM's centre crop; without it they must be of one size, and stay so."""
+    split: str = "train"
+    """Which part, where the data have several."""
+    reference_images: int = REFERENCE_IMAGES
+    """Images whose features are kept, chosen at random, the same every time."""
+    keep_images: bool = False
+    """Store those images too, as arr_0: for other networks, and for pictures of nearest neighbours."""
+    batch_size: int = 64
+    """Images measured at once."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+    overwrite: bool = False
+    """Replace an existing file."""
+
+
+def main(arguments: list[str]) -> int:
+    """See the module's docstring."""
+    options = parse(Arguments, arguments, prog="continuar stats", description=_DESCRIPTION)
+    require(options.out.suffix == ".npz", f"OUT is {options.out}; allowed: a name ending in .npz")
+    require(options.overwrite or not options.out.exists(), f"{options.out} exists; choose another name or --overwrite")
+    require(options.out.parent.is_dir(), f"{options.out.parent} is not a directory; OUT is written into an existing one")
+    require(options.batch_size >= 1, f"--batch-size is {options.batch_size}; allowed: 1 or more")
+    require(options.reference_images >= 0, f"--reference-images is {options.reference_images}; allowed: 0 or more")
+    images = open_images(options.data, size=options.size, split=options.split)
+    network = options.features.load(local_device(options.device))
+    with progress_bars() as bar:
+        statistics = measure_images(
+            images, network, batch_size=options.batch_size, kept=options.reference_images, on_progress=bar("measuring")
+        )
+    kept = reference_indices(len(images), options.reference_images)
+    pixels = np.concatenate([images.read(i, i + 1) for i in kept.tolist()]) if options.keep_images and len(kept) else None
+    write_statistics(options.out, statistics, pixels)
+    dimensions = len(statistics.moments.mean)
+    lines = [
+        f"data     {images.name}: {len(images)} images of {by(images.size)}",
+        f"network  {network.name}, {dimensions} features, weights SHA-256 {network.sha256}",
+        f"kept     features of {len(kept)} images" + (", and the images" if pixels is not None else ""),
+        *(f"note     {note}" for note in images.notes),
+        *(f"note     {note}" for note in few_images(len(images), dimensions)),
+        f"written  {options.out}, SHA-256 {sha256_of_file(options.out)}",
+    ]
+    print("\n".join(lines))
+    return 0

@@ -1,0 +1,93 @@
+"""``continuar sweep MODEL --over figure4 --reference R``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal, cast
+
+import tyro
+
+from continuar.cli.generating import SamplingSettings
+from continuar.cli.load import load_pipeline
+from continuar.cli.networks import NetworkOptions, local_device
+from continuar.cli.parse import parse
+from continuar.cli.progress import progress_bars
+from continuar.errors import require
+from continuar.evaluation.axes import AXES, SWEEPS, parse_axes
+from continuar.evaluation.processes import processes
+from continuar.evaluation.reference import REFERENCE_IMAGES
+from continuar.evaluation.run import EvaluationOptions
+from continuar.evaluation.sweep import SweepOptions, sweep
+from continuar.evaluation.tables import markdown_table
+from continuar.pipeline import Weights
+
+_DESCRIPTION = (
+    "Evaluate a model at every combination of settings, into tables (CSV, Markdown) and plots (PNG, SVG). "
+    f"--over takes the names {', '.join(SWEEPS)} (the quantities of the paper's figures), or NAME=A,B,... of "
+    f"{', '.join(AXES)}; several of them make a grid. The same command continues an interrupted sweep. "
+    "Under torchrun the processes share the work."
+)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Evaluate a model at many settings."""
+
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
+    """A run directory, a saved model, a shipped name, or an official MAR checkpoint file."""
+    over: tuple[str, ...] = ()
+    """What to sweep: figure4, or steps=8,16,32 temperature=0.95,1."""
+    reference: str = ""
+    """What to score against: an .npz file of `continuar stats` or of ADM's suite, a folder of images, Parquet or tars."""
+    features: Annotated[NetworkOptions, tyro.conf.arg(name="")] = field(default_factory=NetworkOptions)
+    images: int = 10_000
+    """Images per point, a multiple of the number of classes."""
+    seed: int = 0
+    """Seed of the first image, the same at every point."""
+    weights: Literal["ema", "raw"] = "ema"
+    """Which weights of a training run, where that is not swept."""
+    tokenizer: str | None = None
+    """For a model of latents: its autoencoder (a saved tokenizer, an LDM-layout file such as kl16.ckpt, a diffusers directory or
+    hub id)."""
+    settings: Annotated[SamplingSettings, tyro.conf.arg(name="")] = field(default_factory=SamplingSettings)
+    batch_size: int = 64
+    """Images made and measured at once."""
+    reference_images: int = REFERENCE_IMAGES
+    """How many images of a reference without features give those of precision, recall, density, coverage, kernel distance."""
+    split: str = "train"
+    """Which part of a reference that has several."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+    out: Path = Path("sweep")
+    """The directory to write to: table.csv, table.md, plot.png, plot.svg, points/."""
+
+
+def main(arguments: list[str]) -> int:
+    """See the module's docstring."""
+    options = parse(Arguments, arguments, prog="continuar sweep", description=_DESCRIPTION)
+    axes = parse_axes(options.over)
+    require(bool(options.reference), "--reference is missing: what should the images be scored against?")
+    common = SweepOptions(
+        images=options.images,
+        seed=options.seed,
+        weights=options.weights,
+        settings=options.settings.given(),
+        evaluation=EvaluationOptions(options.batch_size, options.reference_images, options.split),
+    )
+    device = local_device(options.device)
+    with processes() as group, progress_bars(shown=group.is_first) as bar:
+        rows = sweep(
+            options.model,
+            lambda weights: load_pipeline(options.model, options.tokenizer, weights=cast(Weights, weights), device=device),
+            axes,
+            options.reference,
+            options.features.load(device),
+            options.out,
+            options=common,
+            group=group,
+            bar=bar,
+        )
+    if rows:
+        print(f"{markdown_table(axes, rows)}\nwritten  {options.out}: table.csv, table.md, plot.png, plot.svg")
+    return 0

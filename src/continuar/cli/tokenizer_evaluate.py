@@ -1,0 +1,139 @@
+"""``continuar tokenizer evaluate TOKENIZER DATA``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import tyro
+
+from continuar.autoencoders.codebook import usage
+from continuar.caching.statistics import to_signed
+from continuar.checkpoints.tokenizers import Changes, load_tokenizer
+from continuar.cli.parse import parse
+from continuar.cli.progress import progress_bars
+from continuar.data.blocks import image_blocks
+from continuar.data.find import find_source
+from continuar.data.images import check_skipped
+from continuar.devices import pick_device
+from continuar.errors import require
+from continuar.evaluation.features import SqueezeNet, extract
+from continuar.evaluation.moments import MomentAccumulator, frechet_distance
+from continuar.evaluation.reconstruction import psnr, ssim
+from continuar.pictures import grid, save_png
+from continuar.pipeline import to_uint8
+from continuar.tokenizers import VQTokenizer
+
+_DESCRIPTION = (
+    "Encode and decode images (from the posterior's mean, without draws), and compare: PSNR, SSIM, Frechet distance of SqueezeNet "
+    "features (not FID), use of the codebook."
+)
+_SHOWN = 16
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Measure reconstructions."""
+
+    tokenizer: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TOKENIZER")]
+    """A saved tokenizer, a training run of one, an LDM-layout file, a diffusers directory or hub id."""
+    data: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DATA")]
+    """Images that it was not trained on: folders, Parquet, tars."""
+    split: str = "test"
+    """Which part of the data, where there are several."""
+    images: int | None = None
+    """Measure this many images, evenly spread; all if not given."""
+    image_size: int | None = None
+    """Pixels; the tokenizer's own if not given."""
+    ids: bool = False
+    """Of a VQ autoencoder: ids of the codebook instead of vectors before quantisation."""
+    squeezenet: Path | None = None
+    """SqueezeNet 1.1 features as safetensors, for the Frechet distance; without it there is none."""
+    out: Path | None = None
+    """A directory to write results.json and reconstructions.png to."""
+    batch_size: int = 64
+    """Images encoded at once."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """Of reconstructions against their images."""
+
+    images: int
+    psnr: float
+    """dB, mean over images."""
+    ssim: float
+    """Mean over images."""
+    squeezenet_frechet_distance: float | None
+    """Between images and reconstructions; not FID."""
+    codes_used: float | None
+    """Share of the codebook that occurs."""
+    perplexity: float | None
+    """Of the ids: exp of their entropy."""
+
+
+def main(arguments: list[str]) -> int:
+    """See the module's docstring."""
+    options = parse(Arguments, arguments, prog="continuar tokenizer evaluate", description=_DESCRIPTION)
+    require(options.images is None or options.images >= 2, f"--images is {options.images}; allowed: 2 or more")
+    require(options.batch_size >= 1, f"--batch-size is {options.batch_size}; allowed: 1 or more")
+    results, pictures = evaluate(options)
+    for name, value in asdict(results).items():
+        if value is not None:
+            print(f"{name:<28} {value:.4f}" if isinstance(value, float) else f"{name:<28} {value}")
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "results.json").write_text(json.dumps(asdict(results), indent=2) + "\n", encoding="utf-8")
+        save_png(grid(pictures, None, columns=len(pictures) // 2), options.out / "reconstructions.png")
+        print(f"{'written':<28} {options.out}")
+    return 0
+
+
+@torch.no_grad()
+def evaluate(options: Arguments) -> tuple[Results, np.ndarray]:
+    """The results, and pictures: some images, then their reconstructions."""
+    device = pick_device(options.device)
+    tokenizer = load_tokenizer(options.tokenizer, Changes(options.image_size, ids=options.ids or None)).to(device)
+    source = find_source(options.data, options.split)
+    features = SqueezeNet.from_file(options.squeezenet, device) if options.squeezenet is not None else None
+    count = len(source) if options.images is None else min(options.images, len(source))
+    chosen = [i * len(source) // count for i in range(count)]
+    noise, likeness, skipped, shown = [], [], [], []
+    moments = MomentAccumulator(), MomentAccumulator()
+    counts = torch.zeros(tokenizer.spec.vocabulary, dtype=torch.int64)
+    with progress_bars() as bar:
+        progress = bar("measuring")
+        for block in image_blocks(source, chosen, tokenizer.config.image_size, options.batch_size):
+            skipped += block.skipped
+            if not len(block.images):
+                continue
+            latents = tokenizer.encode(to_signed(torch.from_numpy(block.images).to(device)))
+            made = to_uint8(tokenizer.reconstruct(latents)).cpu().numpy()
+            noise.append(psnr(block.images, made))
+            likeness.append(ssim(block.images, made))
+            if isinstance(tokenizer, VQTokenizer):
+                counts += torch.bincount(latents.flatten().cpu(), minlength=len(counts))
+            if features is not None:
+                for accumulator, images in zip(moments, (block.images, made), strict=True):
+                    accumulator.add(extract(features, images, device=device))
+            shown = shown or [block.images[:_SHOWN], made[:_SHOWN]]
+            progress(sum(map(len, noise)), count)
+    if skipped:
+        check_skipped(skipped, count, 0.01)
+    used, perplexity = usage(counts) if isinstance(tokenizer, VQTokenizer) else (None, None)
+    distance = None if features is None else frechet_distance(*(m.moments() for m in moments))
+    results = Results(
+        sum(map(len, noise)),
+        float(np.concatenate(noise).mean()),
+        float(np.concatenate(likeness).mean()),
+        distance,
+        used,
+        perplexity,
+    )
+    return results, np.concatenate(shown)

@@ -1,0 +1,256 @@
+"""What samples are held against: moments of all real images, and the features of some of them.
+
+Two references in one, which must not be mixed up. The Frechet distance takes the mean and covariance of *every* image; precision,
+recall, density, coverage and the kernel distance take features of a fixed number of images, 10,000 in the paper's suite: more
+references make smaller balls, and other numbers.
+
+The npz layout is that of ADM's suite (Dhariwal & Nichol 2021): mu, sigma, mu_s, sigma_s, arr_0, any of which may be absent; beside
+them we write features, count, size, network, sha256, source and version. Files are read with ``allow_pickle=False``.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from continuar import __version__
+from continuar.errors import UserError, require
+from continuar.evaluation.images import ARRAY, Images, NpzImages, by, npz_names, open_images, reading
+from continuar.evaluation.moments import MomentAccumulator, Moments
+from continuar.evaluation.neighbours import NeighbourSearch
+from continuar.evaluation.networks import FeatureNetwork
+
+REFERENCE_IMAGES = 10_000
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of real images, in one network's features."""
+
+    moments: Moments
+    """Of every image; count 0 where the file does not tell it."""
+    network: str
+    sha256: str
+    """Of the network's weights; empty in files of ADM's suite, which are of the FID Inception network."""
+    size: tuple[int, int] | None
+    """Height and width; None where the file does not tell."""
+    features_RD: np.ndarray | None
+    """float32, of the images that precision, recall, density, coverage and the kernel distance take."""
+    spatial: Moments | None = None
+    """ADM's mu_s and sigma_s (of the spatial features of sFID), kept from file to file; nothing here computes them."""
+    source: str = ""
+
+    def is_of(self, network: FeatureNetwork) -> bool:
+        """Whether they were computed by this network with these weights."""
+        if not self.sha256:
+            return network.is_fid
+        return (self.network, self.sha256) == (network.name, network.sha256)
+
+
+def reference_indices(count: int, kept: int, seed: int = 0) -> np.ndarray:
+    """Which of ``count`` images give the features that are kept: at random, the same every time, in order."""
+    return np.sort(np.random.default_rng(seed).choice(count, min(kept, count), replace=False))
+
+
+def measure_images(
+    images: Images,
+    network: FeatureNetwork,
+    *,
+    batch_size: int = 64,
+    kept: int = REFERENCE_IMAGES,
+    search: NeighbourSearch | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Statistics:
+    """Streams every image through the network.
+
+    Args:
+        kept: how many images' features to keep, 0 or more.
+        search: told of the features of every image.
+        on_progress: called with (images done, images in all).
+
+    Raises:
+        UserError: fewer than two images, or one that is unreadable or of another size.
+    """
+    require(len(images) >= 2, f"{images.name} has {len(images)} images; at least 2 are needed for a covariance")
+    require(kept >= 0, f"reference images is {kept}; allowed: 0 or more")
+    chosen, features, sums = set(reference_indices(len(images), kept).tolist()), [], MomentAccumulator()
+    for first, block in images.blocks(batch_size):
+        found_BD = network(block).features_ND
+        sums.add(found_BD)
+        features.append(found_BD[[i for i in range(len(block)) if first + i in chosen]])
+        if search is not None:
+            search.add(found_BD, first)
+        if on_progress is not None:
+            on_progress(first + len(block), len(images))
+    return Statistics(
+        sums.moments(), network.name, network.sha256, images.size, np.concatenate(features) if kept else None, source=images.name
+    )
+
+
+def few_images(count: int, dimensions: int) -> tuple[str, ...]:
+    """A warning where a covariance has not the rank that its dimensions allow."""
+    if not 0 < count <= dimensions:
+        return ()
+    return (f"{count} images for {dimensions} features: the covariance is singular and the Frechet distance biased; take more",)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """An opened reference, checked but not yet measured: statistics that can be used as they are, images, or both."""
+
+    name: str
+    statistics: Statistics | None
+    images: Images | None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the statistics hold all that they can."""
+        return self.statistics is not None and (self.images is None or self.statistics.features_RD is not None)
+
+    def measure(
+        self,
+        network: FeatureNetwork,
+        *,
+        batch_size: int = 64,
+        kept: int = REFERENCE_IMAGES,
+        search: NeighbourSearch | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> Statistics:
+        """Statistics in the network's features, computing what is not there; arguments as of `measure_images`.
+
+        Where a file has the moments and images beside them, as ADM's references, the images give the features.
+        """
+        given = self.statistics
+        if given is not None and self.is_ready and search is None:
+            return given
+        assert self.images is not None
+        measured = measure_images(self.images, network, batch_size=batch_size, kept=kept, search=search, on_progress=on_progress)
+        if given is None:
+            return measured
+        features_RD = measured.features_RD if given.features_RD is None else given.features_RD
+        return Statistics(given.moments, network.name, network.sha256, self.images.size, features_RD, given.spatial, self.name)
+
+
+def open_reference(path: str | Path, network: FeatureNetwork, size: tuple[int, int], split: str = "train") -> Reference:
+    """Opens what samples of ``size`` (height, width) will be held against.
+
+    Args:
+        path: statistics or images in an npz file; or a folder, Parquet or tars, whose images are cropped to the samples' size.
+
+    Raises:
+        UserError: not there, damaged, of another resolution, or statistics of another network without images to measure anew.
+    """
+    path = Path(path)
+    require(path.exists(), f"reference {path} does not exist; allowed: a folder of images, a .parquet, .tar or .npz file")
+    if path.suffix != ".npz":
+        require(size[0] == size[1], f"samples are of {by(size)} pixels; only against an .npz file may they be other than square")
+        natural = open_images(path, split=split)
+        require(
+            min(natural.size) >= size[0],
+            f"the reference {path} is of {by(natural.size)} pixels, the samples of {by(size)}; allowed: as large or larger",
+        )
+        return Reference(str(path), None, open_images(path, size=size[0], split=split))
+    statistics, images = read_statistics(path)
+    known = images.size if images is not None else statistics.size if statistics is not None else None
+    require(
+        known is None or known == size,
+        f"the reference {path} is of {by(known or ())} pixels, the samples of {by(size)}; allowed: the same",
+    )
+    notes = () if known else (f"{path} does not tell its resolution, so it cannot be compared with the samples' {by(size)}",)
+    if statistics is not None and not statistics.is_of(network):
+        require(images is not None, f"{path} holds {_of(statistics)}, not of {_network(network.name, network.sha256)}")
+        statistics, notes = None, (*notes, f"{path} holds {_of(statistics)}; measured anew from its images")
+    return Reference(str(path), statistics, images, notes)
+
+
+def _of(statistics: Statistics) -> str:
+    return f"statistics of {_network(statistics.network, statistics.sha256)}"
+
+
+def _network(name: str, sha256: str) -> str:
+    return f"the network '{name}' ({f'weights {sha256[:12]}' if sha256 else 'FID weights'})"
+
+
+def write_statistics(path: Path, statistics: Statistics, images_NHW3: np.ndarray | None = None) -> None:
+    """Writes an npz file, whole or not at all; ``images_NHW3`` become its arr_0."""
+    values: dict[str, Any] = {
+        "mu": statistics.moments.mean,
+        "sigma": statistics.moments.covariance,
+        "count": np.int64(statistics.moments.count),
+        "network": np.str_(statistics.network),
+        "sha256": np.str_(statistics.sha256),
+        "source": np.str_(statistics.source),
+        "version": np.str_(__version__),
+    }
+    if statistics.size is not None:
+        values["size"] = np.array(statistics.size, np.int64)
+    if statistics.features_RD is not None:
+        values["features"] = statistics.features_RD
+    if statistics.spatial is not None:
+        values |= {"mu_s": statistics.spatial.mean, "sigma_s": statistics.spatial.covariance}
+    if images_NHW3 is not None:
+        values[ARRAY] = images_NHW3
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            np.savez(file, **values)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_statistics(path: Path) -> tuple[Statistics | None, Images | None]:
+    """The statistics in an npz file, and its images; at least one of them.
+
+    Raises:
+        UserError: damaged, without the needed keys, or entries of other shapes.
+    """
+    require(path.is_file(), f"{path} does not exist")
+    with reading(path), zipfile.ZipFile(path) as archive:
+        names = npz_names(archive)
+    images = NpzImages(path) if ARRAY in names else None
+    if not {"mu", "sigma"} <= set(names):
+        require(images is not None, f"{path} has the entries {', '.join(names) or 'none'}; allowed: mu and sigma, or {ARRAY}")
+        return None, images
+    # In files of ADM's suite everything but the images is small; those are read block by block, by `NpzImages`.
+    with reading(path):
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                values = {name: file[name] for name in names if name != ARRAY}
+        except (ValueError, OSError) as problem:
+            raise UserError(f"{path} is truncated or not an npz file of plain arrays: {problem}") from problem
+    moments = _moments(path, values, "mu", "sigma", int(values.get("count", 0)))
+    features = values.get("features")
+    dimensions = len(moments.mean)
+    require(
+        features is None or (features.ndim == 2 and features.shape[1] == dimensions and features.dtype.kind == "f"),
+        f"{path}: features are {getattr(features, 'shape', ())}; allowed: [n, {dimensions}]",
+    )
+    size = values.get("size")
+    statistics = Statistics(
+        moments,
+        str(values.get("network", "inception")),
+        str(values.get("sha256", "")),
+        None if size is None else (int(size[0]), int(size[1])),
+        features,
+        _moments(path, values, "mu_s", "sigma_s", 0) if {"mu_s", "sigma_s"} <= set(names) else None,
+        str(values.get("source", path)),
+    )
+    return statistics, images
+
+
+def _moments(path: Path, values: dict[str, np.ndarray], mean: str, covariance: str, count: int) -> Moments:
+    m, c = values[mean], values[covariance]
+    require(
+        m.ndim == 1 and c.shape == (len(m), len(m)) and m.dtype.kind == c.dtype.kind == "f",
+        f"{path}: {mean} is {m.shape}, {covariance} {c.shape}; allowed: floats [D] and [D, D]",
+    )
+    require(bool(np.isfinite(m).all() and np.isfinite(c).all()), f"{path}: {mean} or {covariance} is not finite")
+    return Moments(count, m.astype(np.float64), c.astype(np.float64))

@@ -1,0 +1,157 @@
+"""Sweeps: one evaluation per combination of settings, a table, a plot; an interrupted sweep continues with the same command.
+
+1. Axes are settings of `Pipeline.__call__` with their values, or ``weights``; points are all combinations, the last axis fastest.
+2. The reference is measured once, into OUT/reference.npz.
+3. Each point is an evaluation of its own in OUT/points; a finished one is read, an interrupted one continued.
+4. OUT/table.csv and table.md are written after every point, plot.png and plot.svg at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from continuar.errors import UserError, require
+from continuar.evaluation.axes import Axis, SweepRow, points
+from continuar.evaluation.networks import FeatureNetwork
+from continuar.evaluation.plots import plot, save_plot
+from continuar.evaluation.processes import Processes
+from continuar.evaluation.reference import open_reference, read_statistics, write_statistics
+from continuar.evaluation.run import Bar, EvaluationOptions, OnProgress, evaluate, finished, no_bar
+from continuar.evaluation.samples import GeneratedSamples
+from continuar.evaluation.tables import write_tables
+from continuar.pipeline import Pipeline
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """What all points have in common."""
+
+    images: int
+    """Per point, a multiple of the number of classes."""
+    seed: int = 0
+    weights: str = "ema"
+    """Where ``weights`` is not an axis."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Settings that are neither swept nor the model's own."""
+    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
+
+
+def sweep(
+    model: str,
+    load: Callable[[str], Pipeline],
+    axes: Sequence[Axis],
+    reference: str | Path,
+    network: FeatureNetwork,
+    out: str | Path,
+    *,
+    options: SweepOptions,
+    group: Processes | None = None,
+    bar: Bar = no_bar,
+) -> list[SweepRow]:
+    """Evaluates a model at every point and writes tables and plots into OUT.
+
+    Args:
+        model: its name, for the report.
+        load: from "ema" or "raw" to the pipeline.
+        reference, network, group, bar: as of `evaluate`.
+
+    Returns:
+        A row per point; none in processes other than the first.
+
+    Raises:
+        UserError: as `evaluate`; a setting that is swept and fixed; no matplotlib.
+    """
+    group, out = group or Processes(), Path(out)
+    twice = [axis.name for axis in axes if axis.name in options.settings]
+    require(not twice, f"{', '.join(twice)} is both swept and set; allowed: one of them")
+    require(find_spec("matplotlib") is not None, "plots need matplotlib: pip install 'continuar[metrics]'")
+    ours = not out.exists() or (out.is_dir() and (not any(out.iterdir()) or (out / "points").is_dir()))
+    require(ours or not group.is_first, f"{out} is not an empty directory, nor a sweep's; choose another directory")
+    weights_of = {i: str(point.get("weights", options.weights)) for i, point in enumerate(points(axes))}
+    pipes = {weights_of[0]: load(weights_of[0])}
+    for point in points(axes):  # what the model cannot take is refused before the work begins
+        _samples(pipes[weights_of[0]], model, weights_of[0], point, options)
+    rows: list[SweepRow] = []
+    measured: str | Path | None = None
+    for number, point in enumerate(points(axes)):
+        weights = weights_of[number]
+        if weights not in pipes:
+            pipes = {weights: load(weights)}  # one at a time in memory
+        samples = _samples(pipes[weights], model, weights, point, options)
+        if measured is None:
+            own = _measure(reference, network, samples.size, out, options.evaluation, bar) if group.is_first else reference
+            measured = group.share(own)
+        result = _evaluate_point(samples, measured, network, out, point, options.evaluation, group, bar)
+        if result is not None:
+            rows.append(SweepRow(point, result))
+            write_tables(out, axes, rows)
+    if rows:
+        save_plot(plot(axes, rows), out)
+    return rows
+
+
+def _samples(
+    pipe: Pipeline, model: str, weights: str, point: Mapping[str, int | float | str], options: SweepOptions
+) -> GeneratedSamples:
+    """The samples of a point.
+
+    Raises:
+        UserError: as `GeneratedSamples`, with the point.
+    """
+    settings = {**options.settings, **{name: value for name, value in point.items() if name != "weights"}}
+    try:
+        return GeneratedSamples(pipe, options.images, seed=options.seed, settings=settings, name=model, weights=weights)
+    except UserError as problem:
+        raise UserError(f"at {named(point)}: {problem}") from problem
+
+
+def named(point: Mapping[str, int | float | str]) -> str:
+    """A point for people."""
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in point.items())
+
+
+def _evaluate_point(
+    samples: GeneratedSamples,
+    reference: str | Path,
+    network: FeatureNetwork,
+    out: Path,
+    point: Mapping[str, int | float | str],
+    options: EvaluationOptions,
+    group: Processes,
+    bar: Bar,
+) -> dict[str, Any] | None:
+    """The result of a point, read or computed; None in processes other than the first."""
+    place = out / "points" / "_".join(f"{k}-{v}" for k, v in point.items())
+    options = replace(options, discard_shards=True)
+    found = finished(samples, reference, network, place, options) if group.is_first else None
+    if group.share(found is not None):
+        return found
+
+    def bar_of_point(description: str) -> OnProgress:
+        return bar(f"{description} ({named(point)})")
+
+    report = evaluate(samples, reference, network, place, options=options, group=group, bar=bar_of_point)
+    return None if report is None else report.to_json()
+
+
+def _measure(
+    path: str | Path, network: FeatureNetwork, size: tuple[int, int], out: Path, options: EvaluationOptions, bar: Bar
+) -> str | Path:
+    """A file with the reference's statistics, so that no point measures it again."""
+    opened = open_reference(path, network, size, options.split)
+    if opened.is_ready:
+        return path
+    target = out / "reference.npz"
+    if target.is_file():
+        found, _ = read_statistics(target)
+        same = found is not None and found.is_of(network) and (found.source, found.size) == (opened.name, size)
+        require(same, f"{target} is not of {opened.name} in the features of '{network.name}'; choose another directory")
+        return target
+    statistics = opened.measure(network, batch_size=options.batch_size, kept=options.reference_images, on_progress=bar("reference"))
+    (out / "points").mkdir(parents=True, exist_ok=True)
+    write_statistics(target, statistics)
+    return target

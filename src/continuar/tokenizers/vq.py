@@ -1,0 +1,86 @@
+"""Ids of a learned codebook (VQ-VAE, van den Oord et al. 2017): tokens for a categorical head.
+
+1. ``encode``: images -> the encoder's vectors -> the nearest code of each, as ids [B, N] in raster order.
+2. ``tokenize``: nothing to do.
+3. ``decode``: ids -> codes -> the decoder.
+
+The same network gives continuous tokens, the vectors before quantisation, as `VAEConfig`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from continuar.errors import UserError, require
+from continuar.tokenizers.base import Tokenizer, TokenSpec
+from continuar.tokenizers.diffusers_vae import NO_WEIGHTS, check_image_size, check_images
+from continuar.tokenizers.networks import VQNetwork
+
+
+@dataclass(frozen=True)
+class VQConfig:
+    """Square images as ids of a codebook."""
+
+    kind: Literal["vq"] = "vq"
+    network: VQNetwork = field(default_factory=VQNetwork)
+    """The autoencoder's architecture; its weights are saved beside the config."""
+    image_size: int = 256
+    """Side of the image in pixels; must be divisible by the stride."""
+
+    def __post_init__(self) -> None:
+        check_image_size(self.image_size, self.network.stride)
+
+    @property
+    def spec(self) -> TokenSpec:
+        """The tokens of one image."""
+        side = self.image_size // self.network.stride
+        return TokenSpec((side, side), vocabulary=self.network.num_vq_embeddings)
+
+    def build(self) -> VQTokenizer:
+        """The tokenizer, with random weights."""
+        return VQTokenizer(self)
+
+
+def nearest_codes(x_MD: Tensor, codebook_VD: Tensor) -> Tensor:
+    """The id [M] of the nearest code of each vector, in float32."""
+    return torch.cdist(x_MD.float(), codebook_VD.float()).argmin(1)
+
+
+class VQTokenizer(Tokenizer):
+    """See the module's docstring. Latents are the ids [B, N] int64 themselves."""
+
+    def __init__(self, config: VQConfig) -> None:
+        super().__init__()
+        self.config, self.spec = config, config.spec
+        self.network: Any = config.network.build()
+        self.eval().requires_grad_(False)
+
+    def fit(self, images_n3HW: Tensor) -> None:
+        raise UserError(NO_WEIGHTS)
+
+    @property
+    def codebook(self) -> Tensor:
+        """[V, C]"""
+        return self.network.quantize.embedding.weight
+
+    def encode(self, images_B3HW: Tensor) -> Tensor:
+        check_images(images_B3HW, self.config.image_size)
+        x_BCHW = self.config.network.encode(self.network, images_B3HW)
+        return nearest_codes(x_BCHW.permute(0, 2, 3, 1).flatten(0, 2), self.codebook).view(len(images_B3HW), -1)
+
+    def encoding_state(self) -> dict[str, Tensor]:
+        parts = tuple(f"network.{name}." for name in (*self.config.network.encoder_parts, "quantize"))
+        return {k: v for k, v in self.state_dict().items() if k.startswith(parts)}
+
+    def tokenize(self, latents: Tensor) -> Tensor:
+        return latents.long()
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        low, high = (int(v) for v in tokens.aminmax())
+        require(low >= 0 and high < self.spec.vocabulary, f"ids run from {low} to {high}; allowed: 0 to {self.spec.vocabulary - 1}")
+        codes_BCHW = self.codebook[tokens].view(len(tokens), *self.spec.grid, -1).permute(0, 3, 1, 2)
+        return self.config.network.decode_codes(self.network, codes_BCHW.contiguous()).clamp(-1, 1)

@@ -1,0 +1,275 @@
+"""Tokenizers trained end to end at tiny size: the loss falls, runs resume to the same bits, bad steps change nothing."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.distributions import Normal, kl_divergence
+
+from continuar.autoencoders.config import CodebookLearning, DiscriminatorConfig, ImagesConfig, LossConfig, TokenizerRun
+from continuar.autoencoders.images import DecodedBatches, MemoryBatches, open_images
+from continuar.autoencoders.loop import train_tokenizer
+from continuar.autoencoders.state import newest_checkpoints
+from continuar.autoencoders.step import TokenizerStep
+from continuar.checkpoints.store import read_tensors
+from continuar.checkpoints.tokenizers import load_tokenizer
+from continuar.configs import from_json, to_json
+from continuar.data.find import find_source
+from continuar.data.images import load_images
+from continuar.errors import UserError
+from continuar.recipes.tokenizers import TOKENIZER_RECIPES
+from continuar.training.config import OptimConfig
+from tests.tiny import write_images
+from tests.tokenizers.networks import TINY, images
+
+from .tiny import TOKENIZERS, tiny_run
+
+CPU = torch.device("cpu")
+GRADIENT = CodebookLearning(update="gradient")
+VARIANTS = [("kl", None), ("vq", CodebookLearning()), ("vq", GRADIENT)]
+every_variant = pytest.mark.parametrize(("kind", "codebook"), VARIANTS, ids=["kl", "ema", "gradient"])
+NO_DISCRIMINATOR = DiscriminatorConfig(weight=0.0)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("images") / "data", per_class=8)
+
+
+def trainer_of(run: TokenizerRun, seed: int = 0) -> TokenizerStep:
+    torch.manual_seed(seed)
+    return TokenizerStep(run.tokenizer.build(), run, None)
+
+
+def metrics_of(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+@every_variant
+def test_the_loss_falls_and_every_weight_learns(kind: str, codebook: CodebookLearning | None) -> None:
+    run = tiny_run("", kind, codebook=codebook, images=8 * 60, optim=OptimConfig(lr=5e-3, weight_decay=0.0))
+    trainer = trainer_of(run)
+    before = {k: v.clone() for k, v in trainer.tokenizer.state_dict().items()}
+    flat = torch.rand(8, 3, 1, 1, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    batch = flat.expand(8, 3, 8, 8) + 0.1 * images(8)
+    seen = []
+    for step in range(60):
+        trainer.seed(step)
+        trainer(step, batch)
+        means, bad, _ = trainer.meter.read()
+        assert bad == 0
+        seen.append(means)
+    assert np.mean([m["l1"] for m in seen[-10:]]) < 0.75 * np.mean([m["l1"] for m in seen[:10]])
+    assert [k for k, v in trainer.tokenizer.state_dict().items() if torch.equal(v, before[k])] == []
+    assert ("discriminator" in seen[1], "discriminator" in seen[2]) == (False, True)
+    assert seen[-1]["adaptive_weight"] > 0
+
+
+def test_the_kl_is_that_of_gaussians_and_is_weighted_per_value() -> None:
+    run = tiny_run("", discriminator=NO_DISCRIMINATOR, loss=LossConfig(kl_weight=0.5))
+    trainer = trainer_of(run)
+    batch = images(4)
+    torch.manual_seed(0)
+    decoded, losses, _ = trainer.reconstruct(batch)
+    mean, log_variance = trainer.network.encode(batch).latent_dist.parameters.chunk(2, 1)
+    divergence = kl_divergence(Normal(mean, (log_variance / 2).exp()), Normal(0.0, 1.0)).flatten(1).sum(1).mean()
+    torch.testing.assert_close(losses.regularisation, divergence)
+    torch.testing.assert_close(losses.total, (decoded - batch).abs().mean() + 0.5 * divergence / (3 * 8 * 8))
+
+
+@every_variant
+def test_a_step_that_is_not_finite_changes_nothing(kind: str, codebook: CodebookLearning | None) -> None:
+    trainer = trainer_of(tiny_run("", kind, codebook=codebook))
+    for step in range(3):
+        trainer.seed(step)
+        trainer(step, images(8))
+    kept = [m for m in (trainer.tokenizer, trainer.discriminator, trainer.codebook) if m is not None]
+    before = [{k: v.clone() for k, v in m.state_dict().items() if k != "seen_V"} for m in kept]
+    trainer.meter.read()
+    bad = images(8)
+    bad[0, 0, 0, 0] = float("nan")
+    trainer(3, bad)
+    means, skipped, streak = trainer.meter.read()
+    assert (skipped, streak) == (1, 1)
+    assert math.isnan(means["l1"])
+    for module, old in zip(kept, before, strict=True):
+        assert [k for k, v in old.items() if not torch.equal(v, module.state_dict()[k])] == []
+
+
+def test_the_discriminator_learns_and_the_autoencoder_does_not_train_it() -> None:
+    run = tiny_run("", discriminator=DiscriminatorConfig(weight=1.0, start_images=0, width=8, layers=1), images=8 * 40)
+    trainer = trainer_of(run)
+    losses = []
+    for step in range(40):
+        trainer.seed(step)
+        trainer(step, images(8, seed=step))
+        losses.append(trainer.meter.read()[0]["discriminator"])
+    assert np.mean(losses[-5:]) < 0.9 * losses[0]
+    assert losses[0] == pytest.approx(1, abs=0.1)
+
+
+@every_variant
+def test_a_resumed_run_ends_with_the_same_bits(
+    kind: str, codebook: CodebookLearning | None, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tiny_run(root, kind, codebook=codebook)
+    train_tokenizer(run, tmp_path / "whole", device=CPU)
+
+    def stop(report: Any) -> None:
+        if report.step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_tokenizer(run, tmp_path / "torn", device=CPU, on_report=stop)
+    assert [p.name for p in newest_checkpoints(tmp_path / "torn")] == ["step-00000002"]
+    train_tokenizer(run, tmp_path / "torn", device=CPU, resume=True)
+    whole, torn = (newest_checkpoints(tmp_path / name)[0] for name in ("whole", "torn"))
+    names = sorted(p.name for p in whole.iterdir())
+    assert names == sorted(p.name for p in torn.iterdir())
+    for name in names:
+        if name.endswith(".safetensors"):
+            a, b = read_tensors(whole / name), read_tensors(torn / name)
+            assert a.keys() == b.keys()
+            assert [k for k in a if not torch.equal(a[k], b[k])] == []
+    assert ("codebook.safetensors" in names) == (kind == "vq")
+    timeless = [{k: v for k, v in m.items() if k != "images_per_second"} for m in metrics_of(tmp_path / "whole")]
+    assert timeless == [{k: v for k, v in m.items() if k != "images_per_second"} for m in metrics_of(tmp_path / "torn")]
+
+
+def test_a_finished_kl_run_has_a_scale_that_gives_tokens_of_unit_deviation(root: Path, tmp_path: Path) -> None:
+    finished = train_tokenizer(tiny_run(root, sample_images=24), tmp_path / "run", device=CPU)
+    tokenizer = load_tokenizer(tmp_path / "run")
+    assert tokenizer.config == finished.config
+    assert tokenizer.config.scale > 0
+    x = torch.from_numpy(load_images(root, size=8).images).permute(0, 3, 1, 2) / 127.5 - 1
+    torch.manual_seed(0)
+    tokens = torch.cat([tokenizer.tokenize(tokenizer.encode(x)) for _ in range(30)])
+    assert tokens.std().item() == pytest.approx(1, abs=0.02)
+    assert len(list((tmp_path / "run" / "samples").glob("*.png"))) == 2
+    last = metrics_of(tmp_path / "run")[-1]
+    assert last["images"] == 48
+    assert last["psnr"] == pytest.approx(10 * math.log10(4 / last["mse"]))
+
+
+def test_a_vq_run_reports_the_codebooks_usage(root: Path, tmp_path: Path) -> None:
+    train_tokenizer(tiny_run(root, "vq"), tmp_path / "run", device=CPU)
+    last = metrics_of(tmp_path / "run")[-1]
+    assert 0 < last["codes_used"] <= 1
+    assert 1 <= last["perplexity"] <= 16
+    assert load_tokenizer(tmp_path / "run").spec.vocabulary == 16
+
+
+def test_damaged_checkpoints_are_passed_over(root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = tiny_run(root)
+    train_tokenizer(run, tmp_path / "run", device=CPU)
+    expected = read_tensors(newest_checkpoints(tmp_path / "run")[0] / "tokenizer.safetensors")
+    newest = newest_checkpoints(tmp_path / "run")[0] / "discriminator.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1] + b"x")
+    with caplog.at_level(logging.WARNING, "continuar"):
+        train_tokenizer(run, tmp_path / "run", device=CPU, resume=True)
+    assert "is damaged and passed over" in caplog.text
+    again = read_tensors(newest_checkpoints(tmp_path / "run")[0] / "tokenizer.safetensors")
+    assert all(torch.equal(expected[k], v) for k, v in again.items())
+    for checkpoint in newest_checkpoints(tmp_path / "run"):
+        (checkpoint / "tokenizer.safetensors").unlink()
+    with pytest.raises(UserError, match=r"every checkpoint in .* is damaged"):
+        train_tokenizer(run, tmp_path / "run", device=CPU, resume=True)
+
+
+def test_runs_are_not_mixed(root: Path, tmp_path: Path) -> None:
+    run = tiny_run(root)
+    train_tokenizer(run, tmp_path / "run", device=CPU)
+    with pytest.raises(UserError, match="already holds a run; --resume continues it"):
+        train_tokenizer(run, tmp_path / "run", device=CPU)
+    other = replace(run, loss=LossConfig(kl_weight=0.5))
+    with pytest.raises(UserError, match=r"has another config \(loss.kl_weight: 0.001 -> 0.5\); --force"):
+        train_tokenizer(other, tmp_path / "run", device=CPU, resume=True)
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(UserError, match="is a file; allowed: a directory"):
+        train_tokenizer(run, tmp_path / "file", device=CPU)
+
+
+def test_a_run_that_diverges_stops_with_advice(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MemoryBatches, "batch", lambda self, step: torch.full((8, 3, 8, 8), float("nan")))
+    with pytest.raises(UserError, match=r"2 steps in a row had a non-finite loss or gradient .*there is no checkpoint yet"):
+        train_tokenizer(tiny_run(root, max_bad_steps=2, save_images=0), tmp_path / "run", device=CPU)
+
+
+def test_images_decoded_when_needed_are_those_in_memory(root: Path, tmp_path: Path) -> None:
+    config = ImagesConfig(path=str(root), flip=True)
+    options: dict[str, Any] = {"batch_size": 6, "seed": 3, "device": CPU}
+    memory = open_images(config, 8, **options)
+    decoded = open_images(replace(config, max_memory_gib=0.0), 8, **options)
+    assert isinstance(memory, MemoryBatches)
+    assert isinstance(decoded, DecodedBatches)
+    for step in (0, 1, 2, 7, 3):
+        assert torch.equal(memory.pixels(step), decoded.pixels(step))
+        torch.manual_seed(step)
+        one = memory.batch(step)
+        torch.manual_seed(step)
+        assert torch.equal(one, decoded.batch(step))
+    assert torch.equal(memory.first(4), decoded.first(4))
+
+
+def test_broken_images_give_their_place_to_the_next(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = write_images(tmp_path / "data")
+    good = load_images(root, size=8).images
+    broken = sorted((root / "ant").iterdir())[2]
+    broken.write_bytes(b"no image")
+    source = find_source(root, "train")
+    batches = DecodedBatches(source, 8, 12, 0, False, 0.1, CPU)
+    with caplog.at_level(logging.WARNING, "continuar"):
+        for step in range(3):
+            pixels = batches.pixels(step)
+    assert caplog.text.count(str(broken)) == 1
+    rows = np.random.default_rng((0, 2)).permutation(12)
+    expected = good[np.where(rows == 2, 3, rows)]
+    assert np.array_equal(pixels.permute(0, 2, 3, 1).numpy(), expected)
+    with pytest.raises(UserError, match="1 of 12 images cannot be used"):
+        DecodedBatches(source, 8, 12, 0, False, 0.01, CPU).pixels(0)
+
+
+@pytest.mark.parametrize("name", TOKENIZER_RECIPES)
+def test_every_recipe_builds_and_survives_json(name: str) -> None:
+    run = TOKENIZER_RECIPES[name]()
+    assert from_json(TokenizerRun, json.loads(json.dumps(to_json(run)))) == run
+    with torch.device("meta"):
+        tokenizer = run.tokenizer.build()
+    assert tokenizer.spec.grid == {32: (8, 8), 128: (8, 8), 256: (16, 16)}[run.tokenizer.image_size]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda: LossConfig(kl_weight=-1), "loss.kl_weight is -1; allowed: 0 or more"),
+        (lambda: DiscriminatorConfig(width=12), "discriminator.width is 12; allowed: multiples of 8"),
+        (lambda: DiscriminatorConfig(layers=0), "discriminator.layers is 0; allowed: 1 or more"),
+        (lambda: DiscriminatorConfig(weight=float("nan")), "discriminator.weight is nan; allowed: 0 or more"),
+        (lambda: CodebookLearning(decay=1.0), "codebook.decay is 1.0; allowed: 0 up to below 1"),
+        (lambda: CodebookLearning(revive_below=1.0), "codebook.revive_below is 1.0; allowed: 0 up to below 1"),
+        (lambda: tiny_run("", batch_size=0), "train.batch_size is 0; allowed: 1 or more"),
+        (lambda: tiny_run("", save_images=-1), "train.save_images is -1; allowed: 0 or more"),
+        (lambda: replace(tiny_run(""), seed=-1), "seed is -1; allowed: 0 or more"),
+        (lambda: tiny_run("", discriminator=DiscriminatorConfig(layers=2, width=8)), "image size 8 is too small for"),
+        (lambda: ImagesConfig(max_skipped_share=2.0), "data.max_skipped_share is 2.0; allowed: 0 to 1"),
+        (lambda: train_tokenizer(tiny_run(""), Path("nowhere"), device=CPU), "data.path is empty"),
+        (lambda: train_tokenizer(tiny_run("/nothing"), Path("nowhere"), device=CPU), "data path /nothing does not exist"),
+    ],
+)
+def test_run_refuses(change: Any, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        change()
+    assert message in str(error.value)
+
+
+def test_only_kl_and_vq_are_trained() -> None:
+    with pytest.raises(UserError, match=r"tokenizer\.network is of kind 'tiny', which is not trained here"):
+        replace(tiny_run(""), tokenizer=replace(TOKENIZERS["kl"], network=TINY))

@@ -1,0 +1,150 @@
+"""Networks are what they are called, give what they should, and refuse other weights in one line."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from continuar.errors import UserError
+from continuar.evaluation.features import SqueezeNet
+from continuar.evaluation.networks import FID_SHA256, NETWORKS, FeatureNetwork, load_network, sha256_of_state
+from tests.evaluation.tiny_networks import CLASSES, MeanColour, save_classifier
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)
+
+
+def test_only_the_fid_weights_may_be_called_fid() -> None:
+    names = [FeatureNetwork(name, MeanColour(), sha) for name in NETWORKS for sha in (FID_SHA256 + "0af5f7", "00" + FID_SHA256)]
+    assert [n.title("FID", "Frechet distance") for n in names if n.is_fid] == ["FID"]
+    assert names[1].title("FID", "Frechet distance") == "Frechet distance (inception)"
+    with pytest.raises(UserError, match="which means another one"):
+        FeatureNetwork.of(MeanColour(), "inception")
+
+
+def test_any_module_is_a_network() -> None:
+    network = FeatureNetwork.of(MeanColour(), "colour")
+    found = network(IMAGES)
+    np.testing.assert_allclose(found.features_ND, IMAGES.mean((1, 2)), rtol=1e-5)
+    assert found.logits_NC is None
+    with pytest.raises(UserError, match=r"the network 'custom' gives features \(3, 8, 8, 3\); allowed: \[3, any\]"):
+        FeatureNetwork.of(nn.Identity())(IMAGES)
+
+
+def test_state_identity_tells_values_names_and_types_apart() -> None:
+    def of(**state: torch.Tensor) -> str:
+        module = nn.Module()
+        for name, value in state.items():
+            module.register_buffer(name, value)
+        return sha256_of_state(module)
+
+    one = torch.ones(2)
+    states = [{"a": one}, {"b": one}, {"a": one * 2}, {"a": one.bfloat16()}, {"a": one.view(2, 1)}, {"a": one, "b": one}]
+    assert len({of(**s) for s in states}) == len(states)
+    assert of(a=one, b=2 * one) == of(b=2 * one, a=one.clone())
+
+
+def test_classifier_gives_what_its_last_layer_sees_and_says(tmp_path: Path) -> None:
+    network = load_network("classifier", save_classifier(tmp_path / "c"))
+    found = network(IMAGES)
+    assert network.classes == CLASSES
+    output = load_file(tmp_path / "c" / "model.safetensors")
+    expected = found.features_ND @ output["output.weight"].numpy().T + output["output.bias"].numpy()
+    assert found.logits_NC is not None
+    np.testing.assert_allclose(found.logits_NC, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_squeezenet_is_identified_by_its_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    weights = {k.replace("layers.", "features."): v for k, v in SqueezeNet().state_dict().items()}
+    save_file(weights, tmp_path / "s.safetensors")
+    network = load_network("squeezenet", tmp_path / "s.safetensors")
+    assert network(IMAGES).features_ND.shape == (3, 512)
+    import hashlib
+
+    assert network.sha256 == hashlib.sha256((tmp_path / "s.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "expected"),
+    [
+        ("inception", None, "needs --network-weights: weights-inception-2015-12-05-6726825d.pth"),
+        ("squeezenet", "nothing", "network weights nothing do not exist; needed: a safetensors file"),
+        ("inceptoin", None, "unknown network 'inceptoin'; did you mean inception?"),
+    ],
+)
+def test_missing_networks_and_weights_are_one_line(name: str, weights: str | None, expected: str) -> None:
+    with pytest.raises(UserError) as refused:
+        load_network(name, weights)
+    assert expected in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "hint"),
+    [("inception", "torch_fidelity", "pip install 'continuar[inception]'"), ("dinov2", "transformers", "pip install transformers")],
+)
+def test_a_package_that_is_missing_is_a_hint(
+    name: str, package: str, hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in [m for m in sys.modules if m.split(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, package, None)
+    (tmp_path / "w.pth").touch()
+    with pytest.raises(UserError, match="needs") as refused:
+        load_network(name, tmp_path / "w.pth")
+    assert str(refused.value).endswith(hint)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "keys"])
+def test_damaged_squeezenet_weights_are_one_line(damage: str, tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    save_file({"features.0.weight": torch.zeros(4)}, path)
+    if damage != "keys":
+        path.write_bytes(path.read_bytes()[:20] if damage == "truncated" else b"PK\x03\x04 else")
+    expected = "does not fit the model: missing" if damage == "keys" else "truncated or not a safetensors file"
+    with pytest.raises(UserError, match=expected):
+        load_network("squeezenet", path)
+
+
+def test_inception_of_torch_fidelity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With random weights, so it is not FID; features and logits without bias agree, and other weights are one line."""
+    module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    torch.manual_seed(0)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "load_state_dict_from_url", lambda *_, **__: {})
+        patch.setattr(module.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
+        state = module.FeatureExtractorInceptionV3("i", ["2048"]).state_dict()
+    torch.save(state, tmp_path / "w.pth")
+    network = load_network("inception", tmp_path / "w.pth")
+    found = network(IMAGES)
+    assert found.features_ND.shape == (3, 2048)
+    assert found.logits_NC is not None
+    np.testing.assert_allclose(found.logits_NC, found.features_ND @ state["fc.weight"].numpy().T, rtol=1e-3, atol=1e-4)
+    assert not network.is_fid
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "w.pth").read_bytes()[:1000])
+    torch.save({"fc.weight": torch.zeros(2)}, tmp_path / "keys.pth")
+    (tmp_path / "text.pth").write_text("weights")
+    for name in ("cut", "keys", "text"):
+        with pytest.raises(UserError, match="is truncated or not the Inception network's weights") as refused:
+            load_network("inception", tmp_path / f"{name}.pth")
+        assert "\n" not in str(refused.value)
+
+
+def test_dinov2_of_transformers(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.Dinov2Config(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, mlp_ratio=1, image_size=28)
+    transformers.Dinov2Model(config).save_pretrained(tmp_path / "d")
+    network = load_network("dinov2", tmp_path / "d")
+    assert network(IMAGES).features_ND.shape == (3, 8)
+    tensors = load_file(tmp_path / "d" / "model.safetensors")
+    save_file({k: v for k, v in tensors.items() if "layer.0" not in k}, tmp_path / "d" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"does not fit the model: missing or of another shape: .*layer.0"):
+        load_network("dinov2", tmp_path / "d")
+    (tmp_path / "d" / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(UserError, match="is a model of type 'vit'; allowed: dinov2"):
+        load_network("dinov2", tmp_path / "d")
