@@ -109,7 +109,7 @@ def test_plan_prints_parts_and_advice(capsys: pytest.CaptureFixture) -> None:
     assert main(["plan", "mar_b_imagenet256", "--gpus", "8", "--dataset-images", "1281167"]) == 0
     out = capsys.readouterr().out
     assert "207.92 M" in out
-    assert "39.1 GiB for 1,281,167 images (moments of latents, on disk)" in out
+    assert "39.1 GiB for 1,281,167 images (a cache of latents on disk)" in out
     rows = dict(re.findall(r"^  (.*?)  +([\d.]+ +[\d.]+)$", out, re.MULTILINE))
     ddp, fsdp = zip(
         *([float(x) for x in row.split()] for key, row in rows.items() if key not in ("total", "sent per step, and received")),
@@ -118,6 +118,9 @@ def test_plan_prints_parts_and_advice(capsys: pytest.CaptureFixture) -> None:
     total = [float(x) for x in rows["total"].split()]
     assert [sum(ddp), sum(fsdp)] == pytest.approx(total, abs=0.05)
     assert "ddp    does not fit into 92% of 80 GiB; it does with --train.micro-batch 128" in out
+    assert main(["plan", "mar_kl_cifar10"]) == 0  # mean and log variance, in bfloat16, of image and mirror image
+    spec = RECIPES["mar_kl_cifar10"]().tokenizer.spec
+    assert f"{spec.positions * spec.dim * 2 * 2 * 2:,} bytes per image (a cache of latents on disk)" in capsys.readouterr().out
     assert main(["plan", "digits"]) == 0
     assert "ddp    fits into 92% of 80 GiB" in capsys.readouterr().out
 

@@ -54,13 +54,14 @@ def main(arguments: list[str]) -> int:
 def report(run: Run, machine: Machine, plan: Plan, dataset_images: int) -> str:
     """The plan as text."""
     loop, gpus = run.train, machine.gpus
+    machines = f"{gpus} GPUs" if gpus > 1 else "1 GPU"
     accumulated = f", {plan.accumulated} one after another" if plan.accumulated > 1 else ""
     lines = [
         f"parameters       {plan.parameters / 1e6:,.2f} M",
         f"FLOPs per image  {plan.flops_per_image / 1e9:,.3g} GFLOP, forward and backward at the mean number of masked tokens",
-        f"batch            {loop.batch_size} images on {gpus} GPUs: micro-batches of {plan.micro_batch}{accumulated}",
+        f"batch            {loop.batch_size} images on {machines}: micro-batches of {plan.micro_batch}{accumulated}",
         f"duration         {loop.steps:,} steps, {plan.days:,.3g} days at {machine.utilisation:.0%} of {machine.tflops:g} TFLOP/s",
-        _data(run, plan.data_per_image, dataset_images),
+        _data(plan, dataset_images),
         "",
         f"{'GiB per GPU':<32}" + "".join(f"{kind:>10}" for kind in _KINDS),
     ]
@@ -76,11 +77,10 @@ def report(run: Run, machine: Machine, plan: Plan, dataset_images: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _data(run: Run, per_image: int, images: int) -> str:
-    latents = run.tokenizer.kind == "latent"
-    what = "moments of latents, on disk" if latents else "pixels, in the memory of every GPU"
-    total = f", {per_image * images / GIB:,.3g} GiB for {images:,} images" if images else ""
-    return f"data             {per_image:,} bytes per image{total} ({what})"
+def _data(plan: Plan, images: int) -> str:
+    what = "a cache of latents on disk" if plan.cached else "pixels, in the memory of every GPU"
+    total = f", {plan.data_per_image * images / GIB:,.3g} GiB for {images:,} images" if images else ""
+    return f"data             {plan.data_per_image:,} bytes per image{total} ({what})"
 
 
 def _advice(kind: Kind, plan: Plan, machine: Machine, share: int) -> str:

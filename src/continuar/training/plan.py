@@ -19,7 +19,7 @@ from continuar.backbones.blocks import Block
 from continuar.errors import UserError, require
 from continuar.heads import Head
 from continuar.model import Model
-from continuar.tokenizers import LatentConfig
+from continuar.tokenizers import CodebookConfig, LatentConfig, PixelConfig, VAEConfig
 from continuar.training.config import Run
 from continuar.training.flops import training_flops
 from continuar.training.memory import GIB, activations
@@ -81,8 +81,10 @@ class Plan:
     memory: dict[Kind, Memory] = field(default_factory=dict)
     network: dict[Kind, float] = field(default_factory=dict)
     """Sent per GPU and step; as much is received."""
+    cached: bool = False
+    """Whether the data is a cache of latents on disk; else pixels are held by every GPU."""
     data_per_image: int = 0
-    """Of an image in the data set: moments on disk where tokens are latents, else pixels on every GPU."""
+    """Of either."""
 
 
 def make_plan(run: Run, classes: int, machine: Machine) -> Plan:
@@ -97,6 +99,7 @@ def make_plan(run: Run, classes: int, machine: Machine) -> Plan:
     micro_batch = loop.micro_batch or share
     allowed = f"allowed: a divisor of {share}, the batch of one of {gpus} GPUs"
     require(share % micro_batch == 0, f"train.micro_batch is {micro_batch}; {allowed}")
+    cached, data_per_image = _data_per_image(run)
     with torch.device("meta"):
         model = config.build()
     flops = training_flops(config)
@@ -110,7 +113,8 @@ def make_plan(run: Run, classes: int, machine: Machine) -> Plan:
         days=seconds / 86_400,
         memory=_memory(run, model, gpus, bf16),
         network=_network(model, gpus, share // micro_batch, bf16),
-        data_per_image=_data_per_image(run),
+        cached=cached,
+        data_per_image=data_per_image,
     )
 
 
@@ -153,12 +157,15 @@ def _network(model: Model, gpus: int, accumulated: int, bf16: bool) -> dict[Kind
     return {"ddp": 2 * away * 4 * _count(model), "fsdp": away * accumulated * (gathered + 4 * _count(model))}
 
 
-def _data_per_image(run: Run) -> int:
+def _data_per_image(run: Run) -> tuple[bool, int]:
+    """(whether it is cached as latents, bytes of it)."""
     tokenizer, spec = run.tokenizer, run.tokenizer.spec
-    if isinstance(tokenizer, LatentConfig):
-        views = 2 if run.data.flip else 1
-        return spec.positions * spec.dim * 2 * views * 2  # mean and log variance, in bfloat16
-    return 3 * tokenizer.image_size**2
+    if isinstance(tokenizer, PixelConfig | CodebookConfig):
+        return False, 3 * tokenizer.image_size**2
+    numbers = spec.positions * (1 if spec.kind == "id" else spec.dim)
+    moments = isinstance(tokenizer, LatentConfig) or (isinstance(tokenizer, VAEConfig) and tokenizer.network.has_variance)
+    size = 4 if spec.kind == "id" else 2  # int32, or bfloat16 of mean and, where there is one, log variance
+    return True, numbers * size * (2 if moments else 1) * (2 if run.data.flip else 1)
 
 
 def out_of_memory(run: Run, classes: int, gpus: int, kind: Kind, gib: float | None) -> UserError:
