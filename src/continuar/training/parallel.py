@@ -267,11 +267,16 @@ def joined(kind: Kind, device: torch.device) -> Iterator[Single]:
         if not _LOST.search(str(problem)):
             raise
         raise UserError(
-            f"process {dist.get_rank()} lost another process of the run ({str(problem).splitlines()[0]}); look at the first error "
-            "of the others; the same command with --resume continues from the last checkpoint"
+            f"process {dist.get_rank()} lost another process of the run ({_reason(problem)}); look at the first error of the "
+            "others; the same command with --resume continues from the last checkpoint"
         ) from problem
     finally:
         dist.destroy_process_group()
+
+
+def _reason(problem: RuntimeError) -> str:
+    """The line that says what happened, without where in which library it was noticed."""
+    return re.sub(r"^\[[^\]]*\]\s*", "", str(problem).splitlines()[0]).split(". This is typically")[0]
 
 
 def _unreachable(where: str, problem: str) -> str:
