@@ -31,11 +31,12 @@ class Head(nn.Module, ABC):
     """z -> loss in training, z -> token in generation. Rows M are independent of one another.
 
     Attributes:
-        cond_dim: Z.
+        cond_dim: Z. token_size: D, or V of ids.
         options_type: the class of this head's options.
     """
 
     cond_dim: int
+    token_size: int
     options_type: ClassVar[type[Options]] = Options
 
     def forward(self, z: Tensor, target: Tensor) -> Tensor:
@@ -85,6 +86,7 @@ class Head(nn.Module, ABC):
         check_scale("guidance", guidance)
         chosen = with_values(self.options_type(), options)
         chosen.check_temperature(temperature)
+        chosen.check_tokens(self.token_size)
         guide = None
         if z_uncond is not None:
             require(z_uncond.shape == z.shape, f"z_uncond is {tuple(z_uncond.shape)}; allowed: {tuple(z.shape)}")
