@@ -20,7 +20,7 @@ from continuar.devices import pick_device
 from continuar.recipes import find_recipe
 from continuar.training.config import Run
 from continuar.training.flops import training_flops
-from continuar.training.step import TrainStep
+from continuar.training.step import Stream, TrainStep
 
 
 def synchronize(device: torch.device) -> None:
@@ -41,12 +41,11 @@ def matmul_peak(device: torch.device, size: int = 8192, repeats: int = 20) -> fl
     return 2 * size**3 * repeats / (time.perf_counter() - began)
 
 
-def kernel_table(trainer: TrainStep, tokens: torch.Tensor, labels: torch.Tensor, rows: int = 15, steps: int = 5) -> str:
+def kernel_table(trainer: TrainStep, stream: Stream, rows: int = 15, steps: int = 5) -> str:
     """Where the GPU's time goes: kernels by their share, over a few steps."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for step in range(steps):
-            trainer.seed(step)
-            trainer(step, tokens, labels)
+            trainer(step, stream)
         torch.cuda.synchronize()
     kernels = sorted(profile.key_averages(), key=lambda k: -k.self_device_time_total)
     total = sum(k.self_device_time_total for k in kernels)
@@ -67,18 +66,21 @@ def measure(run: Run, device: torch.device, steps: int, profile: bool = False) -
     batch = run.train.batch_size
     tokens = torch.randn(batch, config.tokens.positions, config.tokens.dim, device=device)
     labels = torch.randint(config.classes, (batch,), device=device)
+
+    def stream(step: int, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return tokens[: batch // run.train.micro_batches], labels[: batch // run.train.micro_batches]
+
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         torch.set_float32_matmul_precision("high")
     began = time.perf_counter()
     seen: set[int] = set()
     step = 0
-    wanted = set(model.order.masked_counts()) if run.train.engine != "eager" else set()
+    wanted = set(model.backbone.queried_counts()) if run.train.engine != "eager" else set()
     while step < 3 or (wanted - seen and step < 400):
         trainer.seed(step)
-        seen.add(config.tokens.positions - model.order.training_view(1, torch.device("cpu")).known)
-        trainer.seed(step)
-        trainer(step, tokens, labels)
+        seen.add(model.backbone.draw_queried())
+        trainer(step, stream)
         step += 1
     synchronize(device)
     warmup = time.perf_counter() - began
@@ -87,14 +89,13 @@ def measure(run: Run, device: torch.device, steps: int, profile: bool = False) -
         synchronize(device)
         began = time.perf_counter()
         for _ in range(steps // 2):
-            trainer.seed(step)
-            trainer(step, tokens, labels)
+            trainer(step, stream)
             step += 1
         synchronize(device)
         halves.append((time.perf_counter() - began) / (steps // 2))
     averages = trainer.meter.read()
     if profile:
-        print(kernel_table(trainer, tokens, labels))
+        print(kernel_table(trainer, stream))
     seconds = sum(halves) / 2
     return {
         "images_per_second": batch / seconds,
@@ -113,7 +114,7 @@ def main() -> None:
     parser.add_argument("--recipes", default="cifar10")
     parser.add_argument("--engines", default="eager", help="values of train.engine")
     parser.add_argument("--batch-size", type=int, default=0, help="0: the recipe's")
-    parser.add_argument("--granularity", type=int, default=0, help="order.mask_granularity; 0: the recipe's")
+    parser.add_argument("--granularity", type=int, default=0, help="backbone.mask_granularity; 0: the recipe's")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--profile", action="store_true", help="also print the kernels that take the time (CUDA)")
     parser.add_argument("--device", default="auto")
@@ -127,10 +128,10 @@ def main() -> None:
     for recipe in options.recipes.split(","):
         run = find_recipe(recipe)()
         batch = options.batch_size or run.train.batch_size
-        order = dataclasses.replace(run.order, mask_granularity=options.granularity or run.order.mask_granularity)
+        backbone = dataclasses.replace(run.backbone, mask_granularity=options.granularity or run.backbone.mask_granularity)
         for engine in options.engines.split(","):
             train = dataclasses.replace(run.train, batch_size=batch, engine=engine)
-            result = measure(dataclasses.replace(run, train=train, order=order), device, options.steps, options.profile)
+            result = measure(dataclasses.replace(run, train=train, backbone=backbone), device, options.steps, options.profile)
             share = result["model_tflops_per_second"] * 1e12 / peak
             results.append({"recipe": recipe, "engine": engine, "batch_size": batch, "share_of_peak": share, **result})
             print(

@@ -13,6 +13,10 @@ class UserError(ValueError):
     """
 
 
+class SaidElsewhere(UserError):
+    """Something went wrong in another process of the run, which says what."""
+
+
 def require(condition: bool, message: str) -> None:
     """Raise ``UserError(message)`` unless ``condition`` holds."""
     if not condition:

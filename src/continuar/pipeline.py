@@ -16,6 +16,7 @@ from torch import Tensor
 from continuar.checkpoints.store import (
     CONFIG,
     EMA,
+    SHARDS,
     WEIGHTS,
     ModelFile,
     atomic_directory,
@@ -259,15 +260,24 @@ class Pipeline:
         require(weights in ("ema", "raw"), f"weights is '{weights}'; allowed: ema, raw")
         directory = find_model(model)
         file = read_model_file(directory)
-        source = directory / (EMA if weights == "ema" and (directory / EMA).is_file() else WEIGHTS)
         with torch.device("meta"):
             network = file.model.build()
         network.to_empty(device="cpu")
-        load_state(network, read_tensors(source), str(source))
+        load_state(network, *read_weights(directory, weights))
         return cls(file, network.float().to(pick_device(device)), read_tokenizer(directory, file.tokenizer))
 
 
 load = Pipeline.from_pretrained
+
+
+def read_weights(directory: Path, weights: Weights) -> tuple[dict[str, Tensor], str]:
+    """The weights of a saved model or checkpoint, and where they were found; those that several processes wrote are joined."""
+    if not (directory / WEIGHTS).is_file():
+        from continuar.checkpoints.shards import read_whole
+
+        return read_whole(directory, "ema." if weights == "ema" else "model."), str(directory / SHARDS)
+    source = directory / (EMA if weights == "ema" and (directory / EMA).is_file() else WEIGHTS)
+    return read_tensors(source), str(source)
 
 
 def shipped_models() -> list[str]:
@@ -292,7 +302,7 @@ def find_model(model: str | Path) -> Path:
         path.is_dir(),
         f"model is the file {path}; allowed: a directory, or an official .pth file (see `continuar convert`)",
     )
-    if (path / WEIGHTS).is_file():
+    if (path / WEIGHTS).is_file() or (path / SHARDS).is_dir():
         return path
     if (path / "checkpoints").is_dir():
         found = newest_checkpoints(path)

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
 
+META_AUTOCAST: ContextVar[bool] = ContextVar("META_AUTOCAST", default=False)
+"""The meta device, on which costs are counted, has no autocast; this is the switch of those who count as if it had."""
+
 
 def without_autocast(like: Tensor) -> AbstractContextManager[object]:
-    """Turns autocast off for ``like``'s device; the meta device, on which FLOPs are counted, has none."""
-    return nullcontext() if like.is_meta else torch.autocast(like.device.type, enabled=False)
+    """Turns autocast off for ``like``'s device."""
+    return meta_autocast(False) if like.is_meta else torch.autocast(like.device.type, enabled=False)
+
+
+@contextmanager
+def meta_autocast(enabled: bool) -> Iterator[None]:
+    """Within the block `META_AUTOCAST` is ``enabled``."""
+    before = META_AUTOCAST.set(enabled)
+    try:
+        yield
+    finally:
+        META_AUTOCAST.reset(before)

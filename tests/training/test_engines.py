@@ -36,13 +36,18 @@ def test_compiled_loss_equals_the_plain_one_in_value_and_gradients(monkeypatch: 
             parameter.add_(0.02 * torch.randn_like(parameter))
     tokens, labels = torch.randn(4, 16, 12), torch.tensor([0, 1, 2, 0])
     results = []
+    by_time = []
     for engine in (EagerEngine, CompiledEngine):
         torch.manual_seed(7)
+        model.head.time_losses = torch.zeros(2, 4)
+        by_time.append(model.head.time_losses)
         view = model.training_view(4, torch.device("cpu"))
         loss = engine(model, 0.1, False)(tokens, labels, view)
         results.append((loss, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
     (plain, plain_gradients), (fast, fast_gradients) = results
     assert torch.allclose(plain, fast, rtol=1e-5)
+    torch.testing.assert_close(*by_time)
+    assert by_time[0][1].sum() > 0
     assert plain_gradients.keys() == fast_gradients.keys()
     assert sum(bool(g.any()) for g in plain_gradients.values()) > 0.9 * len(plain_gradients)
     for name, gradient in plain_gradients.items():

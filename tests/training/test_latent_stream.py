@@ -67,6 +67,23 @@ def test_latents_are_those_of_the_rows_and_half_are_mirrored(tmp_path: Path) -> 
     assert torch.equal(plain, both[index.batch(7), 0])
 
 
+def test_micro_batches_are_parts_of_the_batch_whoever_asks_for_them(tmp_path: Path) -> None:
+    cache, tokenizer = made(tmp_path, VAEConfig(network=KL, image_size=8, scale=0.5))
+    for slots in (range(4), range(2, 4)):
+        parts = LatentStream(cache, tokenizer, flip=True, batch_size=8, seed=3, device=CPU, micro_batch=2, slots=slots)
+        for step in range(3):
+            latents, labels = stream(cache, tokenizer).read(step)
+            for slot in slots:
+                torch.manual_seed(9)
+                tokens, found = parts.batch(step, slot)
+                torch.manual_seed(9)
+                expected = tokenizer.tokenize(latents[2 * slot : 2 * slot + 2])
+                assert torch.equal(tokens, expected)
+                assert torch.equal(found, labels[2 * slot : 2 * slot + 2])
+                assert parts._ahead is not None
+                assert parts._ahead[0] == ((step, slot + 1) if slot < 3 else (step + 1, slots.start))
+
+
 def test_a_cache_without_mirror_images_is_read_as_it_is(tmp_path: Path) -> None:
     cache, tokenizer = made(tmp_path, VAEConfig(network=KL, image_size=8, scale=0.5), "--no-mirror")
     assert torch.equal(stream(cache, tokenizer).read(2)[0], stream(cache, tokenizer, flip=False).read(2)[0])

@@ -234,7 +234,7 @@ def test_recipes_take_the_tokens_of_the_tokenizers_they_name(model: str, tokeniz
 
 def test_cache_and_run_agree_on_labels(caches: dict[str, Path]) -> None:
     data, cache = training_data(mar_run(caches["kl"])), LatentCache(caches["kl"])
-    tokens, labels = data.stream(data.tokenizer, CPU).batch(0)
+    tokens, labels = data.stream(data.tokenizer, CPU, range(1)).batch(0)
     assert tokens.shape == (8, 16, 3)
     assert set(labels.tolist()) <= set(cache.labels.tolist())
 

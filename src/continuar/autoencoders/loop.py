@@ -32,8 +32,9 @@ from continuar.pictures import grid, save_png
 from continuar.pipeline import to_uint8
 from continuar.tokenizers import VAETokenizer, VQTokenizer
 from continuar.training.log import RunLog
-from continuar.training.loop import Interrupted, Report, catch_interrupt
 from continuar.training.optim import learning_rate
+from continuar.training.signals import noted_signals
+from continuar.training.steps import Interrupted, Report
 
 _SHOWN = 16
 """Images in a picture of reconstructions."""
@@ -113,10 +114,10 @@ class _Loop:
         self._since, self._since_step = time.monotonic(), first
 
     def steps_from(self, first: int) -> None:
-        """Runs steps ``first`` to the last; Ctrl-C ends it after a checkpoint."""
+        """Runs steps ``first`` to the last; Ctrl-C or SIGTERM ends it after a checkpoint."""
         loop = self.run.train
         checkpoint = self.directory
-        with catch_interrupt() as interrupted:
+        with noted_signals() as signals:
             for step in range(first, loop.steps):
                 self.trainer.seed(step)
                 self.trainer(step, self.images.batch(step))
@@ -124,7 +125,7 @@ class _Loop:
                 metrics = self._write_metrics(done) if self._due(done, loop.log_images) else {}
                 if loop.sample_images and self._due(done, loop.sample_images):
                     self._draw(done)
-                stop = interrupted() and done < loop.steps
+                stop = signals.stop and done < loop.steps
                 if stop or done == loop.steps or (loop.save_images and self._due(done, loop.save_images)):
                     checkpoint = self._save(done)
                 if self.on_report is not None:

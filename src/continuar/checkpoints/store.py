@@ -32,6 +32,8 @@ FORMAT = 1
 _RENAMED = {"class_embedding.weight": "condition.embedding"}
 """Weights that older files hold under another name."""
 CONFIG, WEIGHTS, EMA, TOKENIZER = "config.json", "model.safetensors", "ema.safetensors", "tokenizer.safetensors"
+SHARDS = "shards"
+"""The folder of a checkpoint whose weights several processes wrote; see `checkpoints.shards`."""
 
 
 @dataclass(frozen=True)
@@ -63,16 +65,17 @@ def atomic_directory(destination: Path) -> Iterator[Path]:
     What stood at ``destination`` is replaced, or put back if the last step fails.
     """
     destination.parent.mkdir(parents=True, exist_ok=True)
-    temporary = destination.parent / f".{destination.name}.{os.getpid()}.tmp"
+    temporary = temporary_directory(destination, os.getpid())
     old = destination.parent / f".{destination.name}.{os.getpid()}.old"
     for stale in (temporary, old):
         shutil.rmtree(stale, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
-        for file in temporary.iterdir():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
         if destination.exists():
             destination.rename(old)
         try:
@@ -84,6 +87,11 @@ def atomic_directory(destination: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def temporary_directory(destination: Path, process: int) -> Path:
+    """Where the process of that id fills what will become ``destination``."""
+    return destination.parent / f".{destination.name}.{process}.tmp"
 
 
 def is_replaceable(directory: Path) -> bool:
@@ -122,11 +130,16 @@ def read_json(path: Path) -> Any:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
-    """Writes tensors as safetensors, on the CPU, floating ones as ``dtype`` if given."""
-    save_file(
-        {k: v.detach().to("cpu", dtype if dtype and v.is_floating_point() else v.dtype).contiguous() for k, v in tensors.items()},
-        path,
-    )
+    """Writes tensors as safetensors, on the CPU, floating ones as ``dtype`` if given.
+
+    Raises:
+        OSError: they cannot be written, because the disk is full, say.
+    """
+    on_cpu = {k: v.detach().to("cpu", dtype if dtype and v.is_floating_point() else v.dtype) for k, v in tensors.items()}
+    try:
+        save_file({k: v.contiguous() for k, v in on_cpu.items()}, path)
+    except SafetensorError as problem:
+        raise OSError(f"{path.name} cannot be written: {problem}") from problem
     # safetensors creates files that only their owner may read; weights are shared like any other file.
     path.chmod(0o644)
 
@@ -150,9 +163,14 @@ def load_state(module: torch.nn.Module, tensors: Mapping[str, Tensor], where: st
     Raises:
         UserError: lists what is missing, unexpected or of another shape.
     """
-    tensors = {_RENAMED.get(k, k): v for k, v in tensors.items()}
+    tensors = current_names(tensors)
     check_keys(tensors, {k: v.shape for k, v in module.state_dict().items()}, where)
     module.load_state_dict(tensors)
+
+
+def current_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights by today's names, whatever version wrote them."""
+    return {_RENAMED.get(k, k): v for k, v in tensors.items()}
 
 
 def write_tokenizer(directory: Path, tokenizer: Tokenizer) -> None:

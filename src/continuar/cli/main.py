@@ -11,10 +11,11 @@ import sys
 from importlib import import_module
 
 from continuar import __version__
-from continuar.errors import UserError, unknown_name
+from continuar.errors import SaidElsewhere, UserError, unknown_name
 
 COMMANDS = {
     "train": "train a model by a recipe: continuar train digits",
+    "plan": "what a run costs: continuar plan mar_l_imagenet256 --gpus 64",
     "sample": "generate images: continuar sample MODEL --classes 3,7",
     "edit": "generate a part of an image anew: continuar edit MODEL IMAGE --mask MASK.png --class cat",
     "evaluate": "score images against real ones: continuar evaluate MODEL --reference STATS",
@@ -22,6 +23,7 @@ COMMANDS = {
     "stats": "reference statistics of real images: continuar stats DATA OUT.npz",
     "tokenizer": "autoencoders, trained and measured: continuar tokenizer train kl_cifar10",
     "cache": "latents of every image, kept: continuar cache DATA TOKENIZER DST",
+    "extract": "a saved model from a training run: continuar extract RUN DST",
     "convert": "official files (MAR, autoencoders) into our format and back",
 }
 _HELP = f"""continuar {__version__}: autoregressive generation over continuous tokens.
@@ -42,9 +44,13 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO)
+    # Of several processes the first says what all have to say; others speak of errors only.
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=level)
     try:
         return _run(arguments)
+    except SaidElsewhere:
+        return 2
     except UserError as problem:
         if debug:
             raise

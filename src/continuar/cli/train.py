@@ -26,9 +26,12 @@ from continuar.recipes import RECIPES, find_recipe
 from continuar.training.config import Run
 from continuar.training.flops import generation_flops, training_flops
 from continuar.training.loop import Report, train
+from continuar.training.parallel import Kind, joined, local_device, processes
 from continuar.training.source import reads_cache, training_data
+from continuar.training.trackers import TrackerName
 
 _HELP = """usage: continuar train RECIPE [options]
+       torchrun --nproc-per-node N -m continuar train RECIPE [options]     on N GPUs or processes: docs/scaling.md
        continuar train --list          recipes, one line each
        continuar train RECIPE --help   every field of the recipe, with its value there
        continuar train RECIPE --dry-run
@@ -48,6 +51,11 @@ class Arguments:
     """Resume although the config differs from the one the run began with."""
     max_minutes: float = 0.0
     """End after so many minutes with a checkpoint that --resume continues; 0: run to the end."""
+    parallel: Kind = "ddp"
+    """How processes started by torchrun train together: ddp, each with all weights; or fsdp, each with its share of weights,
+    gradients, moments and averages."""
+    track: TrackerName | None = None
+    """Send metrics to Weights & Biases or trackio, too, if it is installed."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     dry_run: bool = False
@@ -74,23 +82,28 @@ def main(arguments: list[str]) -> int:
     require(0 <= minutes < math.inf, f"--max-minutes is {minutes}; allowed: 0 or more")
     directory = options.out or Path("runs") / name
     device = pick_device(options.device)
+    device = local_device(device) if processes() else device
     end = time.monotonic() + 60 * minutes if minutes else math.inf
-    with _progress() as progress:
-        bar = _Bar(progress, "training")
-        train(
-            options.run,
-            directory,
-            device=device,
-            resume=options.resume,
-            force=options.force,
-            on_report=bar.report,
-            on_read=_Bar(progress, "reading images").update,
-            should_stop=lambda: time.monotonic() >= end,
-        )
-    if bar.done < bar.total:
-        print(f"stopped after {minutes:g} minutes at step {bar.done:,} of {bar.total:,}: {directory}  (--resume continues it)")
-    else:
-        print(f"trained: {directory}  (continuar sample {directory})")
+    with joined(options.parallel, device) as parallel:
+        with _progress(parallel.first) as progress:
+            bar = _Bar(progress, "training")
+            train(
+                options.run,
+                directory,
+                device=device,
+                resume=options.resume,
+                force=options.force,
+                on_report=bar.report,
+                on_read=_Bar(progress, "reading images").update,
+                should_stop=lambda: time.monotonic() >= end,
+                parallel=parallel,
+                track=options.track,
+            )
+        if parallel.first and bar.done < bar.total:
+            why = f"after {minutes:g} minutes" if time.monotonic() >= end else "when asked to"
+            print(f"stopped {why} at step {bar.done:,} of {bar.total:,}: {directory}  (--resume continues it)")
+        elif parallel.first:
+            print(f"trained: {directory}  (continuar sample {directory})")
     return 0
 
 
@@ -159,7 +172,7 @@ def _flops(value: float) -> str:
     return f"{value / 1e6:.3g} MFLOP"
 
 
-def _progress() -> Progress:
+def _progress(shown: bool) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console(file=sys.stderr)
-    return Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[status]}"), console=console)
+    return Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[status]}"), console=console, disable=not shown)

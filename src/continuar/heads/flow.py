@@ -100,7 +100,9 @@ class FlowHead(Head):
         with without_autocast(z):
             point = torch.lerp(noise, x.expand_as(noise), t.unsqueeze(-1))
         (velocity,) = self.net(point, TIME_SCALE * t, z.expand(k, *z.shape))
-        return (velocity.float() - (x - noise)).square().mean((0, -1))
+        loss = (velocity.float() - (x - noise)).square().mean(-1)
+        self.note_times(t, loss)
+        return loss.mean(0)
 
     def draw(
         self, z: Tensor, *, options: FlowOptions, temperature: Tensor, noise: RowNoise, guidance: Guidance | None = None

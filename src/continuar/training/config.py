@@ -81,9 +81,19 @@ class EMAConfig:
     """Per step; 0..1."""
     warmup: bool = True
     """Decay at most (1 + step)/(10 + step): without it early samples are made with initial weights (0.9999^steps of them)."""
+    snapshot_images: int = 0
+    """Keep averages of power-function profiles beside it, and write them every so many images, so that the length can be chosen
+    after training (`continuar extract`); 0: do not."""
+    lengths: tuple[float, ...] = (0.05, 0.1)
+    """Lengths of those averages, as a share of the training so far; EDM2: 0.05 and 0.1. Each takes the memory of the weights."""
 
     def __post_init__(self) -> None:
         require(0 <= self.decay < 1, f"ema.decay is {self.decay}; allowed: 0 up to below 1")
+        require(self.snapshot_images >= 0, f"ema.snapshot_images is {self.snapshot_images}; allowed: 0 or more")
+        require(
+            bool(self.lengths) and all(0 < s < 0.28 for s in self.lengths),
+            f"ema.lengths is {self.lengths}; allowed: one or more, each above 0 to below 0.28",
+        )
 
 
 @dataclass(frozen=True)
@@ -93,7 +103,10 @@ class LoopConfig:
     images: int = 1_000_000
     """Training images in all, repetitions counted; rounded up to whole batches."""
     batch_size: int = 64
-    """Images per step."""
+    """Images per step, over all processes."""
+    micro_batch: int = 0
+    """Images per forward and backward, of which gradients are accumulated; divides the batch. 0: what one process has of a batch.
+    It is the unit of randomness: runs of the same micro-batch draw the same numbers on any number of processes."""
     label_dropout: float = 0.1
     """Probability with which a label is replaced by the null condition, for guidance; 0..1."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -109,20 +122,37 @@ class LoopConfig:
     """Write a checkpoint every so many images (and at the end); 0: only at the end."""
     keep: int = 2
     """Newest checkpoints kept."""
+    milestone_images: int = 0
+    """Write a checkpoint every so many images that is kept for good; 0: none."""
     max_bad_steps: int = 20
-    """Steps in a row with a non-finite loss or gradient (each is skipped) after which the run stops."""
+    """Steps in a row with a non-finite loss or gradient (each is skipped) after which the run goes back to its last checkpoint."""
+    max_rollbacks: int = 3
+    """How often a run goes back before it stops; 0: it stops at once."""
 
     def __post_init__(self) -> None:
         for name in ("images", "batch_size", "log_images", "keep", "max_bad_steps"):
             require(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}; allowed: 1 or more")
-        for name in ("sample_images", "save_images"):
+        for name in ("sample_images", "save_images", "milestone_images", "max_rollbacks"):
             require(getattr(self, name) >= 0, f"train.{name} is {getattr(self, name)}; allowed: 0 or more")
+        require(
+            self.micro_batch >= 0 and self.batch_size % (self.micro_batch or 1) == 0,
+            f"train.micro_batch is {self.micro_batch}; allowed: a divisor of the batch size {self.batch_size}, or 0",
+        )
         require(0 <= self.label_dropout < 1, f"train.label_dropout is {self.label_dropout}; allowed: 0 up to below 1")
 
     @property
     def steps(self) -> int:
         """Optimizer steps in all."""
         return -(-self.images // self.batch_size)
+
+    @property
+    def micro_batches(self) -> int:
+        """How many of them make a batch."""
+        return self.batch_size // (self.micro_batch or self.batch_size)
+
+    def due(self, done: int, every_images: int) -> bool:
+        """Whether step ``done`` is the first to reach another multiple of ``every_images``; never for 0."""
+        return every_images > 0 and done * self.batch_size // every_images > (done - 1) * self.batch_size // every_images
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -10,21 +11,27 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from continuar.model import Model
 from continuar.training.config import EMAConfig
+from continuar.training.parallel import local
 
 
 class EMA:
     """``model`` is the average: sample with it, save it.
 
     Args:
-        source: the model that trains.
+        source: the model that trains; both may be sharded after this and before the first update.
         config: decay and warm-up.
     """
 
     def __init__(self, source: Model, config: EMAConfig) -> None:
         self.config = config
         self.model = copy.deepcopy(source).requires_grad_(False).eval()
-        self._average: list[Tensor] = list(self.model.parameters())
-        self._source: list[Tensor] = list(source.parameters())
+        self._source_model = source
+
+    @cached_property
+    def _pairs(self) -> tuple[list[Tensor], list[Tensor]]:
+        """(average, source): this process's parts, which share the parameters' memory."""
+        with torch.no_grad():
+            return [local(p) for p in self.model.parameters()], [local(p) for p in self._source_model.parameters()]
 
     def decay(self, step: int) -> float:
         """The decay of the update after optimizer step ``step`` (0-based)."""
@@ -33,4 +40,4 @@ class EMA:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """average += (1 - decay)(weights - average), in one multi-tensor call."""
-        get_ema_multi_avg_fn(self.decay(step))(self._average, self._source, step)
+        get_ema_multi_avg_fn(self.decay(step))(*self._pairs, step)

@@ -1,4 +1,5 @@
-"""How forward and backward of one step are executed. Each engine leaves gradients in ``parameter.grad`` and returns the loss.
+"""How forward and backward of one micro-batch are executed. Each engine leaves gradients in ``parameter.grad``, each micro-batch's
+share added to those of the step before it, and returns the micro-batch's mean loss.
 
 * `EagerEngine`: as written.
 * `CompiledEngine`: torch.compile of the parts that repeat, transformer block and head, per number of masked tokens: blocks
@@ -13,12 +14,13 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from continuar.backbones.blocks import Block
 from continuar.errors import UserError, require
 from continuar.model import Model
 from continuar.orders import View
+from continuar.training.parallel import Single
 
 MAX_COMPILED = 7
 """Masked counts that can be compiled. torch.compile keeps 8 shapes of one function; the decoder's blocks use one of them."""
@@ -26,29 +28,56 @@ WARMUP_STEPS = 3
 """Eager steps before a capture, in which libraries allocate what they will reuse."""
 
 
-class Engine(Protocol):
-    """Forward and backward of one batch."""
+class Objective(nn.Module):
+    """A model's mean loss as a module's forward, which is what parallel wrappers take hold of."""
 
-    def __call__(self, tokens: Tensor, labels_B: Tensor, view: View) -> Tensor:
-        """The mean loss, detached; gradients replace what was in ``parameter.grad``."""
+    def __init__(self, model: Model, label_dropout: float) -> None:
+        super().__init__()
+        self.model, self.label_dropout = model, label_dropout
+
+    def forward(self, tokens: Tensor, labels_B: Tensor, view: View) -> Tensor:
+        return self.model.loss(tokens, labels_B, view, self.label_dropout).mean()
+
+
+class Engine(Protocol):
+    """Forward and backward of one micro-batch."""
+
+    def __call__(self, tokens: Tensor, labels_B: Tensor, view: View, number: int = 0) -> Tensor:
+        """The mean loss, detached. Micro-batch ``number`` 0 of a step replaces what was in ``parameter.grad``, others add to it."""
         ...
 
 
 class EagerEngine:
-    """Args: model; label_dropout, see `Model.loss`; bf16: run under bfloat16 autocast."""
+    """See the module's docstring.
 
-    def __init__(self, model: Model, label_dropout: float, bf16: bool) -> None:
-        self._model, self._label_dropout, self._bf16 = model, label_dropout, bf16
-        self._device_type = next(model.parameters()).device.type
+    Args:
+        model: what trains; its weights are sharded from here on where ``parallel`` shards.
+        label_dropout: see `Model.loss`.
+        bf16: run under bfloat16 autocast.
+        parallel: the processes that train together.
+        micro_batches: how many of them this process has in a step; their gradients are averaged.
+    """
 
-    def __call__(self, tokens: Tensor, labels_B: Tensor, view: View) -> Tensor:
-        self._model.zero_grad(set_to_none=True)
-        return self._forward_backward(tokens, labels_B, view)
+    def __init__(
+        self, model: Model, label_dropout: float, bf16: bool, parallel: Single | None = None, micro_batches: int = 1
+    ) -> None:
+        self._parallel = parallel or Single()
+        self._model, self._bf16, self._last = model, bf16, micro_batches - 1
+        device = next(model.parameters()).device
+        self._device_type = device.type
+        self._objective = self._parallel.wrap(Objective(model, label_dropout), bf16)
+        self._share = torch.full((), 1 / micro_batches, device=device)
+
+    def __call__(self, tokens: Tensor, labels_B: Tensor, view: View, number: int = 0) -> Tensor:
+        if number == 0:
+            self._model.zero_grad(set_to_none=True)
+        with self._parallel.syncing(self._objective, number == self._last):
+            return self._forward_backward(tokens, labels_B, view)
 
     def _forward_backward(self, tokens: Tensor, labels_B: Tensor, view: View) -> Tensor:
         with torch.autocast(self._device_type, torch.bfloat16, enabled=self._bf16):
-            loss = self._model.loss(tokens, labels_B, view, self._label_dropout).mean()
-        loss.backward()
+            loss = self._objective(tokens, labels_B, view)
+        loss.backward(self._share)
         return loss.detach()
 
 
@@ -59,43 +88,51 @@ class CompiledEngine(EagerEngine):
         UserError: more numbers of masked tokens than torch.compile keeps graphs for.
     """
 
-    def __init__(self, model: Model, label_dropout: float, bf16: bool) -> None:
-        super().__init__(model, label_dropout, bf16)
+    def __init__(
+        self, model: Model, label_dropout: float, bf16: bool, parallel: Single | None = None, micro_batches: int = 1
+    ) -> None:
+        super().__init__(model, label_dropout, bf16, parallel, micro_batches)
         _compile(model)
 
 
 class GraphEngine(EagerEngine):
-    """See the module's docstring. All graphs share one memory pool, and gradients live in buffers of their own.
+    """See the module's docstring. All graphs share one memory pool, and gradients live in buffers of their own. Where gradients are
+    accumulated, a masked count has two graphs: one that begins with zeros and one that adds.
 
     Raises:
-        UserError: the device is not a CUDA device.
+        UserError: the device is not a CUDA device, or there are several processes.
     """
 
-    def __init__(self, model: Model, label_dropout: float, bf16: bool) -> None:
-        super().__init__(model, label_dropout, bf16)
+    def __init__(
+        self, model: Model, label_dropout: float, bf16: bool, parallel: Single | None = None, micro_batches: int = 1
+    ) -> None:
+        super().__init__(model, label_dropout, bf16, parallel, micro_batches)
         if self._device_type != "cuda":
             raise UserError(
                 f"train.engine captures CUDA graphs, which a {self._device_type} device does not have; allowed: eager, compile"
             )
+        count = self._parallel.world
+        require(count == 1, f"train.engine captures CUDA graphs, which is not done for {count} processes; allowed: eager, compile")
         self._gradients = [torch.zeros_like(p) for p in model.parameters()]
         self._inputs: tuple[Tensor, Tensor, Tensor] | None = None
-        self._captured: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._captured: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, tokens: Tensor, labels_B: Tensor, view: View) -> Tensor:
+    def __call__(self, tokens: Tensor, labels_B: Tensor, view: View, number: int = 0) -> Tensor:
         if self._inputs is None:
             self._inputs = tokens.clone(), labels_B.clone(), view.order_BN.clone()
         for static, given in zip(self._inputs, (tokens, labels_B, view.order_BN), strict=True):
             static.copy_(given)
         for parameter, gradient in zip(self._model.parameters(), self._gradients, strict=True):
             parameter.grad = gradient
-        if view.known not in self._captured:
-            self._captured[view.known] = self._capture(view.known)
-        graph, loss = self._captured[view.known]
+        key = view.known, number == 0
+        if key not in self._captured:
+            self._captured[key] = self._capture(*key)
+        graph, loss = self._captured[key]
         graph.replay()
         return loss
 
-    def _capture(self, known: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    def _capture(self, known: int, fresh: bool) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         assert self._inputs is not None
         tokens, labels, order = self._inputs
         view = View(order, known)
@@ -103,27 +140,33 @@ class GraphEngine(EagerEngine):
         state = torch.cuda.get_rng_state(tokens.device)
         side = torch.cuda.Stream(tokens.device)
         side.wait_stream(torch.cuda.current_stream(tokens.device))
+        kept = [] if fresh else [gradient.clone() for gradient in self._gradients]
         with torch.cuda.stream(side):
             for _ in range(WARMUP_STEPS):
-                self._zero_and_run(tokens, labels, view)
+                self._run(tokens, labels, view, fresh)
         torch.cuda.current_stream(tokens.device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            loss = self._zero_and_run(tokens, labels, view)
+            loss = self._run(tokens, labels, view, fresh)
         torch.cuda.set_rng_state(state, tokens.device)
+        for gradient, before in zip(self._gradients, kept, strict=False):
+            gradient.copy_(before)
         return graph, loss
 
-    def _zero_and_run(self, tokens: Tensor, labels_B: Tensor, view: View) -> Tensor:
-        for gradient in self._gradients:
-            gradient.zero_()
+    def _run(self, tokens: Tensor, labels_B: Tensor, view: View, fresh: bool) -> Tensor:
+        if fresh:
+            for gradient in self._gradients:
+                gradient.zero_()
         return self._forward_backward(tokens, labels_B, view)
 
 
 class CompiledGraphEngine(GraphEngine):
     """See the module's docstring. Compilation happens while the first steps of each masked count warm up."""
 
-    def __init__(self, model: Model, label_dropout: float, bf16: bool) -> None:
-        super().__init__(model, label_dropout, bf16)
+    def __init__(
+        self, model: Model, label_dropout: float, bf16: bool, parallel: Single | None = None, micro_batches: int = 1
+    ) -> None:
+        super().__init__(model, label_dropout, bf16, parallel, micro_batches)
         _compile(model)
 
 

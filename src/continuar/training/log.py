@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from continuar.training.trackers import Tracker
+
 _LOG = logging.getLogger("continuar")
 
 
@@ -19,9 +21,11 @@ class RunLog:
     Args:
         directory: the run's.
         step: lines and events after this step belong to a stretch that is trained again, and are dropped.
+        tracker: gets the numbers, too; who made it ends it.
     """
 
-    def __init__(self, directory: Path, step: int) -> None:
+    def __init__(self, directory: Path, step: int, tracker: Tracker | None = None) -> None:
+        self._tracker = tracker
         self._path = directory / "metrics.jsonl"
         if self._path.exists():
             kept = [line for line in self._path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
@@ -42,6 +46,8 @@ class RunLog:
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
+        if self._tracker is not None:
+            self._tracker.log(values, step=step)
 
     def picture(self, step: int, name: str, image: Image.Image) -> None:
         """A picture for TensorBoard."""

@@ -36,10 +36,10 @@ FITTED_IMAGES = 10_000
 
 
 class Stream(Protocol):
-    """Batches as a function of the step."""
+    """Micro-batches as a function of the step."""
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """(tokens, labels [B]) of batch ``step``, on the device."""
+    def batch(self, step: int, slot: int = 0) -> tuple[Tensor, Tensor]:
+        """(tokens, labels [m]) of micro-batch ``slot`` of batch ``step``, on the device."""
         ...
 
 
@@ -53,8 +53,8 @@ class TrainingData:
     """On the CPU."""
     classes: tuple[str, ...]
     """Names in label order."""
-    stream: Callable[[Tokenizer, torch.device], Stream]
-    """The batches, given the tokenizer on the device that trains."""
+    stream: Callable[[Tokenizer, torch.device, range], Stream]
+    """The batches, given the tokenizer on the device that trains, and which micro-batches of a step will be asked for."""
 
 
 def training_data(run: Run, on_read: Callable[[int, int], None] | None = None, resumed: Path | None = None) -> TrainingData:
@@ -87,8 +87,9 @@ def _from_cache(run: Run, kept: list[Path]) -> TrainingData:
     if tokenizer.spec != run.tokenizer.spec:
         _LOG.warning("the cache's tokens are %s; the run was written for %s", tokenizer.spec, run.tokenizer.spec)
 
-    def stream(tokenizer: Tokenizer, device: torch.device) -> Stream:
-        return LatentStream(cache, tokenizer, flip=data.flip, batch_size=loop.batch_size, seed=run.seed, device=device)
+    def stream(tokenizer: Tokenizer, device: torch.device, slots: range) -> Stream:
+        sizes = {"batch_size": loop.batch_size, "micro_batch": loop.micro_batch or None, "slots": slots}
+        return LatentStream(cache, tokenizer, flip=data.flip, seed=run.seed, device=device, **sizes)
 
     return TrainingData(replace(run, tokenizer=tokenizer.config), tokenizer, classes, stream)
 
@@ -122,8 +123,9 @@ def _from_images(run: Run, on_read: Callable[[int, int], None] | None, kept: lis
     run = measured(run, images)
     tokenizer = read_tokenizer(kept[0], run.tokenizer) if kept else fitted(run, images)
 
-    def stream(tokenizer: Tokenizer, device: torch.device) -> Stream:
-        return ImageStream(images, tokenizer, run.data, run.train.batch_size, run.seed, device)
+    def stream(tokenizer: Tokenizer, device: torch.device, slots: range) -> Stream:
+        loop = run.train
+        return ImageStream(images, tokenizer, run.data, loop.batch_size, run.seed, device, loop.micro_batch or None)
 
     return TrainingData(run, tokenizer, images.classes, stream)
 

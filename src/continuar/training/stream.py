@@ -39,19 +39,33 @@ class IndexStream:
 
 
 class ImageStream:
-    """Batches of (tokens [B, N, D], labels [B]) on a device, from images that stay there as uint8."""
+    """Micro-batches of (tokens [B, N, D], labels [B]) on a device, from images that stay there as uint8.
+
+    Args:
+        batch_size: images per step.
+        micro_batch: images per micro-batch, a divisor of the batch size; the whole batch if not given.
+    """
 
     def __init__(
-        self, images: ImageSet, tokenizer: Tokenizer, data: DataConfig, batch_size: int, seed: int, device: torch.device
+        self,
+        images: ImageSet,
+        tokenizer: Tokenizer,
+        data: DataConfig,
+        batch_size: int,
+        seed: int,
+        device: torch.device,
+        micro_batch: int | None = None,
     ) -> None:
         self._index = IndexStream(len(images), batch_size, seed)
+        self._micro_batch = micro_batch or batch_size
         self._images = torch.from_numpy(images.images).to(device).permute(0, 3, 1, 2)
         self._labels = torch.from_numpy(images.labels).to(device)
         self._tokenizer, self._data, self._device = tokenizer, data, device
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Batch ``step``; augmentation draws from torch's default generator of the device."""
-        index = torch.from_numpy(self._index.batch(step))
+    def batch(self, step: int, slot: int = 0) -> tuple[Tensor, Tensor]:
+        """Micro-batch ``slot`` of batch ``step``; augmentation draws from torch's default generator of the device."""
+        first = slot * self._micro_batch
+        index = torch.from_numpy(self._index.batch(step)[first : first + self._micro_batch])
         if self._device.type == "cuda":
             index = index.pin_memory()
         index = index.to(self._device, non_blocking=True)

@@ -1,0 +1,56 @@
+"""``continuar extract RUN DST``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+from continuar.checkpoints.store import is_replaceable, load_state
+from continuar.cli.parse import parse
+from continuar.errors import require
+from continuar.pipeline import Pipeline
+from continuar.training.power_ema import reconstruct
+
+_DESCRIPTION = (
+    "Write a saved model, ready to share, from a training run: its averaged weights, its raw weights, or an average of a length "
+    "chosen now (from a run with --ema.snapshot-images). Weights that several processes wrote are joined."
+)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What to take out of a run."""
+
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+    """A run directory, or one of its checkpoints."""
+    dst: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DST")]
+    """A new or empty directory, or a saved model to replace."""
+    weights: Literal["ema", "raw"] = "ema"
+    """Averaged as in training, or raw."""
+    length: float | None = None
+    """Instead of these, an average of this length, as a share of the training before it; above 0 to below 0.28."""
+    step: int | None = None
+    """With --length: where it ends, a step at which averages were written; the last if not given."""
+    bf16: bool = False
+    """Store weights in bfloat16, at half the size."""
+
+
+def main(arguments: list[str]) -> int:
+    """See the module's docstring."""
+    options = parse(Arguments, arguments, prog="continuar extract", description=_DESCRIPTION)
+    require(is_replaceable(options.dst), f"{options.dst} exists and is not a saved model; choose another directory")
+    require(options.length is not None or options.step is None, f"--step is {options.step} without --length; allowed: with it")
+    require(options.length is None or options.weights == "ema", "--length and --weights raw contradict one another")
+    pipe = Pipeline.from_pretrained(options.run, weights=options.weights, device="cpu")
+    what = {"ema": "averaged weights", "raw": "raw weights"}[options.weights]
+    if options.length is not None:
+        state, step = reconstruct(options.run, options.length, options.step)
+        load_state(pipe.model, state, str(options.run))
+        what = f"the average of length {options.length:g} that ends at step {step}"
+    pipe.save_pretrained(options.dst, torch.bfloat16 if options.bf16 else None)
+    print(f"written  {options.dst}: {what}")
+    return 0

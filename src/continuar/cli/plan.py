@@ -1,0 +1,93 @@
+"""``continuar plan RECIPE``."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import tyro
+
+from continuar.cli.parse import parse
+from continuar.errors import require
+from continuar.recipes import find_recipe
+from continuar.training.config import Run
+from continuar.training.memory import GIB
+from continuar.training.parallel import Kind
+from continuar.training.plan import HEADROOM, Machine, Plan, make_plan
+
+_HELP = """usage: continuar plan RECIPE [--gpus N] [options]
+       continuar plan RECIPE --help   every option and field of the recipe
+
+What training a recipe costs on N GPUs: memory by part under DDP and FSDP, days, network, disk. Nothing is trained or allocated.
+"""
+_KINDS: tuple[Kind, ...] = ("ddp", "fsdp")
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What a run would cost."""
+
+    run: Annotated[Run, tyro.conf.arg(name="")]
+    machine: Annotated[Machine, tyro.conf.arg(name="")] = field(default_factory=Machine)
+    dataset_images: int = 0
+    """Images of the data set, for its size; 0: not known."""
+
+
+def main(arguments: list[str]) -> int:
+    """See the module's docstring."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_HELP, end="")
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    require(not name.startswith("-"), f"the recipe comes first, not '{name}': continuar plan RECIPE {name} ...")
+    recipe = find_recipe(name)
+    description = inspect.getdoc(recipe) or ""
+    options = parse(Arguments, rest, prog=f"continuar plan {name}", description=description, default=Arguments(recipe()))
+    require(options.dataset_images >= 0, f"--dataset-images is {options.dataset_images}; allowed: 0 or more")
+    # The number of classes moves one small embedding.
+    plan = make_plan(options.run, options.run.data.classes or 1, options.machine)
+    print(report(options.run, options.machine, plan, options.dataset_images), end="")
+    return 0
+
+
+def report(run: Run, machine: Machine, plan: Plan, dataset_images: int) -> str:
+    """The plan as text."""
+    loop, gpus = run.train, machine.gpus
+    machines = f"{gpus} GPUs" if gpus > 1 else "1 GPU"
+    accumulated = f", {plan.accumulated} one after another" if plan.accumulated > 1 else ""
+    lines = [
+        f"parameters       {plan.parameters / 1e6:,.2f} M",
+        f"FLOPs per image  {plan.flops_per_image / 1e9:,.3g} GFLOP, forward and backward at the mean number of masked tokens",
+        f"batch            {loop.batch_size} images on {machines}: micro-batches of {plan.micro_batch}{accumulated}",
+        f"duration         {loop.steps:,} steps, {plan.days:,.3g} days at {machine.utilisation:.0%} of {machine.tflops:g} TFLOP/s",
+        _data(plan, dataset_images),
+        "",
+        f"{'GiB per GPU':<32}" + "".join(f"{kind:>10}" for kind in _KINDS),
+    ]
+    memory = [plan.memory[kind] for kind in _KINDS]
+    rows = {name: [m.parts[name] for m in memory] for name in memory[0].parts}
+    rows[f"activations of {plan.micro_batch} images"] = [m.per_image * plan.micro_batch for m in memory]
+    rows["total"] = [m.total(plan.micro_batch) for m in memory]
+    rows["sent per step, and received"] = [plan.network[kind] for kind in _KINDS]
+    lines += [f"  {name:<30}" + "".join(f"{value / GIB:>10.2f}" for value in values) for name, values in rows.items()]
+    if loop.engine != "eager":
+        lines += ["", f"planned is the eager step; train.engine {loop.engine} needs another amount: graphs keep their own memory"]
+    lines += [""] + [_advice(kind, plan, machine, loop.batch_size // gpus) for kind in _KINDS]
+    return "\n".join(lines) + "\n"
+
+
+def _data(plan: Plan, images: int) -> str:
+    what = "a cache of latents on disk" if plan.cached else "pixels, in the memory of every GPU"
+    total = f", {plan.data_per_image * images / GIB:,.3g} GiB for {images:,} images" if images else ""
+    return f"data             {plan.data_per_image:,} bytes per image{total} ({what})"
+
+
+def _advice(kind: Kind, plan: Plan, machine: Machine, share: int) -> str:
+    capacity = f"{HEADROOM:.0%} of {machine.gpu_memory:g} GiB"
+    fits = plan.memory[kind].fits(machine.gpu_memory, share)
+    if plan.memory[kind].total(plan.micro_batch) <= HEADROOM * machine.gpu_memory * GIB:
+        return f"{kind:<6} fits into {capacity}"
+    if fits:
+        return f"{kind:<6} does not fit into {capacity}; it does with --train.micro-batch {fits}"
+    return f"{kind:<6} does not fit into {capacity}, not even one image at a time"
