@@ -68,7 +68,10 @@ def test_differences_name_the_path() -> None:
 
 
 def test_unknown_name_suggests_and_lists() -> None:
-    message = str(unknown_name("fruit", "aple", ["apple", "pear", *map(str, range(30))]))
-    assert message.startswith("unknown fruit 'aple'; did you mean apple? (allowed: apple, pear, 0")
+    many = ["apple", "pear", *map(str, range(30))]
+    assert str(unknown_name("fruit", "aple", many)) == "unknown fruit 'aple'; did you mean apple? (32 are allowed)"
+    assert str(unknown_name("fruit", "aple", many[:2])) == "unknown fruit 'aple'; did you mean apple? (allowed: apple, pear)"
+    message = str(unknown_name("fruit", "zzz", many))
+    assert message.startswith("unknown fruit 'zzz' (allowed: apple, pear, 0")
     assert message.endswith("... (32 in all))")
     assert str(unknown_name("fruit", "x", [])) == "unknown fruit 'x' (allowed: none)"

@@ -31,6 +31,7 @@ def test_call_gives_uint8_images_that_do_not_depend_on_batch_size(pipe: Pipeline
 
 def test_one_seed_counts_upwards_and_no_labels_means_no_class(pipe: Pipeline) -> None:
     assert np.array_equal(pipe([0, 1, 2], 5), pipe([0, 1, 2], [5, 6, 7]))
+    assert np.array_equal(pipe([0, 1, 2], 5), pipe(np.arange(3), np.int64(5)))
     assert pipe(seeds=[1, 2]).shape[0] == 2
     assert not np.array_equal(pipe(seeds=[1]), pipe([0], [1]))
 
@@ -46,6 +47,8 @@ def test_progress_counts_steps_of_all_batches(pipe: Pipeline) -> None:
     [
         ({"labels": [3]}, "class is 3; allowed: 0 to 2"),
         ({"labels": ["wasp"]}, "unknown class 'wasp'"),
+        ({"labels": ["--3"]}, "unknown class '--3'"),
+        ({"labels": [1.5]}, "class is 1.5; allowed: a class number or name"),
         ({"labels": "bee"}, "labels is the text 'bee'"),
         ({"labels": [0, 1], "seeds": [1]}, "1 seeds for 2 labels"),
         ({"labels": [0], "seeds": [2**63]}, "seed is 9223372036854775808"),

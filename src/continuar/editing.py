@@ -69,8 +69,12 @@ def read_picture(image: Path, mask: Path, size: int) -> Picture:
         (height, width) == (mask_height, mask_width),
         f"mask {mask} is {mask_width}x{mask_height} pixels; allowed: {width}x{height}, the size of {image}",
     )
-    hole = centre_crop(Image.fromarray(np.where(white, 255, 0).astype(np.uint8)), size)
-    return Picture(np.array(centre_crop(Image.fromarray(pixels), size)), np.asarray(hole) > 0)
+    # What the white covers, in floats: in 8 bits a small hole in a large image would round to nothing. And as far as it shows in
+    # the scaled image, whose bicubic filter reaches further.
+    covered = centre_crop(Image.fromarray(white.astype(np.float32)), size, Image.Resampling.BOX)
+    visible = centre_crop(Image.fromarray(np.where(white, 255, 0).astype(np.uint8)), size)
+    hole = (np.asarray(covered) > 0) | (np.asarray(visible) > 0)
+    return Picture(np.array(centre_crop(Image.fromarray(pixels), size)), hole)
 
 
 def _read(what: str, path: Path) -> np.ndarray:

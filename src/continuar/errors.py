@@ -35,5 +35,7 @@ def unknown_name(what: str, name: str, allowed: Iterable[str], shown: int = 12) 
     names = list(allowed)
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    if near and len(names) > shown:
+        return UserError(f"unknown {what} '{name}'{hint} ({len(names)} are allowed)")
     listed = ", ".join(names[:shown]) + (f", ... ({len(names)} in all)" if len(names) > shown else "")
     return UserError(f"unknown {what} '{name}'{hint} (allowed: {listed or 'none'})")

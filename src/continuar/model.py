@@ -83,6 +83,7 @@ class Model(nn.Module):
             condition_dropout: the probability with which a row's condition is replaced by the null condition (paper: 0.1).
         """
         cond = self.condition.null(len(tokens)) if condition is None else self.condition(condition, condition_dropout)
+        require(len(cond) == len(tokens), f"{len(cond)} conditions for {len(tokens)} images; allowed: one each")
         z = self.backbone(self.token_embedding(tokens), cond, view)
         target = take(tokens, view.query_BQ)
         return self.head(z.flatten(0, 1), target.flatten(0, 1)).view(view.query_BQ.shape)

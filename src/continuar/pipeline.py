@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import operator
+import re
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,13 +72,14 @@ class Pipeline:
         count = len(self.classes)
         if isinstance(name, str) and name in self.classes:
             return self.classes.index(name)
-        if isinstance(name, str) and not name.lstrip("-").isdecimal():
+        if isinstance(name, str) and not re.fullmatch("-?[0-9]+", name):
             raise unknown_name("class", name, self.classes)
-        require(
-            0 <= int(name) < count,
-            f"class is {name}; allowed: 0 to {count - 1}" if count else "the model has no classes",
-        )
-        return int(name)
+        try:
+            number = int(name) if isinstance(name, str) else operator.index(name)
+        except TypeError as problem:
+            raise UserError(f"class is {name!r}; allowed: a class number or name") from problem
+        require(0 <= number < count, f"class is {name}; allowed: 0 to {count - 1}" if count else "the model has no classes")
+        return number
 
     def __call__(
         self,
@@ -203,7 +207,7 @@ class Pipeline:
 
     def _labels(self, labels: Sequence[int | str] | None, seeds: Sequence[int] | int) -> list[int]:
         if labels is None:
-            return [self.model.null_label] * (1 if isinstance(seeds, int) else len(seeds))
+            return [self.model.null_label] * (1 if isinstance(seeds, int | Integral) else len(seeds))
         require(not isinstance(labels, str), f"labels is the text {labels!r}; allowed: a list of class numbers or names")
         return [self.label(name) for name in labels]
 
@@ -213,7 +217,7 @@ class Pipeline:
         Raises:
             UserError: another number of them, or one out of range.
         """
-        numbers = list(range(seeds, seeds + count)) if isinstance(seeds, int) else [int(s) for s in seeds]
+        numbers = [int(seeds) + i for i in range(count)] if isinstance(seeds, int | Integral) else [int(s) for s in seeds]
         require(len(numbers) == count, f"{len(numbers)} seeds for {count} labels; allowed: one each, or a single number")
         for s in numbers:
             require(-_SEED_LIMIT <= s < _SEED_LIMIT, f"seed is {s}; allowed: -2^63 to 2^63-1")
@@ -222,7 +226,7 @@ class Pipeline:
     def _start(self, labels: list[int], seeds: list[int]) -> Start:
         spec, batch, device = self.file.model.tokens, len(labels), self.device
         return Start(
-            torch.tensor(labels, device=device) if self.classes else None,
+            torch.tensor(labels, device=device) if any(label != self.model.null_label for label in labels) else None,
             torch.tensor(seeds, device=device),
             spec.blank(batch, device),
             torch.zeros(batch, spec.positions, dtype=torch.bool, device=device),
@@ -294,7 +298,10 @@ def find_model(model: str | Path) -> Path:
         beside = path.parent.iterdir() if path.parent.is_dir() else ()
         models = (p for p in beside if (p / CONFIG).is_file())
         raise unknown_name("model", str(model), [*shipped_models(), *sorted(map(str, models))])
-    require(path.is_dir(), f"model is the file {path}; allowed: a directory (official files: see `continuar convert`)")
+    require(
+        path.is_dir(),
+        f"model is the file {path}; allowed: a directory, or an official .pth file (see `continuar convert`)",
+    )
     if (path / WEIGHTS).is_file() or (path / SHARDS).is_dir():
         return path
     if (path / "checkpoints").is_dir():

@@ -54,14 +54,17 @@ def test_edit_writes_variants_that_differ_in_the_hole_alone(model: Path, drawn: 
     assert len({v.tobytes() for v in variants}) == 3
 
 
-def test_edit_of_nothing_gives_the_image_and_of_everything_a_generation(model: Path, tmp_path: Path) -> None:
+def test_edit_of_everything_is_a_generation_and_of_nothing_is_refused(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3)).astype(np.uint8)).save(tmp_path / "image.png")
-    expected = {0: np.asarray(Image.open(tmp_path / "image.png")), 255: Pipeline.from_pretrained(model, device="cpu")([2], [9])[0]}
-    for grey, pixels in expected.items():
+    for grey, code in ((0, 2), (255, 0)):
         Image.new("L", (8, 8), grey).save(tmp_path / "mask.png")
         options = ["--mask", str(tmp_path / "mask.png"), "--class", "2", "--seed", "9", "--variants", "1", "--device", "cpu"]
-        assert main(["edit", str(model), str(tmp_path / "image.png"), *options, "--out", str(tmp_path / "out")]) == 0
-        assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / "00000.png")), pixels)
+        assert main(["edit", str(model), str(tmp_path / "image.png"), *options, "--out", str(tmp_path / "out")]) == code
+    assert "mask.png has no white within the picture; allowed: white where to generate" in capsys.readouterr().err
+    expected = Pipeline.from_pretrained(model, device="cpu")([2], [9])[0]
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / "00000.png")), expected)
 
 
 @pytest.mark.parametrize(

@@ -315,3 +315,15 @@ def test_steps_that_the_order_cannot_take_are_refused(config: ModelConfig) -> No
         if message is not None:
             with pytest.raises(UserError, match=message):
                 generate(model, start_of(model, [0], [0]), options_of(config, steps=steps))
+
+
+def test_the_engine_refuses_what_would_break_its_laws() -> None:
+    model = shaken(CONFIGS[0])
+    uneven = torch.zeros(2, N, dtype=torch.bool)
+    uneven[0, 0] = uneven[1, :2] = True
+    with pytest.raises(UserError, match=r"images of one batch know \[1, 2\] tokens; allowed: equally many"):
+        generate(model, start_of(model, [0, 1], [0, 1], uneven), options_of(model.config))
+    with pytest.raises(UserError, match="1 conditions for 2 seeds; allowed: one each"):
+        generate(model, start_of(model, [0, 1], [0]), options_of(model.config))
+    with pytest.raises(UserError, match=r"training mode.*call model.eval\(\) first"):
+        generate(model.train(), start_of(model, [0], [0]), options_of(model.config))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+import torch
 import tyro
 
 from continuar.checkpoints.store import write_json
@@ -21,6 +23,7 @@ _DESCRIPTION = (
     "pixels outside the mask come back unchanged. Settings that are not given are the model's own."
 )
 _COLUMNS = 6
+_LOG = logging.getLogger("continuar")
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,11 @@ def main(arguments: list[str]) -> int:
     seeds = pipe.seeds(options.seed, options.variants)
     label = pipe.label(options.class_name) if options.class_name else None
     picture = read_picture(options.image, options.mask, pipe.file.tokenizer.image_size)
+    require(bool(picture.hole_HW.any()), f"mask {options.mask} has no white within the picture; allowed: white where to generate")
     canvas = prepare(pipe, picture, options.grow)
+    known = torch.from_numpy(canvas.known_hw).flatten()
+    if pipe.file.model.order.fixed and known[known.argsort(descending=True, stable=True)].ne(known).any():
+        _LOG.warning("the model goes row by row and never saw what comes after a hole; a random order suits editing")
     make_writable(options.out)
     with progress_bar() as on_progress:
         batch_size = options.settings.batch_size

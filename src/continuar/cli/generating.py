@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from continuar.cli.load import load_pipeline
 from continuar.errors import require
 from continuar.generation.plan import SamplingOptions, make_plan
 from continuar.pipeline import Pipeline
+
+LISTED = "samples.json"
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,8 @@ class Settings(SamplingSettings):
         """
         options = pipe.defaults.override(**self.given())
         make_plan(pipe.model.order, options, pipe.model.order.positions)
+        if options.head is not None:
+            options.head.check_tokens(pipe.model.config.tokens.size)
         return options
 
 
@@ -86,6 +91,16 @@ def make_writable(directory: Path) -> None:
     probe = directory / ".writable"
     probe.touch()
     probe.unlink()
+    drop_earlier(directory)
+
+
+def drop_earlier(directory: Path) -> None:
+    """Removes what an earlier call wrote there, which would stand beside what is listed now; nothing else."""
+    if (directory / LISTED).is_file():
+        for path in directory.iterdir():
+            if re.fullmatch(r"\d{5}\.png|grid\.(png|gif)", path.name):
+                path.unlink()
+        (directory / LISTED).unlink()
 
 
 @contextmanager

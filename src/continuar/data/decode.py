@@ -55,9 +55,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """ADM's crop (Dhariwal & Nichol 2021): halve by box filter while the short side is at least twice ``size``, then bicubic until
-    the short side is ``size``, then the centre. An image of that size already is returned as it is.
+def centre_crop(image: Image.Image, size: int, filter: Image.Resampling = Image.Resampling.BICUBIC) -> Image.Image:
+    """ADM's crop (Dhariwal & Nichol 2021): halve by box filter while the short side is at least twice ``size``, then bicubic (or
+    another ``filter``) until the short side is ``size``, then the centre. An image of that size already is returned as it is.
 
     Raises:
         UserError: a size below 1.
@@ -68,6 +68,6 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
-    image = image.resize((max(size, round(image.width * scale)), max(size, round(image.height * scale))), Image.Resampling.BICUBIC)
+    image = image.resize((max(size, round(image.width * scale)), max(size, round(image.height * scale))), filter)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))

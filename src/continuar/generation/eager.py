@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from continuar.errors import require
 from continuar.generation.plan import SamplingOptions, make_plan
 from continuar.guidance import Guidance
 from continuar.model import Model
@@ -75,16 +76,23 @@ def stream(
         order_BN: instead of the order's own arrangement: known positions first, then the unknown as they come.
         noise_of: (seeds of the rows, positions of the rows) -> their noise; for an order that chooses, (seeds, positions, step).
     """
+    require(not model.training, "the model is in training mode, whose dropout would change its images; call model.eval() first")
     options = options.for_head(model.config.head)
-    known = int(start.known_BN[0].sum()) if len(start.known_BN) else 0
+    counts = start.known_BN.sum(1).unique().tolist()
+    require(len(counts) <= 1, f"images of one batch know {counts} tokens; allowed: equally many (a pipeline groups them)")
+    known = counts[0] if counts else 0
     if order_BN is None:
         order_BN = model.order.arrange(start.known_BN, start.seeds_B)
     plan = make_plan(model.order, options, model.order.positions - known)
+    assert options.head is not None
+    options.head.check_tokens(model.config.tokens.size)
     device = start.seeds_B.device
     # Guidance runs the null condition as B more rows of the same batch; without it they are not there at all.
-    guided = options.guidance != 1.0
+    # With the null condition itself both halves would be the same.
+    guided = options.guidance != 1.0 and start.condition is not None
     null = model.condition.null(len(start.seeds_B))
     cond = null if start.condition is None else model.condition(start.condition)
+    require(len(cond) == len(null), f"{len(cond)} conditions for {len(null)} seeds; allowed: one each")
     cond, copies = (torch.cat((cond, null)), 2) if guided else (cond, 1)
 
     blank = ~start.known_BN
@@ -92,7 +100,8 @@ def stream(
     known_BN = start.known_BN.clone()
     state = model.backbone.start(cond, model.order.positions)
     _commit(model, state, tokens, order_BN[:, :known], copies)
-    temperature = torch.tensor(options.temperature, device=device)
+    # Filled on the device: copying a number there would wait for all work before it.
+    temperature = torch.full((), options.temperature, device=device)
 
     for number, step in enumerate(plan):
         if model.order.chooses:
@@ -104,7 +113,7 @@ def stream(
             noise = noise_of(start.seeds_B.repeat_interleave(step.size), query.flatten())
         z = model.backbone.predict(state, query.repeat(copies, 1)).flatten(0, 1)
         rows = query.numel()
-        guidance = Guidance(z[rows:], torch.tensor(step.scale, device=device)) if guided else None
+        guidance = Guidance(z[rows:], torch.full((), step.scale, device=device)) if guided else None
         drawn = model.head.draw(z[:rows], options=options.head, temperature=temperature, noise=noise, guidance=guidance)
         index, values = query, drawn.tokens.unflatten(0, query.shape)
         if model.order.chooses:

@@ -31,13 +31,14 @@ class Head(nn.Module, ABC):
     """z -> loss in training, z -> token in generation. Rows M are independent of one another.
 
     Attributes:
-        cond_dim: Z.
+        cond_dim: Z. token_size: D, or V of ids.
         options_type: the class of this head's options.
         time_losses: [2, 4] sums and counts of losses by quarter of time, where someone who watches training has put a tensor; heads
             that draw times add to it.
     """
 
     cond_dim: int
+    token_size: int
     options_type: ClassVar[type[Options]] = Options
     time_losses: Tensor | None = None
 
@@ -95,6 +96,7 @@ class Head(nn.Module, ABC):
         check_scale("guidance", guidance)
         chosen = with_values(self.options_type(), options)
         chosen.check_temperature(temperature)
+        chosen.check_tokens(self.token_size)
         guide = None
         if z_uncond is not None:
             require(z_uncond.shape == z.shape, f"z_uncond is {tuple(z_uncond.shape)}; allowed: {tuple(z.shape)}")

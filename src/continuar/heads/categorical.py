@@ -38,6 +38,9 @@ class CategoricalOptions(Options):
         require(self.top_k >= 0, f"top_k is {self.top_k}; allowed: 1 to the vocabulary, or 0 for all")
         require(0 < self.top_p <= 1, f"top_p is {self.top_p}; allowed: above 0 to 1")
 
+    def check_tokens(self, size: int) -> None:
+        require(self.top_k <= size, f"top_k is {self.top_k}; allowed: 1 to {size}, the vocabulary, or 0 for all")
+
 
 @dataclass(frozen=True)
 class CategoricalHeadConfig:
@@ -75,7 +78,9 @@ class CategoricalHead(Head):
 
     def __init__(self, vocabulary: int, cond_dim: int, label_smoothing: float = 0.0) -> None:
         super().__init__()
+        self.token_size = vocabulary
         check_sizes(vocabulary=vocabulary, cond_dim=cond_dim)
+        require(0 <= label_smoothing < 1, f"label_smoothing is {label_smoothing}; allowed: 0 up to below 1")
         self.vocabulary, self.cond_dim, self.label_smoothing = vocabulary, cond_dim, label_smoothing
         self.logits = nn.Linear(cond_dim, vocabulary)
         nn.init.xavier_uniform_(self.logits.weight)
@@ -119,13 +124,8 @@ def tempered(logits: Tensor, temperature: Tensor) -> Tensor:
 
 
 def truncate(probabilities: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
-    """Probabilities in falling order, zero where truncated, and their ids, [M, V] each. The first is always kept.
-
-    Raises:
-        UserError: top_k above the vocabulary.
-    """
+    """Probabilities in falling order, zero where truncated, and their ids, [M, V] each. The first is always kept."""
     vocabulary = probabilities.shape[-1]
-    require(top_k <= vocabulary, f"top_k is {top_k}; allowed: 1 to {vocabulary}, the vocabulary, or 0 for all")
     ordered, ids = probabilities.sort(dim=-1, descending=True)
     if top_k:
         ordered = ordered.masked_fill(torch.arange(vocabulary, device=ordered.device) >= top_k, 0)

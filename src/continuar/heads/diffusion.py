@@ -40,7 +40,7 @@ class DiffusionOptions(Options):
 
     kind: Literal["diffusion"] = "diffusion"
     diffusion_steps: int = 100
-    """Denoising steps per token, 1 to 1000, to 980 with "dpmpp"; 100 suffice (paper, Figure 4)."""
+    """Denoising steps per token, 1 to 1000, to 980 with "ddim" and "dpmpp"; 100 suffice (paper, Figure 4)."""
     sampler: SamplerName = "ddpm"
     """"ddpm" is the paper's; "ddim" and "dpmpp" are deterministic given x_T and have no temperature; "dpmpp" needs fewest steps."""
 
@@ -113,7 +113,8 @@ class DiffusionHead(Head):
         prediction: Prediction = "eps",
     ) -> None:
         super().__init__()
-        check_sizes(token_dim=token_dim, cond_dim=cond_dim, width=width, depth=depth)
+        self.token_size = token_dim
+        check_sizes(token_dim=token_dim, cond_dim=cond_dim, width=width, depth=depth, timesteps_per_token=timesteps_per_token)
         self.token_dim, self.cond_dim, self.timesteps_per_token = token_dim, cond_dim, timesteps_per_token
         require(prediction in ("eps", "velocity"), f"prediction is '{prediction}'; allowed: eps, velocity")
         self.prediction = prediction

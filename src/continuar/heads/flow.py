@@ -85,7 +85,8 @@ class FlowHead(Head):
 
     def __init__(self, token_dim: int, cond_dim: int, width: int = 1024, depth: int = 3, timesteps_per_token: int = 4) -> None:
         super().__init__()
-        check_sizes(token_dim=token_dim, cond_dim=cond_dim, width=width, depth=depth)
+        self.token_size = token_dim
+        check_sizes(token_dim=token_dim, cond_dim=cond_dim, width=width, depth=depth, timesteps_per_token=timesteps_per_token)
         self.token_dim, self.cond_dim, self.timesteps_per_token = token_dim, cond_dim, timesteps_per_token
         self.net = DenoisingMLP(token_dim, cond_dim, width, depth, outputs=1)
 

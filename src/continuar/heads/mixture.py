@@ -92,6 +92,7 @@ class MixtureHead(Head):
 
     def __init__(self, token_dim: int, cond_dim: int, components: int = 16, min_std: float = 0.01) -> None:
         super().__init__()
+        self.token_size = token_dim
         check_sizes(token_dim=token_dim, cond_dim=cond_dim, components=components)
         self.token_dim, self.cond_dim, self.components, self.min_std = token_dim, cond_dim, components, min_std
         self.parameters_of_z = nn.Linear(cond_dim, components * (1 + 2 * token_dim))

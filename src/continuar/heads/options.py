@@ -20,6 +20,9 @@ class Options:
         """Refuses a temperature that the head cannot apply."""
         check_scale("temperature", temperature)
 
+    def check_tokens(self, size: int) -> None:
+        """Refuses options that do not fit tokens of ``size`` dimensions, or ids of that many."""
+
 
 def option_names(kind: type[Options]) -> list[str]:
     """The names of a head's options."""

@@ -65,6 +65,7 @@ class RegressionHead(Head):
 
     def __init__(self, token_dim: int, cond_dim: int, width: int = 1024, depth: int = 3) -> None:
         super().__init__()
+        self.token_size = token_dim
         check_sizes(token_dim=token_dim, cond_dim=cond_dim, width=width, depth=depth)
         self.token_dim, self.cond_dim = token_dim, cond_dim
         sizes = [cond_dim, *[width] * depth]

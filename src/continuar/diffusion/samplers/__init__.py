@@ -17,7 +17,7 @@ from continuar.diffusion.samplers.ddim import ddim
 from continuar.diffusion.samplers.ddpm import ddpm
 from continuar.diffusion.samplers.dpmpp import LAST, dpmpp
 from continuar.diffusion.schedule import Grid, Schedule, sampling_schedule, uniform_log_snr, uniform_t
-from continuar.errors import require
+from continuar.errors import UserError, require
 
 SamplerName = Literal["ddpm", "ddim", "dpmpp"]
 
@@ -77,7 +77,10 @@ SAMPLERS: dict[str, SamplerEntry] = {
 def check_sampler(name: str, steps: int) -> None:
     """Refuses a name that is not in the table, and a number of steps that its grid does not have."""
     require(name in SAMPLERS, f"sampler is '{name}'; allowed: {', '.join(SAMPLERS)}")
-    SAMPLERS[name].schedule(steps)
+    try:
+        SAMPLERS[name].schedule(steps)
+    except UserError as problem:
+        raise UserError(f"{problem} with the sampler '{name}'") from None
 
 
 def check_temperature(name: str, temperature: float) -> None:
