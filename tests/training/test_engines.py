@@ -86,3 +86,20 @@ def test_graph_engine_equals_the_eager_one_for_several_masked_counts() -> None:
         assert torch.allclose(results[0][0], results[1][0], rtol=1e-5)
         for plain, fast in zip(results[0][1], results[1][1], strict=True):
             assert (plain - fast).abs().max() <= 1e-4 * plain.abs().max() + 1e-7
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA device")
+def test_graph_engine_accumulates_the_gradients_of_micro_batches_as_the_eager_one_does() -> None:
+    torch.manual_seed(0)
+    model = tiny_run().model_config(3).build().train().to("cuda")
+    tokens, labels = torch.randn(2, 4, 16, 12, device="cuda"), torch.tensor([0, 1, 2, 0], device="cuda")
+    engines = [engine(model, 0.1, False, micro_batches=2) for engine in (EagerEngine, GraphEngine)]
+    for seed in range(4):
+        gradients = []
+        for engine in engines:
+            for number in range(2):
+                torch.manual_seed(100 * seed + number)
+                engine(tokens[number], labels, model.training_view(4, torch.device("cuda")), number)
+            gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        for plain, fast in zip(*gradients, strict=True):
+            assert (plain - fast).abs().max() <= 1e-4 * plain.abs().max() + 1e-7
