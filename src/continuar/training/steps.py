@@ -191,7 +191,8 @@ class Steps:
         seeds = list(range(len(labels) if labels else 16))
         pipe = Pipeline(self.file, model, self.tokenizer)
         with matmul_precision("highest"):
-            tokens = pipe.tokens(labels, seeds, batch_size=len(seeds))
+            # Not the engine whose graphs would keep their memory while training goes on.
+            tokens = pipe.tokens(labels, seeds, batch_size=len(seeds), engine="eager")
         images = to_uint8(pipe.tokenizer.decode(tokens)).cpu().numpy()
         picture = grid(images, [classes[i] for i in labels] if labels else None, columns=min(8, len(seeds)))
         save_png(picture, folder / f"step-{done:08d}-{name}.png")
