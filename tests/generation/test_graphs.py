@@ -204,7 +204,7 @@ def test_memory_estimate_names_the_batch_that_fits(config: ModelConfig) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_capture_that_fails_goes_on_without_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
-    graphs, out = capture.Graphs(torch.device("cuda")), torch.zeros(2, device="cuda")
+    graphs, out = capture.Graphs(capture.GraphPool(torch.device("cuda"))), torch.zeros(2, device="cuda")
 
     def reads_back() -> None:
         out.add_(1)
@@ -213,7 +213,7 @@ def test_a_capture_that_fails_goes_on_without_and_says_so_once(caplog: pytest.Lo
 
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
-            graphs.run("key", reads_back)
+            graphs.run(("key",), reads_back)
     assert out[0].item() >= 3
     assert sum("no CUDA graph" in record.message for record in caplog.records) == 1
 

@@ -33,7 +33,7 @@ from continuar.diffusion.schedule import Schedule
 from continuar.generation.kernels import Kernels
 from continuar.heads.diffusion import DiffusionHead, DiffusionOptions, Prediction
 from continuar.heads.mlp import DenoisingMLP
-from continuar.noise import Purpose, RowNoise
+from continuar.noise import KeyedNoise, Purpose, RowNoise
 
 CPU_ROWS = 512
 """Rows of one product of modulations on a CPU: enough for its full speed, few enough to stay in the cache."""
@@ -96,7 +96,7 @@ class FastDiffusion:
         time_SW = self.exact.time_embedding(c.timesteps)
         condition_GRW = self.exact.condition(z_GRZ.to(self.exact.condition.weight.dtype))
         modulations = _Modulations(self, time_SW, condition_GRW)
-        x = noise.normal(Purpose.INITIAL, 0, self.token_dim)
+        x = self._normals(noise, Purpose.INITIAL, 1)[0]
         if self.options.sampler == "ddpm":
             return self._ancestral(x, modulations, scale, temperature, noise)
 
@@ -116,13 +116,20 @@ class FastDiffusion:
         )
 
     def _ancestral(self, x: Tensor, modulations: _Modulations, scale: Tensor, temperature: Tensor, noise: RowNoise) -> Tensor:
-        noise_SRD = self.kernels.normals(noise, Purpose.STEP, len(self.updates), self.token_dim)
+        noise_SRD = self._normals(noise, Purpose.STEP, len(self.updates))
         spread_S = _constants(tuple(u.spread for u in self.updates), x.device)
         noise_SRD = noise_SRD * (temperature * spread_S).view(-1, 1, 1)
         for i in reversed(range(len(self.updates))):
             u = self.updates[i]
             x = self.kernels.update(x, self._network(i, x, modulations), scale, noise_SRD[i], u.a, u.b, u.c)
         return x
+
+    def _normals(self, noise: RowNoise, purpose: Purpose, steps: int) -> Tensor:
+        """Standard normal [steps, R, D]. Of noise that others made, the draws that the sampler asks for: none at step 0 of several."""
+        if isinstance(noise, KeyedNoise):
+            return self.kernels.normals(noise, purpose, steps, self.token_dim)
+        draws = [noise.normal(purpose, i, self.token_dim) for i in range(steps > 1, steps)]
+        return torch.stack(draws if steps == 1 else [torch.zeros_like(draws[0]), *draws])
 
     def _network(self, i: int, x_RD: Tensor, modulations: _Modulations) -> Tensor:
         """Outputs [G, R, 2 D] float32 at step i."""

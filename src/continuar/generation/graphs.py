@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor
 from continuar.backbones.causal import Causal
 from continuar.backbones.mae import MAE
 from continuar.errors import UserError, require
-from continuar.generation.capture import Graphs
+from continuar.generation.capture import Clock, GraphPool, Graphs
 from continuar.generation.eager import Begun, NoiseOf, Progress, Start, begin
 from continuar.generation.fast_causal import FastCausal
 from continuar.generation.fast_head import FastDiffusion
@@ -37,7 +38,7 @@ from continuar.guidance import Guidance
 from continuar.heads.diffusion import DiffusionHead, DiffusionOptions
 from continuar.model import Model
 from continuar.noise import KeyedNoise, RowNoise
-from continuar.precision import without_autocast
+from continuar.precision import matmul_precision
 from continuar.rows import put_, take
 
 IDLE_DESKS = 4
@@ -63,6 +64,9 @@ class GraphEngine:
         kernels: fused or plain operations; None: the best there are.
         strict: raise what a capture raises, instead of going on without.
 
+    Attributes:
+        clock: measures the parts of generations that begin while it is set.
+
     Raises:
         UserError: a model it cannot run, or another precision.
     """
@@ -77,7 +81,8 @@ class GraphEngine:
         self._weights = Weights(model, precision)
         self.kernels = kernels or best_kernels(self.device.type)
         self._strict, self._idle = strict, deque[_Desk]()
-        self._pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        self._pool = GraphPool(self.device) if self.device.type == "cuda" else None
+        self.clock: Clock | None = None
 
     @torch.no_grad()
     def stream(
@@ -88,15 +93,15 @@ class GraphEngine:
         Raises:
             UserError: as of `eager.stream`, or a batch that does not fit the GPU's memory.
         """
-        with without_autocast(start.seeds_B):
+        with self._computing():
             self._weights.refresh()
             begun = begin(self.model, start, options, order_BN)
             desk = self._take(begun)
         try:
-            with without_autocast(start.seeds_B):
-                desk.begin(begun, start.seeds_B)
+            with self._computing():
+                desk.begin(begun, start.seeds_B, self.clock)
             for number, step in enumerate(begun.plan):
-                with without_autocast(start.seeds_B):
+                with self._computing():
                     values = desk.step(begun, step.start, step.size, step.scale, noise_of)
                     index = begun.order_BN[:, step.start : step.start + step.size]
                     put_(begun.tokens, index, values)
@@ -119,6 +124,13 @@ class GraphEngine:
             tokens = progress.tokens
         return tokens
 
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Precision is the engine's own: no autocast, and with bfloat16 what stays float32 may be multiplied as TF32."""
+        level = torch.get_float32_matmul_precision() if self._weights.dtype == torch.float32 else "high"
+        with torch.autocast(self.device.type, enabled=False), matmul_precision(level):
+            yield
+
     def _take(self, begun: Begun) -> _Desk:
         shape = _shape(begun)
         for desk in self._idle:
@@ -129,7 +141,7 @@ class GraphEngine:
             assert begun.options.head is not None
             size = bytes_per_image(self.model, begun.plan, begun.options.head, begun.copies, self._weights.dtype)
             check_fits(len(begun.order_BN), size, free_bytes(self.device))
-        return _Desk(self._weights, begun, self.kernels, Graphs(self.device, self._strict, self._pool))
+        return _Desk(self._weights, begun, self.kernels, Graphs(self._pool, self._strict))
 
     def _give_back(self, desk: _Desk) -> None:
         if desk.made == self._weights.made:
@@ -170,9 +182,9 @@ class _Desk:
         self._draws: dict[DiffusionOptions, FastDiffusion] = {}
         self._events: deque[torch.cuda.Event] = deque()
 
-    def begin(self, begun: Begun, seeds_B: Tensor) -> None:
+    def begin(self, begun: Begun, seeds_B: Tensor, clock: Clock | None) -> None:
         """A new generation on this desk."""
-        self._seeds = seeds_B
+        self._seeds, self._graphs.clock = seeds_B, clock
         self._temperature.fill_(begun.options.temperature)
         self._backbone.begin(begun.cond, begun.order_BN)
         self._events.clear()
@@ -186,7 +198,8 @@ class _Desk:
         rows, backbone = self._rows[size], self._backbone
         backbone.aim(known)
         self._graphs.run(
-            ("z", *backbone.key(known, size)), lambda: _copy(rows.z_GRZ, backbone.predict(known, size).view(rows.z_GRZ.shape))
+            ("transformer", *backbone.key(known, size)),
+            lambda: _copy(rows.z_GRZ, backbone.predict(known, size).view(rows.z_GRZ.shape)),
         )
         rows.seeds.copy_(self._seeds.repeat_interleave(size))
         rows.positions.copy_(begun.order_BN[:, known : known + size].flatten())

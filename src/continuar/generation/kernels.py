@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from continuar.heads.mlp import LN_EPS
-from continuar.noise import KeyedNoise, Purpose, RowNoise
+from continuar.noise import KeyedNoise, Purpose
 
 _LOG = logging.getLogger(__name__)
 
@@ -65,13 +65,9 @@ class Kernels:
         guided = out[0, :, :dim] if len(out) == 1 else torch.lerp(out[1, :, :dim], out[0, :, :dim], guidance)
         return torch.addcmul(torch.add(a * x, guided, alpha=b), (c * out[0, :, dim:]).exp(), noise)
 
-    def normals(self, noise: RowNoise, purpose: Purpose, steps: int, dim: int) -> Tensor:
-        """Standard normal [steps, R, dim] of all steps."""
-        if isinstance(noise, KeyedNoise):
-            return noise.normals(purpose, steps, dim)
-        # A recorded draw may lack the last step's, index 0, which adds none.
-        later = [noise.normal(purpose, i, dim) for i in range(1, steps)]
-        return torch.stack((torch.zeros_like(noise.normal(Purpose.INITIAL, 0, dim)), *later))
+    def normals(self, noise: KeyedNoise, purpose: Purpose, steps: int, dim: int) -> Tensor:
+        """Standard normal [steps, R, dim] of steps 0 to ``steps`` - 1."""
+        return noise.normals(purpose, steps, dim)
 
 
 @cache

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from continuar.generation.kernels import Kernels
 from continuar.heads.mlp import LN_EPS
-from continuar.noise import KeyedNoise, Purpose, RowNoise
+from continuar.noise import KeyedNoise, Purpose
 
 
 @triton.jit
@@ -106,10 +106,12 @@ class TritonKernels(Kernels):
         width, rows = h.shape[-1], shift.shape[0] * shift.shape[1]
         # Parts of one row of modulations: their rows are that row's length apart.
         stride = shift.stride(1)
-        assert h.is_contiguous() and shift.stride(-1) == scale.stride(-1) == 1
-        assert scale.stride() == shift.stride() and (len(shift) == 1 or shift.stride(0) == shift.shape[1] * stride)
+        assert h.is_contiguous()
+        assert shift.stride(-1) == scale.stride(-1) == 1
         gate, y = gated if gated is not None else (shift, h)
-        assert gated is None or ((gate.stride() == shift.stride() or rows == 1) and y.is_contiguous())
+        assert shift.stride() == scale.stride() == gate.stride()
+        assert len(shift) == 1 or shift.stride(0) == shift.shape[1] * stride
+        assert y.is_contiguous()
         h_out = torch.empty(shift.shape, dtype=h.dtype, device=h.device) if gated is not None else h
         n = torch.empty(shift.shape, dtype=dtype, device=h.device)
         _gate_norm_modulate[(rows,)](
@@ -119,16 +121,14 @@ class TritonKernels(Kernels):
         return h_out, n
 
     def update(self, x: Tensor, out: Tensor, guidance: Tensor, noise: Tensor, a: float, b: float, c: float) -> Tensor:
-        assert x.is_contiguous() and out.is_contiguous() and noise.is_contiguous()
+        assert all(tensor.is_contiguous() for tensor in (x, out, noise))
         after, block = torch.empty_like(x), 256
         _update[(triton.cdiv(x.numel(), block),)](
             x, out, guidance, noise, after, a, b, c, x.numel(), x.shape[-1], GUIDED=len(out) == 2, BLOCK=block
         )
         return after
 
-    def normals(self, noise: RowNoise, purpose: Purpose, steps: int, dim: int) -> Tensor:
-        if not isinstance(noise, KeyedNoise):
-            return super().normals(noise, purpose, steps, dim)
+    def normals(self, noise: KeyedNoise, purpose: Purpose, steps: int, dim: int) -> Tensor:
         rows, blocks, block = len(noise.seeds), -(-dim // 4), 256
         out = torch.empty(steps, rows, dim, device=noise.seeds.device)
         count = steps * rows * blocks

@@ -21,13 +21,14 @@ from continuar.checkpoints.store import ModelFile, read_json, write_json
 from continuar.configs import differences, from_json, to_json
 from continuar.errors import UserError, require
 from continuar.pipeline import Pipeline
+from continuar.precision import matmul_precision
 from continuar.tokenizers import PixelConfig
 from continuar.training.config import Run
 from continuar.training.parallel import Single, together
 from continuar.training.source import reads_cache, training_data
 from continuar.training.state import load_newest
 from continuar.training.step import TrainStep
-from continuar.training.steps import Interrupted, Report, Steps, matmul_precision
+from continuar.training.steps import Interrupted, Report, Steps
 from continuar.training.trackers import TrackerName, check_tracker, open_tracker
 
 __all__ = ["Interrupted", "Report", "train"]

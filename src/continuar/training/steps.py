@@ -18,6 +18,7 @@ from continuar.errors import UserError
 from continuar.model import Model
 from continuar.pictures import grid, save_png
 from continuar.pipeline import Pipeline, newest_checkpoints, to_uint8
+from continuar.precision import matmul_precision
 from continuar.tokenizers import Tokenizer
 from continuar.training.config import Run
 from continuar.training.log import RunLog
@@ -229,14 +230,3 @@ class Steps:
         began = time.monotonic()
         yield
         self._since += time.monotonic() - began
-
-
-@contextmanager
-def matmul_precision(level: str) -> Iterator[None]:
-    """Within the block, float32 matrix products are "highest" (float32) or "high" (TF32, on GPUs that have it)."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(level)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
