@@ -221,8 +221,8 @@ def markdown(header: dict[str, Any], rows: list[dict[str, Any]], equal: list[dic
             "|---|---|---|---|---|---|---|---|---|---|---|",
         ]
         text += [
-            f"| {r['case']} | {r['precision']} | {r['kernels']} | {r['seconds_per_image']:.4f} | {r['required'] or ''} | {r['aim'] or ''} "
-            f"| {r['floor']:.4f} | {r['head']:.0%} | {r['transformer']:.0%} | {r['peak_gib']:.1f} | {r['warmup_seconds']:.0f} |"
+            f"| {r['case']} | {r['precision']} | {r['kernels']} | {r['seconds_per_image']:.4f} "
+            f"| {r['required'] or ''} | {r['aim'] or ''} | {r['floor']:.4f} | {r['head']:.0%} | {r['transformer']:.0%} | {r['peak_gib']:.1f} | {r['warmup_seconds']:.0f} |"
             for r in rows
         ]
     if equal:

@@ -54,7 +54,7 @@ class Settings(SamplingSettings):
     engine: EngineName = "auto"
     """Who generates: eager, as one would explain it; graphs, faster and equal to it; auto, graphs where it can run the model."""
     precision: Precision = "float32"
-    """float32, or bfloat16 for the matrix products of the graphs engine: faster on a GPU, with images slightly other than float32's."""
+    """float32, or bfloat16 for the matrix products of the graphs engine: faster on a GPU, images slightly other than float32's."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     weights: Literal["ema", "raw"] = "ema"

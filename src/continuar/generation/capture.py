@@ -2,7 +2,7 @@
 
 A function is run once, on a side stream, which is its first result and the warm-up of libraries; then it is captured, and from then
 on replayed as one launch. All graphs share one pool of memory: they are replayed one after another, and nothing lives there in
-between. Elsewhere than on CUDA the function is just called. A capture that fails is said once, and functions are called from then on.
+between. Elsewhere than on CUDA the function is just called. A capture that fails is said once; functions are called from then on.
 """
 
 from __future__ import annotations

@@ -9,11 +9,14 @@ G is 2 with guidance and 1 without, B images, N tokens, E width, L slots: N and 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import cast
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from continuar.backbones.blocks import KVCache
+from continuar.backbones.blocks import Block, KVCache
 from continuar.backbones.causal import Causal, CausalState
 from continuar.rows import take
 
@@ -70,8 +73,8 @@ class FastCausal:
         """z [G B, 1, Z] float32 of what `aim` aimed at."""
         causal, batch = self.causal, len(self.slot)
         h = self.slot + take(causal.targets[None], self.target)
-        seen = self.places <= self.at
-        for block, cache in zip(causal.blocks, self.caches, strict=True):
+        seen, blocks = self.places <= self.at, cast(Iterable[Block], causal.blocks)
+        for block, cache in zip(blocks, self.caches, strict=True):
             attention = block.attention
             q, k, v = attention.qkv(block.norm1(h)).view(batch, 1, 3, attention.heads, -1).permute(2, 0, 3, 1, 4)
             cache.k.index_copy_(2, self.at, k)

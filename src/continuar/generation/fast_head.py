@@ -18,7 +18,7 @@ first step stays float32 whole: it multiplies errors by 300 at 100 steps, the se
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -32,7 +32,7 @@ from continuar.diffusion.samplers import SAMPLERS
 from continuar.diffusion.schedule import Schedule
 from continuar.generation.kernels import Kernels
 from continuar.heads.diffusion import DiffusionHead, DiffusionOptions, Prediction
-from continuar.heads.mlp import DenoisingMLP
+from continuar.heads.mlp import Block, DenoisingMLP
 from continuar.noise import KeyedNoise, Purpose, RowNoise
 
 CPU_ROWS = 512
@@ -82,11 +82,11 @@ class FastDiffusion:
 
     def __init__(self, exact: DiffusionHead, fast: DiffusionHead, options: DiffusionOptions, kernels: Kernels) -> None:
         self.exact, self.net, self.options, self.kernels = exact.net, fast.net, options, kernels
-        self.prediction, self.token_dim = exact.prediction, exact.token_dim
+        self.prediction, self.token_dim = cast(Prediction, exact.prediction), exact.token_dim
         self.sampler = SAMPLERS[options.sampler]
         self.schedule = self.sampler.schedule(options.diffusion_steps)
         self.updates = ancestral_updates(self.schedule, self.prediction)
-        self.dtype = self.net.blocks[0].mlp[0].weight.dtype
+        self.dtype = self.net.modulation.weight.dtype
         low = self.dtype != torch.float32
         self.exact_steps = 1 if low and self.prediction == "eps" else 0
 
@@ -125,7 +125,7 @@ class FastDiffusion:
         return x
 
     def _normals(self, noise: RowNoise, purpose: Purpose, steps: int) -> Tensor:
-        """Standard normal [steps, R, D]. Of noise that others made, the draws that the sampler asks for: none at step 0 of several."""
+        """Standard normal [steps, R, D]. Of noise of another kind, only what the sampler asks for: none at step 0 of several."""
         if isinstance(noise, KeyedNoise):
             return self.kernels.normals(noise, purpose, steps, self.token_dim)
         draws = [noise.normal(purpose, i, self.token_dim) for i in range(steps > 1, steps)]
@@ -151,7 +151,7 @@ def denoise(net: DenoisingMLP, exact: DenoisingMLP, x_RD: Tensor, modulation_GRM
     part = modulation_GRM.unflatten(-1, (-1, width)).unbind(-2)
     h = exact.input(x_RD).unsqueeze(0)
     gated: tuple[Tensor, Tensor] | None = None
-    for i, block in enumerate(net.blocks):
+    for i, block in enumerate(cast(Iterable[Block], net.blocks)):
         shift, scale, gate = part[3 * i : 3 * i + 3]
         h, n = kernels.gate_norm_modulate(h, gated, (block.norm.weight, block.norm.bias), shift, scale, shift.dtype)
         gated = gate, block.mlp(n)

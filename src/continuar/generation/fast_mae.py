@@ -61,10 +61,9 @@ class FastMAE:
     def commit(self, first: int, x_BKE: Tensor) -> None:
         """Embedded tokens of places ``first`` on of the order."""
         end = first + x_BKE.shape[1]
+        places = slice(self.mae.buffer + first, self.mae.buffer + end)
         rows = self.mae.input_norm(x_BKE.to(self.inputs.dtype) + self.token_positions[:, first:end])
-        self.inputs.view(self.copies, self.images, *self.inputs.shape[1:])[
-            :, :, self.mae.buffer + first : self.mae.buffer + end
-        ] = rows
+        self.inputs.unflatten(0, (self.copies, self.images))[:, :, places] = rows
 
     def aim(self, known: int) -> None:
         """Nothing to prepare: places are part of the shapes."""

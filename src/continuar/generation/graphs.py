@@ -2,9 +2,9 @@
 
 1. The backbone keeps buffers in the order of generation (`fast_mae`) or decodes by one step of fixed shapes (`fast_causal`).
 2. The diffusion head's loop touches only what depends on x_t (`fast_head`); other heads draw as they are.
-3. On CUDA both are captured, the backbone per number of known and predicted tokens, the head per number of rows, and replayed as one
-   launch each (`capture`); a CPU computes with packed weights (`packed`). Nothing reads back to the host; so that progress is honest
-   and an interruption stops soon, the host waits where it is two steps ahead.
+3. On CUDA both are captured, the backbone per number of known and predicted tokens, the head per number of rows, and replayed as
+   one launch each (`capture`); a CPU computes with packed weights (`packed`). Nothing reads back to the host; so that progress is
+   honest and an interruption stops soon, the host waits where it is two steps ahead.
 
 Tensors of one generation lie in a `_Desk`, to which graphs are bound. A desk is in use by one generation at a time and kept for
 the next of its shape.

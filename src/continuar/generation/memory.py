@@ -1,7 +1,7 @@
 """What a batch of a generation needs on a GPU, estimated before anything is allocated.
 
-Everything grows with the number of images: the transformer's rows and their activations, the head's rows with one step's modulations,
-and the noise of all diffusion steps.
+Everything grows with the number of images: the transformer's rows and their activations, the head's rows with one step's
+modulations, and the noise of all diffusion steps.
 """
 
 from __future__ import annotations

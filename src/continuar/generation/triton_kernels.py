@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false, reportIndexIssue=false
 """The fused operations of the sampling loop in Triton: each is one launch where PyTorch needs three to eight."""
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from continuar.generation.packed import pack_linears
+from continuar.generation.packed import PackedLinear, pack_linears
 from continuar.model import Model
 
 Precision = Literal["float32", "bfloat16"]
@@ -70,8 +70,9 @@ def _shallow(model: Model) -> Model:
     return copy.deepcopy(model, {id(p): p for p in (*model.parameters(), *model.buffers())})
 
 
-def sliced_linear(linear: nn.Module, rows: slice) -> nn.Linear:
+def sliced_linear(linear: nn.Linear | PackedLinear, rows: slice) -> nn.Linear:
     """Some outputs of a Linear, as a Linear whose weight is a view: it follows what is written into the whole one."""
+    assert linear.bias is not None
     weight, bias = linear.weight[rows].detach(), linear.bias[rows].detach()
     out = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
     out.weight, out.bias = nn.Parameter(weight, requires_grad=False), nn.Parameter(bias, requires_grad=False)
