@@ -28,7 +28,7 @@ from continuar.backbones import BackboneConfig, CausalConfig, MAEConfig
 from continuar.generation import eager
 from continuar.generation.engines import make_engine
 from continuar.generation.graphs import GraphEngine
-from continuar.generation.kernels import Kernels, best_kernels
+from continuar.generation.kernels import Kernels
 from continuar.generation.measure import Speed, matmul_peak, measure
 from continuar.generation.memory import bytes_per_image
 from continuar.generation.plan import SamplingOptions, make_plan
@@ -87,6 +87,16 @@ CASES = {
     "smoke": Case("tiny", 2, 64, 4, 2, None, None, 5, 5),
 }
 TABLE = [name for name in CASES if name != "smoke"]
+
+
+def triton_kernels(few_rows: int | None = None) -> Kernels:
+    from continuar.generation.triton_kernels import TritonKernels
+
+    return TritonKernels() if few_rows is None else TritonKernels(few_rows)
+
+
+KERNELS = {"plain": Kernels, "triton": triton_kernels, "triton-rows": lambda: triton_kernels(0)}
+"""Plain; fused, with the step for few rows; fused without it."""
 
 
 def build(backbone: BackboneConfig, order: Any, head: DiffusionHeadConfig, device: torch.device) -> Model:
@@ -222,7 +232,8 @@ def markdown(header: dict[str, Any], rows: list[dict[str, Any]], equal: list[dic
         ]
         text += [
             f"| {r['case']} | {r['precision']} | {r['kernels']} | {r['seconds_per_image']:.4f} "
-            f"| {r['required'] or ''} | {r['aim'] or ''} | {r['floor']:.4f} | {r['head']:.0%} | {r['transformer']:.0%} | {r['peak_gib']:.1f} | {r['warmup_seconds']:.0f} |"
+            f"| {r['required'] or ''} | {r['aim'] or ''} | {r['floor']:.4f} | {r['head']:.0%} | {r['transformer']:.0%} "
+            f"| {r['peak_gib']:.1f} | {r['warmup_seconds']:.0f} |"
             for r in rows
         ]
     if equal:
@@ -270,7 +281,7 @@ def eager_row(case: Case, device: torch.device) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", nargs="+", choices=list(CASES), default=TABLE)
-    parser.add_argument("--kernels", nargs="+", choices=["plain", "triton"], default=["triton"])
+    parser.add_argument("--kernels", nargs="+", choices=list(KERNELS), default=["triton"])
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--budget", type=float, default=540.0, help="seconds after which no case is begun")
@@ -297,8 +308,8 @@ def main() -> None:
             if left < case.about:
                 print(f"{case.title}: not begun, {left:.0f} s are left and it may take {case.about:.0f}", flush=True)
                 continue
-            kernels = best_kernels(device.type) if kind == "triton" else Kernels()
             try:
+                kernels = KERNELS[kind]()
                 rows.append(run_case(case, kernels, options.precision, peak, device, options.repeats))
                 print(line(rows[-1]), flush=True)
                 write(options.out, header, rows, [])

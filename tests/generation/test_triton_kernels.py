@@ -6,7 +6,8 @@ import os
 import pytest
 import torch
 
-from continuar.generation.kernels import Kernels
+from continuar.generation.kernels import Kernels, largest_difference
+from continuar.heads.mlp import DenoisingMLP
 from continuar.noise import KeyedNoise, Purpose
 
 pytest.importorskip("triton")
@@ -51,3 +52,27 @@ def test_normals(dim: int, purpose: Purpose) -> None:
         noise = KeyedNoise(seeds, positions, round)
         plain, fused = (k.normals(noise, purpose, steps, dim) for k in (PLAIN, FUSED))
         torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("low", [False, True])
+@pytest.mark.parametrize(("copies", "rows", "dim", "width", "depth"), [(1, 1, 5, 40, 2), (2, 3, 16, 300, 3), (2, 8, 6, 24, 1)])
+def test_small_step(copies: int, rows: int, dim: int, width: int, depth: int, low: bool) -> None:
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if low and DEVICE == "cuda" else torch.float32
+    exact = DenoisingMLP(dim, 8, width, depth).requires_grad_(False).to(DEVICE)
+    for parameter in exact.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    net = DenoisingMLP(dim, 8, width, depth).requires_grad_(False).to(DEVICE, dtype)
+    net.load_state_dict(exact.state_dict())
+    x, noise = torch.randn(rows, dim, device=DEVICE), torch.randn(rows, dim, device=DEVICE)
+    modulation = 0.3 * torch.randn(copies, rows, (3 * depth + 2) * width, device=DEVICE, dtype=dtype)
+    arguments = x, exact.input(x).unsqueeze(0), modulation, torch.tensor(1.7, device=DEVICE), noise, 0.9, -0.3, 0.2
+    plain, fused = (k.small_step(net, exact, *arguments) for k in (PLAIN, FUSED))
+    for ours, theirs in zip(fused, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=3e-2 if low else 1e-5, atol=3e-2 if low else 1e-5)
+
+
+def test_the_check_before_use_passes_and_finds_a_fault() -> None:
+    assert largest_difference(FUSED, torch.device(DEVICE)) < 1e-4
+    faulty = type("Faulty", (Kernels,), {"update": lambda self, x, *_: x})()
+    assert largest_difference(faulty, torch.device(DEVICE)) > 1e-3

@@ -18,7 +18,7 @@ first step stays float32 whole: it multiplies errors by 300 at 100 steps, the se
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -32,7 +32,7 @@ from continuar.diffusion.samplers import SAMPLERS
 from continuar.diffusion.schedule import Schedule
 from continuar.generation.kernels import Kernels
 from continuar.heads.diffusion import DiffusionHead, DiffusionOptions, Prediction
-from continuar.heads.mlp import Block, DenoisingMLP
+from continuar.heads.mlp import DenoisingMLP
 from continuar.noise import KeyedNoise, Purpose, RowNoise
 
 CPU_ROWS = 512
@@ -119,9 +119,15 @@ class FastDiffusion:
         noise_SRD = self._normals(noise, Purpose.STEP, len(self.updates))
         spread_S = _constants(tuple(u.spread for u in self.updates), x.device)
         noise_SRD = noise_SRD * (temperature * spread_S).view(-1, 1, 1)
+        small, h = modulations.rows <= self.kernels.few_rows, None
         for i in reversed(range(len(self.updates))):
-            u = self.updates[i]
-            x = self.kernels.update(x, self._network(i, x, modulations), scale, noise_SRD[i], u.a, u.b, u.c)
+            u, noise_RD = self.updates[i], noise_SRD[i]
+            if small and not self._is_exact(i):
+                h = self.exact.input(x).unsqueeze(0) if h is None else h
+                modulation = modulations.at(i, self.net)
+                x, h = self.kernels.small_step(self.net, self.exact, x, h, modulation, scale, noise_RD, u.a, u.b, u.c)
+            else:
+                x = self.kernels.update(x, self._network(i, x, modulations), scale, noise_RD, u.a, u.b, u.c)
         return x
 
     def _normals(self, noise: RowNoise, purpose: Purpose, steps: int) -> Tensor:
@@ -134,29 +140,10 @@ class FastDiffusion:
     def _network(self, i: int, x_RD: Tensor, modulations: _Modulations) -> Tensor:
         """Outputs [G, R, 2 D] float32 at step i."""
         net = self.exact if self._is_exact(i) else self.net
-        return denoise(net, self.exact, x_RD, modulations.at(i, net), self.kernels)
+        return self.kernels.denoise(net, self.exact, self.exact.input(x_RD).unsqueeze(0), modulations.at(i, net))
 
     def _is_exact(self, i: int) -> bool:
         return i >= len(self.updates) - self.exact_steps
-
-
-def denoise(net: DenoisingMLP, exact: DenoisingMLP, x_RD: Tensor, modulation_GRM: Tensor, kernels: Kernels) -> Tensor:
-    """`DenoisingMLP.denoise` for rows that are shared by G modulations each: [G, R, outputs D], float32.
-
-    Args:
-        net: whose blocks compute. exact: the same in float32, whose input and output layers do.
-        modulation_GRM: M = (3 depth + 2) W; see `DenoisingMLP`.
-    """
-    width = net.width
-    part = modulation_GRM.unflatten(-1, (-1, width)).unbind(-2)
-    h = exact.input(x_RD).unsqueeze(0)
-    gated: tuple[Tensor, Tensor] | None = None
-    for i, block in enumerate(cast(Iterable[Block], net.blocks)):
-        shift, scale, gate = part[3 * i : 3 * i + 3]
-        h, n = kernels.gate_norm_modulate(h, gated, (block.norm.weight, block.norm.bias), shift, scale, shift.dtype)
-        gated = gate, block.mlp(n)
-    h, n = kernels.gate_norm_modulate(h, gated, None, part[-2], part[-1], torch.float32)
-    return exact.output(n)
 
 
 class _Modulations:
@@ -164,9 +151,9 @@ class _Modulations:
 
     def __init__(self, head: FastDiffusion, time_SW: Tensor, condition_GRW: Tensor) -> None:
         self._head, self._time, self._condition = head, time_SW, condition_GRW
-        rows, net = condition_GRW.shape[0] * condition_GRW.shape[1], head.net
-        size = rows * (3 * net.depth + 2) * net.width * (torch.finfo(head.dtype).bits // 8)
-        self._length = max(1, CPU_ROWS // rows if time_SW.device.type == "cpu" else GPU_BYTES // size)
+        self.rows, net = condition_GRW.shape[0] * condition_GRW.shape[1], head.net
+        size = self.rows * (3 * net.depth + 2) * net.width * (torch.finfo(head.dtype).bits // 8)
+        self._length = max(1, CPU_ROWS // self.rows if time_SW.device.type == "cpu" else GPU_BYTES // size)
         self._first = len(time_SW)
 
     def at(self, i: int, net: DenoisingMLP) -> Tensor:

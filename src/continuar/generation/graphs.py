@@ -79,7 +79,7 @@ class GraphEngine:
         require(precision in DTYPES, f"precision is '{precision}'; allowed: {', '.join(DTYPES)}")
         self.model, self.device = model, next(model.parameters()).device
         self._weights = Weights(model, precision)
-        self.kernels = kernels or best_kernels(self.device.type)
+        self.kernels = kernels or best_kernels(self.device)
         self._strict, self._idle = strict, deque[_Desk]()
         self._pool = GraphPool(self.device) if self.device.type == "cuda" else None
         self.clock: Clock | None = None

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from continuar.generation.kernels import Kernels
+from continuar.generation.triton_small import MOST_ROWS, small_step
 from continuar.heads.mlp import LN_EPS
 from continuar.noise import KeyedNoise, Purpose
 
@@ -94,6 +97,12 @@ class TritonKernels(Kernels):
     """See the module's docstring; what each computes is said in `Kernels`."""
 
     name = "triton"
+
+    def __init__(self, few_rows: int = MOST_ROWS) -> None:
+        self.few_rows = few_rows
+
+    def small_step(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        return small_step(*arguments)
 
     def gate_norm_modulate(
         self,
