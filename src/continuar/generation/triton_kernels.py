@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -12,7 +10,7 @@ from torch import Tensor
 
 from continuar.generation.kernels import Kernels
 from continuar.generation.triton_small import MOST_ROWS, small_step
-from continuar.heads.mlp import LN_EPS
+from continuar.heads.mlp import LN_EPS, DenoisingMLP
 from continuar.noise import KeyedNoise, Purpose
 
 
@@ -101,8 +99,20 @@ class TritonKernels(Kernels):
     def __init__(self, few_rows: int = MOST_ROWS) -> None:
         self.few_rows = few_rows
 
-    def small_step(self, *arguments: Any) -> tuple[Tensor, Tensor]:
-        return small_step(*arguments)
+    def small_step(
+        self,
+        net: DenoisingMLP,
+        exact: DenoisingMLP,
+        x: Tensor,
+        h: Tensor,
+        modulation: Tensor,
+        guidance: Tensor,
+        noise: Tensor,
+        a: float,
+        b: float,
+        c: float,
+    ) -> tuple[Tensor, Tensor]:
+        return small_step(net, exact, x, h, modulation, guidance, noise, a, b, c)
 
     def gate_norm_modulate(
         self,
