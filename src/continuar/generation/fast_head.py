@@ -86,13 +86,17 @@ class FastDiffusion:
         self.sampler = SAMPLERS[options.sampler]
         self.schedule = self.sampler.schedule(options.diffusion_steps)
         self.updates = ancestral_updates(self.schedule, self.prediction)
+        # Held here, for a captured graph reads them where they lie.
+        device = self.net.modulation.weight.device
+        self._coefficients = coefficients(self.schedule, device)
+        self._spread_S = torch.tensor([u.spread for u in self.updates], device=device)
         self.dtype = self.net.modulation.weight.dtype
         low = self.dtype != torch.float32
         self.exact_steps = 1 if low and self.prediction == "eps" else 0
 
     def draw(self, z_GRZ: Tensor, scale: Tensor, temperature: Tensor, noise: RowNoise) -> Tensor:
         """Tokens [R, D] float32 for z [G, R, Z] float32: conditional, then unconditional where guided."""
-        c = coefficients(self.schedule, z_GRZ.device)
+        c = self._coefficients
         time_SW = self.exact.time_embedding(c.timesteps)
         condition_GRW = self.exact.condition(z_GRZ.to(self.exact.condition.weight.dtype))
         modulations = _Modulations(self, time_SW, condition_GRW)
@@ -117,8 +121,7 @@ class FastDiffusion:
 
     def _ancestral(self, x: Tensor, modulations: _Modulations, scale: Tensor, temperature: Tensor, noise: RowNoise) -> Tensor:
         noise_SRD = self._normals(noise, Purpose.STEP, len(self.updates))
-        spread_S = _constants(tuple(u.spread for u in self.updates), x.device)
-        noise_SRD = noise_SRD * (temperature * spread_S).view(-1, 1, 1)
+        noise_SRD = noise_SRD * (temperature * self._spread_S).view(-1, 1, 1)
         small, h = modulations.rows <= self.kernels.few_rows, None
         for i in reversed(range(len(self.updates))):
             u, noise_RD = self.updates[i], noise_SRD[i]
@@ -168,14 +171,3 @@ class _Modulations:
     def _of(self, net: DenoisingMLP, first: int, end: int) -> Tensor:
         y = F.silu(self._time[first:end, None, None] + self._condition)
         return net.modulation(y.to(net.modulation.weight.dtype))
-
-
-_CONSTANTS: dict[tuple[tuple[float, ...], str], Tensor] = {}
-
-
-def _constants(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Numbers on a device; kept, because a capture cannot copy them there."""
-    key = values, str(device)
-    if key not in _CONSTANTS:
-        _CONSTANTS[key] = torch.tensor(values, device=device)
-    return _CONSTANTS[key]
