@@ -1,8 +1,8 @@
 """CUDA graphs of functions that read and write tensors which stay where they are.
 
 A function is run once, on a side stream, which is its first result and the warm-up of libraries; then it is captured, and from then
-on replayed as one launch. All graphs share one pool of memory: they are replayed one after another, and nothing lives there in
-between. Elsewhere than on CUDA the function is just called. A capture that fails is said once; functions are called from then on.
+on replayed as one launch. Graphs share a pool of memory: they are replayed one after another, and nothing lives there in between.
+Elsewhere than on CUDA the function is just called. A capture that fails is said once, and functions are called from then on.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Key = tuple[object, ...]
 
 
 class GraphPool:
-    """What the graphs of one engine share: the memory of their intermediate results, and the stream they are captured on."""
+    """What some graphs share: the memory of their intermediate results, and the stream they are captured on. It ends with them."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.handle, self.stream = device, torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
@@ -31,7 +31,7 @@ class Graphs:
     """See the module's docstring.
 
     Args:
-        pool: shared with others; None: there are no graphs here.
+        pool: of these graphs; None: there are none here.
         strict: raise what a capture raises, instead of falling back.
 
     Attributes:

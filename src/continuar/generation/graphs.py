@@ -31,7 +31,7 @@ from continuar.generation.fast_causal import FastCausal
 from continuar.generation.fast_head import FastDiffusion
 from continuar.generation.fast_mae import FastMAE
 from continuar.generation.kernels import Kernels, best_kernels
-from continuar.generation.memory import bytes_per_image, check_fits, free_bytes
+from continuar.generation.memory import bytes_per_image, check_fits, fits, free_bytes
 from continuar.generation.plan import SamplingOptions
 from continuar.generation.weights import DTYPES, Precision, Weights
 from continuar.guidance import Guidance
@@ -81,7 +81,6 @@ class GraphEngine:
         self._weights = Weights(model, precision)
         self.kernels = kernels or best_kernels(self.device)
         self._strict, self._idle = strict, deque[_Desk]()
-        self._pool = GraphPool(self.device) if self.device.type == "cuda" else None
         self.clock: Clock | None = None
 
     @torch.no_grad()
@@ -139,9 +138,12 @@ class GraphEngine:
                 return desk
         if self.device.type == "cuda":
             assert begun.options.head is not None
-            size = bytes_per_image(self.model, begun.plan, begun.options.head, begun.copies, self._weights.dtype)
-            check_fits(len(begun.order_BN), size, free_bytes(self.device))
-        return _Desk(self._weights, begun, self.kernels, Graphs(self._pool, self._strict))
+            each = bytes_per_image(self.model, begun.plan, begun.options.head, begun.copies, self._weights.dtype)
+            if not fits(len(begun.order_BN), each, free_bytes(self.device)):
+                self._idle.clear()
+            check_fits(len(begun.order_BN), each, free_bytes(self.device))
+        pool = GraphPool(self.device) if self.device.type == "cuda" else None
+        return _Desk(self._weights, begun, self.kernels, Graphs(pool, self._strict))
 
     def _give_back(self, desk: _Desk) -> None:
         if desk.made == self._weights.made:

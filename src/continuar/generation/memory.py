@@ -51,22 +51,30 @@ def bytes_per_image(model: Model, plan: tuple[PlanStep, ...], options: Options, 
     return transformer + head
 
 
+def fits(images: int, per_image: int, free: int) -> bool:
+    """Whether a batch fits by the estimate."""
+    return images * per_image <= _room(free)
+
+
+def _room(free: int) -> int:
+    return int(HEADROOM * free) - FIXED
+
+
 def check_fits(images: int, per_image: int, free: int) -> None:
     """Refuses a batch that the estimate says does not fit.
 
     Raises:
         UserError: with the batch that would.
     """
-    room = int(HEADROOM * free) - FIXED
-    if images * per_image <= room:
+    if fits(images, per_image, free):
         return
-    fits = max(room // per_image, 0)
-    allowed = f"allowed: 1 to {fits}" if fits else "not even one image fits"
+    most = max(_room(free) // per_image, 0)
+    allowed = f"allowed: 1 to {most}" if most else "not even one image fits"
     needs = (images * per_image + FIXED) / GIB
     raise UserError(f"a batch of {images} images needs about {needs:.1f} GiB, and {free / GIB:.1f} GiB are free; {allowed}")
 
 
 def free_bytes(device: torch.device) -> int:
-    """What the device has left, with what PyTorch has reserved and does not use."""
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    """What the device has left. What PyTorch keeps without need is given back first; what graphs keep is theirs."""
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
