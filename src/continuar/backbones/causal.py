@@ -104,6 +104,9 @@ class Causal(Backbone[CausalState]):
     def queried_counts(self) -> dict[int, float]:
         return {self.count: 1.0}
 
+    def position_tables(self) -> dict[str, int]:
+        return {"positions": 0, "targets": 0}
+
     def start(self, cond_BCE: Tensor, positions: int) -> CausalState:
         batch, count, width = cond_BCE.shape
         shape = batch, self.heads, count + positions, width // self.heads

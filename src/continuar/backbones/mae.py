@@ -145,6 +145,9 @@ class MAE(Backbone[MAEState]):
     def queried_counts(self) -> dict[int, float]:
         return self.mask_count.distribution()
 
+    def position_tables(self) -> dict[str, int]:
+        return {"encoder_positions": self.buffer, "decoder_positions": self.buffer, "z_positions": 0}
+
     def start(self, cond_BCE: Tensor, positions: int) -> MAEState:
         batch = len(cond_BCE)
         x = cond_BCE.new_zeros(batch, positions, self.width)

@@ -171,6 +171,9 @@ class Run:
     ema: EMAConfig = field(default_factory=EMAConfig)
     train: LoopConfig = field(default_factory=LoopConfig)
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    init: str = ""
+    """A run, saved model, checkpoint or official .pth file whose (averaged) weights the run begins with; empty: random ones. Grid,
+    classes, order, dropout and masks may differ from its own: position embeddings are interpolated."""
     seed: int = 0
     """Of initial weights, the order of images and every draw; 0 or more."""
 
