@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from continuar.backbones.rotary import Rotation, turn
 from continuar.errors import require
 
 LN_EPS = 1e-6
@@ -44,10 +45,17 @@ class Attention(nn.Module):
         self.projection = nn.Linear(width, width)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x_BLE: Tensor, *, causal: bool = False, cache: KVCache | None = None, at: int = 0) -> Tensor:
-        """Attention within x, triangular if ``causal``; with a cache, also to its first ``at`` slots, behind which x is written."""
+    def forward(
+        self, x_BLE: Tensor, *, causal: bool = False, cache: KVCache | None = None, at: int = 0, rotation: Rotation | None = None
+    ) -> Tensor:
+        """Attention within x, triangular if ``causal``; with a cache, also to its first ``at`` slots, behind which x is written.
+
+        A cache holds keys that are turned already.
+        """
         batch, length, width = x_BLE.shape
         q, k, v = self.qkv(x_BLE).view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        if rotation is not None:
+            q, k = turn(q, rotation.query), turn(k, rotation.key)
         mask = None
         if cache is not None:
             k, v = cache.write(k, v, at)
@@ -74,9 +82,11 @@ class Block(nn.Module):
             nn.Dropout(dropout),
         )
 
-    def forward(self, x_BLE: Tensor, *, causal: bool = False, cache: KVCache | None = None, at: int = 0) -> Tensor:
+    def forward(
+        self, x_BLE: Tensor, *, causal: bool = False, cache: KVCache | None = None, at: int = 0, rotation: Rotation | None = None
+    ) -> Tensor:
         """See `Attention.forward`."""
-        x_BLE = x_BLE + self.attention(self.norm1(x_BLE), causal=causal, cache=cache, at=at)
+        x_BLE = x_BLE + self.attention(self.norm1(x_BLE), causal=causal, cache=cache, at=at, rotation=rotation)
         return x_BLE + self.mlp(self.norm2(x_BLE))
 
 
