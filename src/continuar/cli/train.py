@@ -23,6 +23,7 @@ from continuar.devices import pick_device
 from continuar.errors import require
 from continuar.model import parameter_counts
 from continuar.recipes import RECIPES, find_recipe
+from continuar.training.advice import warn
 from continuar.training.config import Run
 from continuar.training.flops import generation_flops, training_flops
 from continuar.training.loop import Report, train
@@ -144,6 +145,7 @@ def dry_run(run: Run) -> str:
         run, classes = data.run, len(data.classes)
     elif not classes and run.data.path:
         classes = len(class_names(run.data.path, run.data.split))
+    warn(run)
     # Without data at hand the number of classes is unknown; it moves one small embedding.
     config = run.model_config(classes or 1)
     with torch.device("meta"):

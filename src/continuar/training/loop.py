@@ -22,6 +22,7 @@ from continuar.configs import differences, from_json, to_json
 from continuar.errors import UserError, require
 from continuar.pipeline import Pipeline, newest_checkpoints
 from continuar.tokenizers import PixelConfig
+from continuar.training.advice import warn
 from continuar.training.config import Run
 from continuar.training.initial import begin_from
 from continuar.training.parallel import Single, together
@@ -70,6 +71,8 @@ def train(
         run = shared_out(run, directory, parallel)
         data = training_data(run, on_read, directory if resume else None)
     run, tokenizer = data.run, data.tokenizer
+    if parallel.first:
+        warn(run)
     if not reads_cache(run.data):
         parallel.share(list(tokenizer.state_dict().values()))  # fitted, which hardware may round otherwise
     torch.manual_seed(run.seed)

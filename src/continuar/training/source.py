@@ -111,7 +111,7 @@ def cache_tokenizer(cache: LatentCache, place: str, kept: list[Path]) -> Tokeniz
             not gone, f"the tokenizer of {cache.directory} was at {where}, which is gone; --data.tokenizer says where it is now"
         )
         ids = info.dtype == "int32" and len(info.shape) == 1
-        tokenizer = load_tokenizer(where, Changes(info.image_size, ids=ids or None))
+        tokenizer = load_tokenizer(where, Changes(info.image_size, ids=ids or None), warn=False)
     cache.check_fingerprint(fingerprint(tokenizer))
     unmeasured = isinstance(tokenizer.config, VAEConfig) and tokenizer.config.scale == 0
     require(not unmeasured, f"{where} has no scale yet: `continuar tokenizer stats {where} {cache.directory}` measures it")
