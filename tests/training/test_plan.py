@@ -61,6 +61,32 @@ def test_activations_are_linear_in_the_batch_and_take_the_larger_extreme() -> No
     assert activations(model, bf16=False).copies == 0
 
 
+def test_recomputed_blocks_leave_their_inputs_and_one_block() -> None:
+    config = next(c for c in model_configs() if c.backbone.kind == "causal" and c.order.kind == "raster")
+    config = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, attention_dropout=0.0))
+    batch, positions, width = 3, config.tokens.positions, config.backbone.width
+
+    def count(depth: int, recompute: bool) -> int:
+        deeper = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, depth=depth))
+        return saved(on_meta(deeper), batch, positions, False, recompute)[0]
+
+    block_input = 4 * batch * positions * width
+    assert count(6, True) - count(2, True) == 4 * block_input
+    one_block = (count(6, False) - count(2, False)) / 4
+    # Of six blocks one is left in full, and of the others their inputs; what is saved outside of blocks is in both.
+    assert count(6, False) - count(6, True) == pytest.approx(5 * (one_block - block_input), rel=0.01)
+    assert one_block > 10 * block_input
+
+
+def test_recomputing_is_planned_as_less_memory_and_at_most_a_third_more_work() -> None:
+    run = RECIPES["mar_b_imagenet256"]()
+    again = dataclasses.replace(run, train=dataclasses.replace(run.train, recompute=True))
+    plain, less = (make_plan(r, 1000, Machine(gpus=8)) for r in (run, again))
+    assert less.memory["ddp"].per_image < 0.7 * plain.memory["ddp"].per_image
+    assert less.memory["ddp"].parts == plain.memory["ddp"].parts
+    assert 1.1 < less.flops_per_image / plain.flops_per_image < 4 / 3
+
+
 MEASURED = [json.loads(line) for line in (Path(__file__).parents[2] / "benchmarks/results/memory.jsonl").read_text().splitlines()]
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from continuar.backbones.rotary import Rotation, turn
 from continuar.errors import require
@@ -67,7 +68,14 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); GELU MLP of ratio 4."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); GELU MLP of ratio 4.
+
+    Attributes:
+        recomputed: where gradients are wanted, keep the block's input alone and compute it again in backward, with the same dropout
+            (Chen et al. 2016, arXiv 1604.06174).
+    """
+
+    recomputed = False
 
     def __init__(self, width: int, heads: int, attention_dropout: float, dropout: float) -> None:
         super().__init__()
@@ -86,6 +94,12 @@ class Block(nn.Module):
         self, x_BLE: Tensor, *, causal: bool = False, cache: KVCache | None = None, at: int = 0, rotation: Rotation | None = None
     ) -> Tensor:
         """See `Attention.forward`."""
+        if self.recomputed and torch.is_grad_enabled():
+            given = {"causal": causal, "cache": cache, "at": at, "rotation": rotation}
+            return checkpoint(self._forward, x_BLE, use_reentrant=False, **given)
+        return self._forward(x_BLE, causal=causal, cache=cache, at=at, rotation=rotation)
+
+    def _forward(self, x_BLE: Tensor, *, causal: bool, cache: KVCache | None, at: int, rotation: Rotation | None) -> Tensor:
         x_BLE = x_BLE + self.attention(self.norm1(x_BLE), causal=causal, cache=cache, at=at, rotation=rotation)
         return x_BLE + self.mlp(self.norm2(x_BLE))
 

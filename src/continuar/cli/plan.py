@@ -55,10 +55,11 @@ def report(run: Run, machine: Machine, plan: Plan, dataset_images: int) -> str:
     """The plan as text."""
     loop, gpus = run.train, machine.gpus
     machines = f"{gpus} GPUs" if gpus > 1 else "1 GPU"
+    recomputed = ", blocks once more forward" if loop.recompute else ""
     accumulated = f", {plan.accumulated} one after another" if plan.accumulated > 1 else ""
     lines = [
         f"parameters       {plan.parameters / 1e6:,.2f} M",
-        f"FLOPs per image  {plan.flops_per_image / 1e9:,.3g} GFLOP, forward and backward at the mean number of masked tokens",
+        f"FLOPs per image  {plan.flops_per_image / 1e9:,.3g} GFLOP, forward and backward{recomputed} at the mean mask ratio",
         f"batch            {loop.batch_size} images on {machines}: micro-batches of {plan.micro_batch}{accumulated}",
         f"duration         {loop.steps:,} steps, {plan.days:,.3g} days at {machine.utilisation:.0%} of {machine.tflops:g} TFLOP/s",
         _data(plan, dataset_images),

@@ -102,7 +102,7 @@ def make_plan(run: Run, classes: int, machine: Machine) -> Plan:
     cached, data_per_image = _data_per_image(run)
     with torch.device("meta"):
         model = config.build()
-    flops = training_flops(config)
+    flops = training_flops(config, loop.recompute)
     bf16 = run.train.precision != "float32"
     seconds = loop.steps * loop.batch_size * flops / (gpus * machine.tflops * 1e12 * machine.utilisation)
     return Plan(
@@ -139,7 +139,7 @@ class _Groups:
 
 def _memory(run: Run, model: Model, gpus: int, bf16: bool) -> dict[Kind, Memory]:
     size, groups, low = 4.0 * _count(model), _Groups.of(model), 2 if bf16 else 4
-    found = activations(model, bf16)
+    found = activations(model, bf16, run.train.recompute)
     averages = 1 + (len(run.ema.lengths) if run.ema.snapshot_images else 0)
     kept = {"weights": size, "gradients": size, "optimizer": 2 * size, "averages": averages * size}
     gathered = 4 * (groups.head + groups.rest) + 2 * max(groups.blocks) * (low + 4) + (2 * groups.head if bf16 else 0)
