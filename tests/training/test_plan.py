@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from continuar.errors import UserError
 from continuar.model import Model, ModelConfig
 from continuar.orders import View
 from continuar.recipes import RECIPES
+from continuar.training.config import Run
 from continuar.training.loop import train
 from continuar.training.memory import GIB, AsOnGPU, activations, saved
 from continuar.training.plan import Machine, Memory, make_plan, out_of_memory
@@ -96,7 +98,7 @@ def test_memory_is_within_a_tenth_of_what_was_measured(result: dict) -> None:
     run = dataclasses.replace(
         run,
         head=dataclasses.replace(run.head, timesteps_per_token=result["timesteps_per_token"]),
-        train=dataclasses.replace(run.train, batch_size=result["batch_size"]),
+        train=dataclasses.replace(run.train, batch_size=result["batch_size"], engine=result["engine"]),
     )
     memory = make_plan(run, run.data.classes, Machine()).memory["ddp"]
     assert memory.total(result["batch_size"]) / GIB == pytest.approx(result["peak_memory_gib"], rel=0.1)
@@ -121,6 +123,25 @@ def test_parts_follow_their_closed_forms() -> None:
     plan = make_plan(halves, 10, Machine(gpus=8))
     assert (plan.micro_batch, plan.accumulated) == (32, 2)
     assert plan.network["ddp"] == pytest.approx(7 * p)
+
+
+def test_graphs_hold_a_second_set_of_activations_while_another_count_warms_up() -> None:
+    run = RECIPES["cifar10"]()
+
+    def ddp(run: Run, **train: Any) -> Memory:
+        return make_plan(dataclasses.replace(run, train=dataclasses.replace(run.train, **train)), 10, Machine()).memory["ddp"]
+
+    eager, graphs = ddp(run, engine="eager"), ddp(run, engine="graphs")
+    inputs = 512 * (64 * 48 * 4 + 8 + 64 * 8)
+    assert graphs.per_image == 2 * eager.per_image
+    assert graphs.parts["copies of weights"] == 2 * eager.parts["copies of weights"]
+    assert graphs.parts["inputs and gradients of graphs"] == inputs
+    accumulating = ddp(run, engine="graphs", micro_batch=128).parts["inputs and gradients of graphs"]
+    assert accumulating == eager.parts["gradients"] + inputs / 4
+    # One masked count is one graph, and nothing warms up beside it; with accumulation it is two graphs.
+    one = RECIPES["cifar10_ar_raster_flow"]()
+    assert ddp(one, engine="graphs").per_image == ddp(one, engine="eager").per_image
+    assert ddp(one, engine="graphs", micro_batch=128).per_image == 2 * ddp(one, engine="eager").per_image
 
 
 @given(st.floats(0.1, 100), st.integers(1, 64))

@@ -67,13 +67,18 @@ def report(run: Run, machine: Machine, plan: Plan, dataset_images: int) -> str:
         f"{'GiB per GPU':<32}" + "".join(f"{kind:>10}" for kind in _KINDS),
     ]
     memory = [plan.memory[kind] for kind in _KINDS]
-    rows = {name: [m.parts[name] for m in memory] for name in memory[0].parts}
+    rows = {name: [m.parts.get(name, 0.0) for m in memory] for name in memory[0].parts}
     rows[f"activations of {plan.micro_batch} images"] = [m.per_image * plan.micro_batch for m in memory]
     rows["total"] = [m.total(plan.micro_batch) for m in memory]
     rows["sent per step, and received"] = [plan.network[kind] for kind in _KINDS]
     lines += [f"  {name:<30}" + "".join(f"{value / GIB:>10.2f}" for value in values) for name, values in rows.items()]
-    if loop.engine != "eager":
-        lines += ["", f"planned is the eager step; train.engine {loop.engine} needs another amount: graphs keep their own memory"]
+    if loop.engine.endswith("graphs"):
+        lines += [
+            "",
+            "where several graphs are captured, activations count twice: the graphs', and a warm-up's beside them",
+        ]
+    if loop.engine.startswith("compile"):
+        lines += ["", "activations are those of the uncompiled step; compiled ones need less"]
     lines += [""] + [_advice(kind, plan, machine, loop.batch_size // gpus) for kind in _KINDS]
     return "\n".join(lines) + "\n"
 
