@@ -92,13 +92,14 @@ def test_recomputing_is_planned_as_less_memory_and_at_most_a_third_more_work() -
 MEASURED = [json.loads(line) for line in (Path(__file__).parents[2] / "benchmarks/results/memory.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("result", MEASURED, ids=lambda result: result["recipe"])
+@pytest.mark.parametrize("result", MEASURED, ids=lambda r: f"{r['recipe']}-{r['engine']}-{r['timesteps_per_token']}")
 def test_memory_is_within_a_tenth_of_what_was_measured(result: dict) -> None:
     run = RECIPES[result["recipe"]]()
     run = dataclasses.replace(
         run,
         head=dataclasses.replace(run.head, timesteps_per_token=result["timesteps_per_token"]),
-        train=dataclasses.replace(run.train, batch_size=result["batch_size"], engine=result["engine"]),
+        # What is in use at once is one set of activations in every engine; graphs hold more (below).
+        train=dataclasses.replace(run.train, batch_size=result["batch_size"], engine="eager"),
     )
     memory = make_plan(run, run.data.classes, Machine()).memory["ddp"]
     assert memory.total(result["batch_size"]) / GIB == pytest.approx(result["peak_memory_gib"], rel=0.1)
@@ -134,6 +135,8 @@ def test_graphs_hold_a_second_set_of_activations_while_another_count_warms_up() 
     eager, graphs = ddp(run, engine="eager"), ddp(run, engine="graphs")
     inputs = 512 * (64 * 48 * 4 + 8 + 64 * 8)
     assert graphs.per_image == 2 * eager.per_image
+    # Seen on an H100 from outside the process (docs/scaling.md).
+    assert graphs.total(512) / GIB == pytest.approx(9.6, rel=0.1)
     assert graphs.parts["copies of weights"] == 2 * eager.parts["copies of weights"]
     assert graphs.parts["inputs and gradients of graphs"] == inputs
     accumulating = ddp(run, engine="graphs", micro_batch=128).parts["inputs and gradients of graphs"]

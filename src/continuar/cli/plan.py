@@ -73,10 +73,8 @@ def report(run: Run, machine: Machine, plan: Plan, dataset_images: int) -> str:
     rows["sent per step, and received"] = [plan.network[kind] for kind in _KINDS]
     lines += [f"  {name:<30}" + "".join(f"{value / GIB:>10.2f}" for value in values) for name, values in rows.items()]
     if loop.engine.endswith("graphs"):
-        lines += [
-            "",
-            "where several graphs are captured, activations count twice: the graphs', and a warm-up's beside them",
-        ]
+        twice = "where several graphs are captured, activations count twice: the graphs' own, and a warm-up's beside them"
+        lines += ["", twice]
     if loop.engine.startswith("compile"):
         lines += ["", "activations are those of the uncompiled step; compiled ones need less"]
     lines += [""] + [_advice(kind, plan, machine, loop.batch_size // gpus) for kind in _KINDS]
