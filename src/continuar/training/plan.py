@@ -4,8 +4,8 @@ Per GPU, of P parameters on W GPUs, in bytes:
 
 * weights 4P, gradients 4P, the optimizer's moments 8P, every average 4P; a W-th of each under FSDP.
 * Engines that capture CUDA graphs replay them in a memory pool that all graphs share: one set of activations, the largest. While a
-  further masked count warms up, its eager steps need a second set beside the pool. Inputs have places of their own, and where
-  gradients are accumulated they are set aside during a capture.
+  further masked count warms up, its eager steps need a second set beside the pool. Inputs have places of their own, and
+  gradients are set aside during a capture.
 * Under FSDP also what is gathered while it is used: the head and what lies outside of blocks, and the matrices of two blocks, one
   in use and one on its way, with their gradients.
 * Network: DDP sends and receives 2 (W - 1)/W of the gradients per step (ring all-reduce). FSDP gathers weights for forward and for
@@ -156,9 +156,8 @@ def _memory(run: Run, model: Model, gpus: int, micro_batch: int, accumulated: in
     captures = len(model.backbone.queried_counts()) * min(accumulated, 2)
     sets = activation_sets(run.train.engine, captures)
     ddp = {**kept, "copies of weights": sets * found.copies}
-    if run.train.engine.endswith("graphs"):  # on one process only
-        set_aside = size if accumulated > 1 else 0
-        ddp["inputs and gradients of graphs"] = set_aside + micro_batch * _input_bytes(model)
+    if run.train.engine.endswith("graphs"):
+        ddp["inputs and gradients of graphs"] = size + micro_batch * _input_bytes(model)
     return {"ddp": Memory(ddp, sets * per_image), "fsdp": fsdp}
 
 
