@@ -58,6 +58,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     for name in ("train", "test", "squeezenet"):
         command.add_argument(f"--{name}", type=Path, required=True)
     command.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of the run, as optim.lr=8e-4")
+    command.add_argument("--processes", type=int, default=1, help="GPUs of this machine that train together; they divide the batch")
     command.add_argument("--engine", help="try this engine first, also if it failed before; default: the run's")
     command.add_argument("--compile-minutes", type=float, default=2.5, help="an engine that takes longer to start is given up")
     command.add_argument("--later-minutes", type=float, help="training that follows in later slices: plans the rate's end")
@@ -90,6 +91,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         command.add_argument("--device", default="auto")
         if name == "train":
             command.add_argument("--stop-at", type=float, required=True, help="seconds since the epoch")
+            command.add_argument("--processes", type=int, default=1)
     return parser.parse_args(arguments)
 
 
