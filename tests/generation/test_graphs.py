@@ -18,7 +18,7 @@ from continuar.model import ModelConfig
 from continuar.noise import KeyedNoise
 from tests.tiny import model_configs, name, options_of, random_tokens, shaken
 
-CONFIGS = [c for c in model_configs() if not c.order.needs_log_prob]
+CONFIGS = [c for c in model_configs() if not c.order.needs_log_prob and c.backbone.positions == "learned"]
 DIFFUSION = [c for c in CONFIGS if isinstance(c.head, DiffusionHeadConfig) and c.head.prediction == "velocity"]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))]
 LEVEL = 1 / 255 * 2
@@ -171,6 +171,8 @@ def test_user_errors_of_the_engine() -> None:
     with pytest.raises(UserError, match="precision is 'bfloat16' with the eager engine, for the confidence order"):
         make_engine(model, "auto", "bfloat16")
     assert make_engine(model, "auto").model is model
+    backbone = dataclasses.replace(DIFFUSION[0].backbone, positions="rotary")
+    assert why_not(shaken(dataclasses.replace(DIFFUSION[0], backbone=backbone))) == "rotary positions have no fast form"
     with pytest.raises(UserError, match="engine is 'fast'; allowed: auto, eager, graphs"):
         make_engine(model, "fast")  # pyright: ignore[reportArgumentType]
     with pytest.raises(UserError, match="precision is 'half'; allowed: float32, bfloat16"):

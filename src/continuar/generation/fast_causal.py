@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from continuar.backbones.blocks import Block, KVCache
 from continuar.backbones.causal import Causal, CausalState
+from continuar.backbones.rotary import NOWHERE
 from continuar.rows import take
 
 
@@ -45,13 +46,14 @@ class FastCausal:
         """A new generation: conditions [G B, C, E] and the order of its positions."""
         self.order = order_BN
         cond = cond.to(self.slot.dtype)
-        self.state = CausalState(self.caches, cond)
+        self.state = CausalState(self.caches, cond, order_BN.new_full(cond.shape[:2], NOWHERE))
         if cond.shape[1] > 1:
             # All but the last slot, which waits for a position to predict.
             h = cond[:, :-1]
             for block, cache in zip(self.causal.blocks, self.caches, strict=True):
                 h = block(h, cache=cache, at=0)
             self.state.filled, self.state.waiting_BTE = cond.shape[1] - 1, cond[:, -1:]
+            self.state.waiting_at_BT = self.state.waiting_at_BT[:, -1:]
 
     def commit(self, first: int, x_BKE: Tensor) -> None:
         """Embedded tokens of places ``first`` on of the order."""

@@ -52,6 +52,8 @@ def why_not(model: Model) -> str | None:
         return f"the {model.config.order.kind} order decides positions while it generates"
     if not isinstance(model.backbone, MAE | Causal):
         return f"the {model.config.backbone.kind} backbone has no fast form"
+    if model.config.backbone.positions != "learned":
+        return f"{model.config.backbone.positions} positions have no fast form"
     return None
 
 

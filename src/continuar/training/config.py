@@ -114,6 +114,10 @@ class LoopConfig:
     engine: Literal["eager", "compile", "graphs", "compile-graphs"] = "eager"
     """How a step is executed: "compile" (torch.compile, after minutes of compilation), "graphs" (CUDA graphs, at once), or both.
     They work per number of masked tokens: set backbone.mask_granularity to have few of them."""
+    recompute: bool = False
+    """Activation checkpointing: forward keeps the input of every transformer block alone, and backward computes the block again.
+    Less memory for more work (`continuar plan` counts both), the same loss and gradients. What the head keeps stays. Not with
+    engines that capture graphs."""
     log_images: int = 10_000
     """Write metrics every so many images."""
     sample_images: int = 200_000
@@ -137,6 +141,11 @@ class LoopConfig:
         require(
             self.micro_batch >= 0 and self.batch_size % (self.micro_batch or 1) == 0,
             f"train.micro_batch is {self.micro_batch}; allowed: a divisor of the batch size {self.batch_size}, or 0",
+        )
+        require(
+            not (self.recompute and self.engine.endswith("graphs")),
+            f"train.recompute restores dropout's random numbers, which train.engine {self.engine} cannot capture; "
+            "allowed: eager, compile",
         )
         require(0 <= self.label_dropout < 1, f"train.label_dropout is {self.label_dropout}; allowed: 0 up to below 1")
 
@@ -171,6 +180,9 @@ class Run:
     ema: EMAConfig = field(default_factory=EMAConfig)
     train: LoopConfig = field(default_factory=LoopConfig)
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    init: str = ""
+    """A run, saved model, checkpoint or official .pth file whose (averaged) weights the run begins with; empty: random ones. Grid,
+    classes, order, dropout and masks may differ from its own: position embeddings are interpolated."""
     seed: int = 0
     """Of initial weights, the order of images and every draw; 0 or more."""
 
