@@ -73,16 +73,24 @@ class KeyedNoise:
     """
 
     def __init__(self, seeds: Tensor, positions: Tensor, round: int = 0) -> None:
+        self.seeds, self.positions, self.round = seeds, positions, round
         self._step = round << 16
         self._key = (seeds & _MASK).unsqueeze(-1), ((seeds >> 32) & _MASK).unsqueeze(-1)
         self._positions = positions.unsqueeze(-1)
 
-    def _words(self, purpose: Purpose, step: int, blocks: int) -> tuple[Tensor, ...]:
+    def _words(self, purpose: Purpose, step: int | Tensor, blocks: int) -> tuple[Tensor, ...]:
         block = torch.arange(blocks, device=self._positions.device)
         like = torch.zeros_like(block)
         return philox((self._positions, like + (self._step + step), like + int(purpose), block), self._key)
 
     def normal(self, purpose: Purpose, step: int, dim: int) -> Tensor:
+        return self._normal(purpose, step, dim)
+
+    def normals(self, purpose: Purpose, steps: int, dim: int) -> Tensor:
+        """`normal` of steps 0 to ``steps`` - 1 at once, [steps, M, dim]: the same bits in few large operations."""
+        return self._normal(purpose, torch.arange(steps, device=self._positions.device).view(-1, 1, 1), dim)
+
+    def _normal(self, purpose: Purpose, step: int | Tensor, dim: int) -> Tensor:
         u0, u1, u2, u3 = (_uniform(w) for w in self._words(purpose, step, -(-dim // 4)))
         # Box-Muller: two uniforms make two independent normals.
         r0, r1 = (-2 * u0.log()).sqrt(), (-2 * u2.log()).sqrt()

@@ -31,10 +31,12 @@ from continuar.checkpoints.store import (
 )
 from continuar.devices import pick_device
 from continuar.errors import UserError, require, unknown_name
-from continuar.generation.eager import Start, stream
+from continuar.generation.eager import Start
+from continuar.generation.engines import Engine, EngineName, make_engine
 from continuar.generation.known import Array, equal_batches, with_known
 from continuar.generation.plan import SamplingOptions, make_plan
 from continuar.generation.snapshots import Snapshot, snapshots
+from continuar.generation.weights import Precision
 from continuar.guidance import GuidanceSchedule
 from continuar.model import Model
 from continuar.tokenizers import Tokenizer
@@ -57,11 +59,27 @@ class Pipeline:
         self.file, self.model = file, model.eval()
         self.tokenizer = (tokenizer or file.tokenizer.build()).to(self.device)
         self.classes, self.defaults = file.classes, file.sampling
+        self._engines: dict[tuple[EngineName, Precision], Engine] = {}
 
     @property
     def device(self) -> torch.device:
         """Where it computes."""
         return next(self.model.parameters()).device
+
+    def engine(self, name: EngineName = "auto", precision: Precision = "float32") -> Engine:
+        """Who generates; made once, for what the fast one has captured serves the next call too.
+
+        Args:
+            name: "eager" as one would explain it; "graphs" faster and equal to it; "auto" the fast one where it can run the model.
+            precision: "bfloat16" halves the weights and rounds more; only of the fast engine.
+
+        Raises:
+            UserError: see `make_engine`.
+        """
+        key = name, precision
+        if key not in self._engines:
+            self._engines[key] = make_engine(self.model, name, precision)
+        return self._engines[key]
 
     def label(self, name: int | str) -> int:
         """A class name or number as a label.
@@ -93,6 +111,8 @@ class Pipeline:
         guidance_schedule: GuidanceSchedule | None = None,
         temperature: float | None = None,
         batch_size: int = 64,
+        engine: EngineName = "auto",
+        precision: Precision = "float32",
         on_progress: Callable[[int, int], None] | None = None,
         **head_options: Any,
     ) -> np.ndarray:
@@ -111,6 +131,7 @@ class Pipeline:
                 all known gives the tokens back as they are, none known is plain generation.
             steps, guidance, guidance_schedule, temperature: see `SamplingOptions`; None is the model's default.
             batch_size: images generated at once.
+            engine, precision: see `engine`.
             on_progress: called with (steps done, steps in all).
             head_options: options of the model's head by name, such as ``diffusion_steps`` and ``sampler`` of the diffusion head.
 
@@ -130,6 +151,8 @@ class Pipeline:
             known_mask=known_mask,
             options=options,
             batch_size=batch_size,
+            engine=engine,
+            precision=precision,
             on_progress=on_progress,
         )
         return self.decode(tokens, batch_size)
@@ -143,17 +166,19 @@ class Pipeline:
         known_mask: Array | None = None,
         options: SamplingOptions | None = None,
         batch_size: int = 64,
+        engine: EngineName = "auto",
+        precision: Precision = "float32",
         on_progress: Callable[[int, int], None] | None = None,
     ) -> Tensor:
         """Generates tokens, [B, N, D] float32 or ids [B, N]: what the tokenizer would decode; arguments as of `__call__`."""
-        options = options or self.defaults
+        options, runs = options or self.defaults, self.engine(engine, precision)
         start = self._begin(labels, seeds, batch_size, known_tokens, known_mask)
         batches = equal_batches(start, batch_size)
         total = sum(len(make_plan(self.model.order, options, batch.unknown)) for batch in batches)
         tokens, done = start.tokens.clone(), 0
         for batch in batches:
             last = batch.start.tokens
-            for progress in stream(self.model, batch.start, options):
+            for progress in runs.stream(batch.start, options):
                 last, done = progress.tokens, done + 1
                 if on_progress is not None:
                     on_progress(done, total)
@@ -168,6 +193,8 @@ class Pipeline:
         known_tokens: Array | None = None,
         known_mask: Array | None = None,
         batch_size: int = 64,
+        engine: EngineName = "auto",
+        precision: Precision = "float32",
         **settings: Any,
     ) -> Iterator[Snapshot]:
         """Generates as `__call__` does, and yields a `Snapshot` of all images after every autoregressive step.
@@ -177,6 +204,7 @@ class Pipeline:
 
         Args:
             batch_size: images computed at once; the states of all are kept.
+            engine, precision: see `engine`.
             settings: as of `__call__`, by name.
 
         Raises:
@@ -184,7 +212,7 @@ class Pipeline:
         """
         start = self._begin(labels, seeds, batch_size, known_tokens, known_mask)
         options = self.defaults.override(**settings)
-        return snapshots(self.model, start, options, batch_size, lambda tokens: self.decode(tokens, batch_size))
+        return snapshots(self.engine(engine, precision), start, options, batch_size, lambda tokens: self.decode(tokens, batch_size))
 
     def decode(self, tokens: Tensor, batch_size: int = 64) -> np.ndarray:
         """Tokens [B, N, D] or ids [B, N] -> uint8 [B, H, W, 3]."""

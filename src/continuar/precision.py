@@ -26,3 +26,14 @@ def meta_autocast(enabled: bool) -> Iterator[None]:
         yield
     finally:
         META_AUTOCAST.reset(before)
+
+
+@contextmanager
+def matmul_precision(level: str) -> Iterator[None]:
+    """Within the block, float32 matrix products are "highest" (float32) or "high" (TF32, on GPUs that have it)."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(level)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -116,7 +116,7 @@ def test_saving_and_loading_gives_the_same_tokens_bit_for_bit(config: ModelConfi
     assert torch.equal(*(generate(p.model, start, p.defaults) for p in (pipe, again)))
     # Without labels the pipeline generates unconditionally, whatever the model's condition is.
     unconditional = generate(pipe.model, Start.blank(config.tokens, torch.tensor([1, 2])), pipe.defaults)
-    assert torch.equal(again.tokens(seeds=[1, 2]), unconditional)
+    assert torch.equal(again.tokens(seeds=[1, 2], engine="eager"), unconditional)
     assert from_json(ModelConfig, to_json(config)) == config
 
 

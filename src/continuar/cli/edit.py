@@ -56,6 +56,7 @@ def main(arguments: list[str]) -> int:
     require(options.grow >= 0, f"--grow is {options.grow}; allowed: 0 or more rings of tokens")
     pipe = options.settings.load(options.model)
     settings = options.settings.options(pipe)
+    pipe.engine(options.settings.engine, options.settings.precision)
     seeds = pipe.seeds(options.seed, options.variants)
     label = pipe.label(options.class_name) if options.class_name else None
     picture = read_picture(options.image, options.mask, pipe.file.tokenizer.image_size)
@@ -66,8 +67,7 @@ def main(arguments: list[str]) -> int:
         _LOG.warning("the model goes row by row and never saw what comes after a hole; a random order suits editing")
     make_writable(options.out)
     with progress_bar() as on_progress:
-        batch_size = options.settings.batch_size
-        images = edit(pipe, canvas, label, seeds, batch_size=batch_size, on_progress=on_progress, **settings.to_dict())
+        images = edit(pipe, canvas, label, seeds, on_progress=on_progress, **options.settings.running(), **settings.to_dict())
     generated = int((~canvas.known_hw).sum())
     shared = {
         "label": label,
@@ -79,6 +79,7 @@ def main(arguments: list[str]) -> int:
         **settings.to_dict(),
         "model": options.model,
         "weights": options.settings.weights,
+        "precision": options.settings.precision,
     }
     entries = []
     for i, pixels in enumerate(images):

@@ -17,7 +17,9 @@ from rich.progress import Progress
 from continuar.cli.head_options import AnyHeadOptions, given
 from continuar.cli.load import load_pipeline
 from continuar.errors import require
+from continuar.generation.engines import EngineName
 from continuar.generation.plan import SamplingOptions, make_plan
+from continuar.generation.weights import Precision
 from continuar.pipeline import Pipeline
 
 LISTED = "samples.json"
@@ -49,6 +51,10 @@ class Settings(SamplingSettings):
 
     batch_size: int = 64
     """Images generated at once."""
+    engine: EngineName = "auto"
+    """Who generates: eager, as one would explain it; graphs, faster and equal to it; auto, graphs where it can run the model."""
+    precision: Precision = "float32"
+    """float32, or bfloat16 for the matrix products of the graphs engine: faster on a GPU, images slightly other than float32's."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     weights: Literal["ema", "raw"] = "ema"
@@ -65,6 +71,10 @@ class Settings(SamplingSettings):
         """
         require(self.batch_size >= 1, f"--batch-size is {self.batch_size}; allowed: 1 or more")
         return load_pipeline(model, self.tokenizer, weights=self.weights, device=self.device)
+
+    def running(self) -> dict[str, Any]:
+        """How the pipeline is to compute, as it takes it."""
+        return {"batch_size": self.batch_size, "engine": self.engine, "precision": self.precision}
 
     def options(self, pipe: Pipeline) -> SamplingOptions:
         """The model's own options, overridden by what was given.

@@ -23,6 +23,7 @@ COMMANDS = {
     "stats": "reference statistics of real images: continuar stats DATA OUT.npz",
     "tokenizer": "autoencoders, trained and measured: continuar tokenizer train kl_cifar10",
     "cache": "latents of every image, kept: continuar cache DATA TOKENIZER DST",
+    "bench": "how fast images are generated here: continuar bench sample MODEL",
     "extract": "a saved model from a training run: continuar extract RUN DST",
     "convert": "official files (MAR, autoencoders) into our format and back",
 }

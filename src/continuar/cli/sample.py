@@ -46,24 +46,25 @@ def main(arguments: list[str]) -> int:
     labels = _labels(pipe, options.classes, options.per_class)
     count = len(labels) if labels else options.per_class
     seeds = pipe.seeds(options.seed, count)
-    settings, batch_size = options.settings.options(pipe), options.settings.batch_size
+    settings, running = options.settings.options(pipe), options.settings.running()
+    pipe.engine(options.settings.engine, options.settings.precision)
     make_writable(options.out)
     shots: list[Snapshot] = []
     with progress_bar() as on_progress:
         if options.animate:
-            for shot in pipe.stream(labels, seeds, batch_size=batch_size, **settings.to_dict()):
+            for shot in pipe.stream(labels, seeds, **running, **settings.to_dict()):
                 shots.append(shot)
                 on_progress(shot.step, shot.steps)
             images = shots[-1].image()
         else:
-            images = pipe(labels, seeds, batch_size=batch_size, on_progress=on_progress, **settings.to_dict())
+            images = pipe(labels, seeds, on_progress=on_progress, **running, **settings.to_dict())
     names = [pipe.classes[i] for i in labels] if labels else None
     entries = []
     for i, pixels in enumerate(images):
         file = f"{i:05d}.png"
         save_png(pixels, options.out / file)
         entry = {"file": file, "label": labels[i] if labels else None, "class_name": names[i] if names else None}
-        model = {"model": options.model, "weights": options.settings.weights}
+        model = {"model": options.model, "weights": options.settings.weights, "precision": options.settings.precision}
         entries.append({**entry, "seed": seeds[i], **settings.to_dict(), **model})
     columns = options.per_class if labels else 0
     save_png(grid(images, names, columns), options.out / "grid.png")

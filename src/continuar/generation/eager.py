@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from continuar.errors import require
-from continuar.generation.plan import SamplingOptions, make_plan
+from continuar.generation.plan import PlanStep, SamplingOptions, make_plan
 from continuar.guidance import Guidance
 from continuar.model import Model
 from continuar.noise import KeyedNoise, RowNoise
@@ -61,6 +61,60 @@ class Progress:
     steps: int
 
 
+@dataclass(frozen=True)
+class Begun:
+    """A generation before its first step; what every engine begins with.
+
+    Attributes:
+        options: with the head's own filled in.
+        order_BN: known positions first, then the unknown as they come.
+        plan: the steps.
+        cond: embedded conditions, [B copies, C, E]: with guidance the null conditions are B more rows.
+        copies: 2 with guidance, 1 without.
+        tokens: at known positions; zeros elsewhere.
+        known_BN: bool. known: how many each image knows.
+    """
+
+    options: SamplingOptions
+    order_BN: Tensor
+    plan: tuple[PlanStep, ...]
+    cond: Tensor
+    copies: int
+    tokens: Tensor
+    known_BN: Tensor
+    known: int
+
+
+def begin(model: Model, start: Start, options: SamplingOptions, order_BN: Tensor | None = None) -> Begun:
+    """Checks a start and its options, and arranges them.
+
+    Raises:
+        UserError: a model in training mode, images that know unequally many tokens, conditions that are not one per image, or
+            options that the model cannot follow.
+    """
+    require(not model.training, "the model is in training mode, whose dropout would change its images; call model.eval() first")
+    options = options.for_head(model.config.head)
+    counts = start.known_BN.sum(1).unique().tolist()
+    require(len(counts) <= 1, f"images of one batch know {counts} tokens; allowed: equally many (a pipeline groups them)")
+    known = counts[0] if counts else 0
+    if order_BN is None:
+        order_BN = model.order.arrange(start.known_BN, start.seeds_B)
+    plan = make_plan(model.order, options, model.order.positions - known)
+    assert options.head is not None
+    options.head.check_tokens(model.config.tokens.size)
+    # Guidance runs the null condition as B more rows of the same batch; without it they are not there at all.
+    # With the null condition itself both halves would be the same.
+    guided = options.guidance != 1.0 and start.condition is not None
+    null = model.condition.null(len(start.seeds_B))
+    cond = null if start.condition is None else model.condition(start.condition)
+    require(len(cond) == len(null), f"{len(cond)} conditions for {len(null)} seeds; allowed: one each")
+    cond, copies = (torch.cat((cond, null)), 2) if guided else (cond, 1)
+
+    blank = ~start.known_BN
+    tokens = start.tokens.masked_fill(blank if start.tokens.ndim == 2 else blank.unsqueeze(-1), 0)
+    return Begun(options, order_BN, plan, cond, copies, tokens, start.known_BN.clone(), known)
+
+
 @torch.no_grad()
 def stream(
     model: Model,
@@ -76,30 +130,12 @@ def stream(
         order_BN: instead of the order's own arrangement: known positions first, then the unknown as they come.
         noise_of: (seeds of the rows, positions of the rows) -> their noise; for an order that chooses, (seeds, positions, step).
     """
-    require(not model.training, "the model is in training mode, whose dropout would change its images; call model.eval() first")
-    options = options.for_head(model.config.head)
-    counts = start.known_BN.sum(1).unique().tolist()
-    require(len(counts) <= 1, f"images of one batch know {counts} tokens; allowed: equally many (a pipeline groups them)")
-    known = counts[0] if counts else 0
-    if order_BN is None:
-        order_BN = model.order.arrange(start.known_BN, start.seeds_B)
-    plan = make_plan(model.order, options, model.order.positions - known)
+    begun = begin(model, start, options, order_BN)
+    options, order_BN, plan, copies = begun.options, begun.order_BN, begun.plan, begun.copies
+    tokens, known_BN, guided, device = begun.tokens, begun.known_BN, begun.copies == 2, start.seeds_B.device
     assert options.head is not None
-    options.head.check_tokens(model.config.tokens.size)
-    device = start.seeds_B.device
-    # Guidance runs the null condition as B more rows of the same batch; without it they are not there at all.
-    # With the null condition itself both halves would be the same.
-    guided = options.guidance != 1.0 and start.condition is not None
-    null = model.condition.null(len(start.seeds_B))
-    cond = null if start.condition is None else model.condition(start.condition)
-    require(len(cond) == len(null), f"{len(cond)} conditions for {len(null)} seeds; allowed: one each")
-    cond, copies = (torch.cat((cond, null)), 2) if guided else (cond, 1)
-
-    blank = ~start.known_BN
-    tokens = start.tokens.masked_fill(blank if start.tokens.ndim == 2 else blank.unsqueeze(-1), 0)
-    known_BN = start.known_BN.clone()
-    state = model.backbone.start(cond, model.order.positions)
-    _commit(model, state, tokens, order_BN[:, :known], copies)
+    state = model.backbone.start(begun.cond, model.order.positions)
+    _commit(model, state, tokens, order_BN[:, : begun.known], copies)
     # Filled on the device: copying a number there would wait for all work before it.
     temperature = torch.full((), options.temperature, device=device)
 

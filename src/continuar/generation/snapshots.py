@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
-from continuar.generation.eager import Start, stream
+from continuar.generation.eager import Start
+from continuar.generation.engines import Engine
 from continuar.generation.known import Batch, equal_batches
 from continuar.generation.plan import SamplingOptions, make_plan
-from continuar.model import Model
 
 GREY = 128
 
@@ -52,11 +52,12 @@ def paint_unknown(images_BHW3: np.ndarray, unknown_Bhw: np.ndarray) -> np.ndarra
 
 
 def snapshots(
-    model: Model, start: Start, options: SamplingOptions, batch_size: int, decode: Callable[[Tensor], np.ndarray]
+    engine: Engine, start: Start, options: SamplingOptions, batch_size: int, decode: Callable[[Tensor], np.ndarray]
 ) -> Iterator[Snapshot]:
     """Checks the settings at once, and generates as it is iterated over.
 
     Args:
+        engine: who generates; of several batches at a time.
         start: of all images; they may know different numbers of tokens.
         batch_size: images computed at once; the states of all are kept.
         decode: tokens -> uint8 [B, H, W, 3].
@@ -65,27 +66,27 @@ def snapshots(
         UserError: a number of steps the order cannot take.
     """
     batches = equal_batches(start, batch_size)
-    steps = max(len(make_plan(model.order, options, batch.unknown)) for batch in batches)
-    return _run(model, start, batches, options, steps, decode)
+    steps = max(len(make_plan(engine.model.order, options, batch.unknown)) for batch in batches)
+    return _run(engine, start, batches, options, steps, decode)
 
 
 def _run(
-    model: Model,
+    engine: Engine,
     start: Start,
     batches: Sequence[Batch],
     options: SamplingOptions,
     steps: int,
     decode: Callable[[Tensor], np.ndarray],
 ) -> Iterator[Snapshot]:
-    grid = model.config.tokens.grid
-    tokens, known_BN = model.config.tokens.blank(len(start.known_BN), start.known_BN.device), start.known_BN.clone()
+    spec = engine.model.config.tokens
+    tokens, known_BN = spec.blank(len(start.known_BN), start.known_BN.device), start.known_BN.clone()
     tokens[known_BN] = start.tokens[known_BN]
-    engines = [(batch.rows_b, stream(model, batch.start, options)) for batch in batches]
+    streams = [(batch.rows_b, engine.stream(batch.start, options)) for batch in batches]
     if steps == 0:
-        yield Snapshot(tokens, known_BN, 0, 0, decode, grid)
+        yield Snapshot(tokens, known_BN, 0, 0, decode, spec.grid)
     for step in range(1, steps + 1):
-        for rows_b, engine in engines:
-            progress = next(engine, None)
+        for rows_b, stream in streams:
+            progress = next(stream, None)
             if progress is not None:
                 tokens[rows_b], known_BN[rows_b] = progress.tokens, progress.known_BN
-        yield Snapshot(tokens.clone(), known_BN.clone(), step, steps, decode, grid)
+        yield Snapshot(tokens.clone(), known_BN.clone(), step, steps, decode, spec.grid)

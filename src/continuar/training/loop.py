@@ -21,6 +21,7 @@ from continuar.checkpoints.store import ModelFile, read_json, write_json
 from continuar.configs import differences, from_json, to_json
 from continuar.errors import UserError, require
 from continuar.pipeline import Pipeline, newest_checkpoints
+from continuar.precision import matmul_precision
 from continuar.tokenizers import PixelConfig
 from continuar.training.advice import warn
 from continuar.training.config import Run
@@ -29,7 +30,7 @@ from continuar.training.parallel import Single, together
 from continuar.training.source import reads_cache, training_data
 from continuar.training.state import load_newest
 from continuar.training.step import TrainStep
-from continuar.training.steps import Interrupted, Report, Steps, matmul_precision
+from continuar.training.steps import Interrupted, Report, Steps
 from continuar.training.trackers import TrackerName, check_tracker, open_tracker
 
 __all__ = ["Interrupted", "Report", "train"]

@@ -19,6 +19,7 @@ from continuar.errors import UserError
 from continuar.model import Model
 from continuar.pictures import grid, save_png
 from continuar.pipeline import Pipeline, newest_checkpoints, to_uint8
+from continuar.precision import matmul_precision
 from continuar.tokenizers import Tokenizer
 from continuar.training.config import Run
 from continuar.training.latents import ReaderDied
@@ -203,7 +204,8 @@ class Steps:
         seeds = list(range(len(labels) if labels else 16))
         pipe = Pipeline(self.file, model, self.tokenizer)
         with matmul_precision("highest"):
-            tokens = pipe.tokens(labels, seeds, batch_size=len(seeds))
+            # Not the engine whose graphs would keep their memory while training goes on.
+            tokens = pipe.tokens(labels, seeds, batch_size=len(seeds), engine="eager")
         images = to_uint8(pipe.tokenizer.decode(tokens)).cpu().numpy()
         picture = grid(images, [classes[i] for i in labels] if labels else None, columns=min(8, len(seeds)))
         save_png(picture, folder / f"step-{done:08d}-{name}.png")
@@ -236,14 +238,3 @@ class Steps:
         began = time.monotonic()
         yield
         self._since += time.monotonic() - began
-
-
-@contextmanager
-def matmul_precision(level: str) -> Iterator[None]:
-    """Within the block, float32 matrix products are "highest" (float32) or "high" (TF32, on GPUs that have it)."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(level)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

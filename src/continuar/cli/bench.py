@@ -1,0 +1,151 @@
+"""``continuar bench sample MODEL|RECIPE``."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+
+from continuar.checkpoints.store import ModelFile
+from continuar.checkpoints.tokenizers import for_model
+from continuar.cli.generating import SamplingSettings
+from continuar.cli.load import load_official
+from continuar.cli.parse import parse
+from continuar.devices import pick_device
+from continuar.errors import require, unknown_name
+from continuar.generation.eager import Start
+from continuar.generation.engines import EngineName
+from continuar.generation.measure import Speed, matmul_peak, measure
+from continuar.generation.plan import make_plan
+from continuar.generation.weights import Precision
+from continuar.pipeline import Pipeline, load, shipped_models
+from continuar.recipes import RECIPES
+from continuar.tokenizers import LatentConfig, LatentTokenizer, PixelConfig
+from continuar.training.config import Run
+from continuar.training.flops import generation_flops
+
+_HELP = """usage: continuar bench sample MODEL|RECIPE [--batch 1 8 64] [options]
+
+How fast images are generated here: seconds per image, memory, where the time goes, and the floor that arithmetic alone sets.
+`continuar bench sample --help` lists the options.
+"""
+_DESCRIPTION = (
+    "Seconds per image, memory, the shares of head, transformer and decoder, and the distance from the floor: the model's FLOPs at "
+    "the speed of one large matrix product, measured at the same time (bfloat16 on a GPU, float32 on a CPU). A recipe is "
+    "measured with random weights, whose images are noise and whose time is the same."
+)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Measure generation."""
+
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL|RECIPE")]
+    """A run directory, a saved model, a shipped name, an official MAR checkpoint file, or the name of a recipe."""
+    batch: tuple[int, ...] = (1, 8)
+    """Batch sizes, one row each."""
+    settings: Annotated[SamplingSettings, tyro.conf.arg(name="")] = field(default_factory=SamplingSettings)
+    engine: EngineName = "auto"
+    """Who generates: eager, graphs, or auto."""
+    precision: Precision = "float32"
+    """float32, or bfloat16 for the matrix products of the graphs engine."""
+    tokenizer: str | None = None
+    """For a model of latents: its autoencoder; without it, decoding is not measured."""
+    repeats: int = 2
+    """Generations that are timed, after one that warms up."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+
+
+def main(arguments: list[str]) -> int:
+    """See the module's docstring."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_HELP, end="")
+        return 0
+    if arguments[0] != "sample":
+        raise unknown_name("bench command", arguments[0], ["sample"])
+    options = parse(Arguments, arguments[1:], prog="continuar bench sample", description=_DESCRIPTION)
+    require(options.repeats >= 1, f"--repeats is {options.repeats}; allowed: 1 or more")
+    for size in options.batch:
+        require(size >= 1, f"--batch is {size}; allowed: 1 or more")
+    pipe = _pipeline(options.model, options.tokenizer, options.device)
+    settings = pipe.defaults.override(**options.settings.given())
+    plan = make_plan(pipe.model.order, settings, pipe.model.order.positions)
+    engine = pipe.engine(options.engine, options.precision)
+    guided = bool(pipe.classes) and settings.guidance != 1.0
+    peak = matmul_peak(pipe.device)
+    floor = generation_flops(pipe.file.model, settings if guided else settings.override(guidance=1.0)) / peak
+    print(f"{options.model} on {_name(pipe.device)}, torch {torch.__version__}, {len(plan)} steps, {_head(settings.to_dict())}")
+    print(f"floor {floor:.3g} s/image: {floor * peak / 1e12:.3g} TFLOP at {peak / 1e12:.3g} TFLOP/s\n")
+    print("batch   s/image  images/s  x floor  transformer   head  decoder     memory  warm-up")
+    for size in options.batch:
+        seeds = torch.arange(size, device=pipe.device)
+        start = Start.blank(pipe.file.model.tokens, seeds, seeds % len(pipe.classes) if pipe.classes else None)
+        speed = measure(engine, start, settings, options.repeats)
+        print(_row(speed, floor, _decoding(pipe, start.tokens)), flush=True)
+    return 0
+
+
+def _row(speed: Speed, floor: float, decoding: float | None) -> str:
+    """One batch size; ``decoding`` in seconds per batch, which comes on top of the generation's."""
+    generating = min(speed.seconds)
+    total = generating + (decoding or 0.0)
+    shares = [speed.share(part) * generating / total if speed.parts else None for part in ("transformer", "head")]
+    shares.append(None if decoding is None else decoding / total)
+    shown = ["-" if share is None else f"{share:.0%}" for share in shares]
+    memory = "-" if speed.peak_bytes is None else f"{speed.peak_bytes / 2**30:.2f} GiB"
+    each = total / speed.images
+    cells = f"{shown[0]:>12} {shown[1]:>6} {shown[2]:>8} {memory:>10}  {speed.warmup_seconds:.1f} s"
+    return f"{speed.images:>5} {each:>9.4f} {1 / each:>9.2f} {each / floor:>8.1f} {cells}"
+
+
+def _decoding(pipe: Pipeline, tokens: torch.Tensor) -> float | None:
+    """Seconds to decode a batch of tokens to pixels; None without a decoder."""
+    if isinstance(pipe.tokenizer, LatentTokenizer):
+        return None
+    seconds = []
+    for _ in range(2):
+        began = time.perf_counter()
+        pipe.decode(tokens, len(tokens))
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
+
+
+def _pipeline(name: str, tokenizer: str | None, device: str) -> Pipeline:
+    """A model, or a recipe's with random weights."""
+    if name in RECIPES and not Path(name).exists():
+        pipe = _random(RECIPES[name](), device)
+    elif Path(name).suffix == ".pth" and Path(name).is_file():
+        pipe = load_official(Path(name), weights="ema", device=device)
+    elif name in shipped_models() or Path(name).exists():
+        pipe = load(name, device=device)
+    else:
+        raise unknown_name("model or recipe", name, [*shipped_models(), *RECIPES])
+    if tokenizer is not None:
+        config = pipe.file.tokenizer
+        require(isinstance(config, LatentConfig), f"--tokenizer is {tokenizer}, but {name} has a tokenizer of its own")
+        assert isinstance(config, LatentConfig)
+        pipe.tokenizer = for_model(config, tokenizer).to(pipe.device)
+    return pipe
+
+
+def _random(run: Run, device: str) -> Pipeline:
+    classes, tokenizer = run.data.classes or 10, run.tokenizer
+    if isinstance(tokenizer, PixelConfig):
+        tokenizer = replace(tokenizer, std=tokenizer.std or 0.5)  # measured on images, in training
+    torch.manual_seed(0)
+    with torch.device(pick_device(device)):
+        model = run.model_config(classes).build()
+    return Pipeline(ModelFile(model.config, tokenizer, tuple(map(str, range(classes))), run.sampling), model)
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
+
+
+def _head(settings: dict[str, object]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items() if name != "steps" and value is not None)
