@@ -31,12 +31,13 @@ from continuar.checkpoints.store import (
 )
 from continuar.devices import pick_device
 from continuar.errors import UserError, require, unknown_name
-from continuar.generation.eager import Start, stream
+from continuar.generation.eager import Start
+from continuar.generation.kinds import stream
 from continuar.generation.known import Array, equal_batches, with_known
 from continuar.generation.plan import SamplingOptions, make_plan
 from continuar.generation.snapshots import Snapshot, snapshots
 from continuar.guidance import GuidanceSchedule
-from continuar.model import Model
+from continuar.token_model import TokenModel
 from continuar.tokenizers import Tokenizer
 
 Weights = Literal["ema", "raw"]
@@ -52,7 +53,7 @@ class Pipeline:
         defaults: sampling settings used where a call does not say otherwise.
     """
 
-    def __init__(self, file: ModelFile, model: Model, tokenizer: Tokenizer | None = None) -> None:
+    def __init__(self, file: ModelFile, model: TokenModel, tokenizer: Tokenizer | None = None) -> None:
         """``tokenizer``: one that is ready, where it has a state; else it is built from the config."""
         self.file, self.model = file, model.eval()
         self.tokenizer = (tokenizer or file.tokenizer.build()).to(self.device)

@@ -57,7 +57,3 @@ class Backbone(nn.Module, ABC, Generic[State]):
 
         After `predict`, they are among the positions that were queried; without it, any (the tokens given at the start).
         """
-
-    def mean_queried(self) -> float:
-        """Expected number of predicted tokens per training image, for FLOP counts."""
-        return sum(count * share for count, share in self.queried_counts().items())

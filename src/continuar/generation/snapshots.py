@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
-from continuar.generation.eager import Start, stream
+from continuar.generation.eager import Start
+from continuar.generation.kinds import stream
 from continuar.generation.known import Batch, equal_batches
 from continuar.generation.plan import SamplingOptions, make_plan
-from continuar.model import Model
+from continuar.token_model import TokenModel
 
 GREY = 128
 
@@ -52,7 +53,7 @@ def paint_unknown(images_BHW3: np.ndarray, unknown_Bhw: np.ndarray) -> np.ndarra
 
 
 def snapshots(
-    model: Model, start: Start, options: SamplingOptions, batch_size: int, decode: Callable[[Tensor], np.ndarray]
+    model: TokenModel, start: Start, options: SamplingOptions, batch_size: int, decode: Callable[[Tensor], np.ndarray]
 ) -> Iterator[Snapshot]:
     """Checks the settings at once, and generates as it is iterated over.
 
@@ -70,7 +71,7 @@ def snapshots(
 
 
 def _run(
-    model: Model,
+    model: TokenModel,
     start: Start,
     batches: Sequence[Batch],
     options: SamplingOptions,

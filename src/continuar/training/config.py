@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Literal
 
 from continuar.backbones import BackboneConfig, MAEConfig
+from continuar.baselines import DiTConfig, DiTNetworkConfig
 from continuar.errors import require
 from continuar.generation.plan import SamplingOptions, make_plan
 from continuar.heads import DiffusionHeadConfig, HeadConfig
 from continuar.model import ModelConfig
 from continuar.orders import MAROrderConfig, OrderConfig
-from continuar.parts import check_parts
 from continuar.tokenizers import PixelConfig, TokenizerConfig
 
 
@@ -156,17 +157,11 @@ class LoopConfig:
 
 
 @dataclass(frozen=True)
-class Run:
-    """A training run: what a recipe returns and a run directory's config.json holds.
-
-    Sampling options of the head that are left out become the head's defaults.
-    """
+class BaseRun(ABC):
+    """What all training runs have, whatever they train. Sampling options that are left out become the model's defaults."""
 
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=PixelConfig)
-    order: OrderConfig = field(default_factory=MAROrderConfig)
-    backbone: BackboneConfig = field(default_factory=MAEConfig)
-    head: HeadConfig = field(default_factory=DiffusionHeadConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
     train: LoopConfig = field(default_factory=LoopConfig)
@@ -176,11 +171,36 @@ class Run:
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, f"seed is {self.seed}; allowed: 0 or more")
-        check_parts(self.tokenizer.spec, self.order, self.backbone, self.head)
-        object.__setattr__(self, "sampling", self.sampling.for_head(self.head))
-        positions = self.tokenizer.spec.positions
-        make_plan(self.order.build(positions), self.sampling, positions)  # refuses steps that the order cannot take
+        config = self.model_config(self.data.classes)
+        object.__setattr__(self, "sampling", self.sampling.for_head(config))
+        make_plan(config.build_order(), self.sampling, config.tokens.positions)  # refuses steps that the order cannot take
+
+    @abstractmethod
+    def model_config(self, classes: int) -> ModelConfig | DiTConfig:
+        """The model this run trains on data of ``classes`` classes.
+
+        Raises:
+            UserError: parts that do not go together.
+        """
+
+
+@dataclass(frozen=True)
+class Run(BaseRun):
+    """A training run: what a recipe returns and a run directory's config.json holds."""
+
+    order: OrderConfig = field(default_factory=MAROrderConfig)
+    backbone: BackboneConfig = field(default_factory=MAEConfig)
+    head: HeadConfig = field(default_factory=DiffusionHeadConfig)
 
     def model_config(self, classes: int) -> ModelConfig:
-        """The model this run trains on data of ``classes`` classes."""
         return ModelConfig(self.tokenizer.spec, classes, self.order, self.backbone, self.head)
+
+
+@dataclass(frozen=True)
+class DiTRun(BaseRun):
+    """A training run of the baseline DiT."""
+
+    network: DiTNetworkConfig = field(default_factory=DiTNetworkConfig)
+
+    def model_config(self, classes: int) -> DiTConfig:
+        return DiTConfig(self.tokenizer.spec, classes, self.network)

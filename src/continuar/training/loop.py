@@ -22,7 +22,7 @@ from continuar.configs import differences, from_json, to_json
 from continuar.errors import UserError, require
 from continuar.pipeline import Pipeline
 from continuar.tokenizers import PixelConfig
-from continuar.training.config import Run
+from continuar.training.config import BaseRun
 from continuar.training.parallel import Single, together
 from continuar.training.source import reads_cache, training_data
 from continuar.training.state import load_newest
@@ -34,7 +34,7 @@ __all__ = ["Interrupted", "Report", "train"]
 
 
 def train(
-    run: Run,
+    run: BaseRun,
     directory: Path,
     *,
     device: torch.device,
@@ -97,7 +97,7 @@ def train(
     return Pipeline.from_pretrained(directory, device=device) if parallel.sharded else Pipeline(file, trainer.ema.model, tokenizer)
 
 
-def shared_out(run: Run, directory: Path, parallel: Single) -> Run:
+def shared_out(run: BaseRun, directory: Path, parallel: Single) -> BaseRun:
     """The run with its micro-batch decided: as given, as the run in ``directory`` has it, or what one process has of a batch.
 
     Raises:
@@ -114,7 +114,7 @@ def shared_out(run: Run, directory: Path, parallel: Single) -> Run:
     return run
 
 
-def check_directory(run: Run, directory: Path, resume: bool, force: bool) -> None:
+def check_directory(run: BaseRun, directory: Path, resume: bool, force: bool) -> None:
     """Refuses to mix runs: another run's directory, or a resumed run whose config changed."""
     standing = next(p for p in (directory, *directory.absolute().parents) if p.exists())
     require(standing.is_dir(), f"{standing} is a file; allowed: a directory for the run")
@@ -125,7 +125,7 @@ def check_directory(run: Run, directory: Path, resume: bool, force: bool) -> Non
     if not resume:
         raise UserError(f"{directory} already holds a run; --resume continues it, or choose another --out")
     # Fields that are newer than the run are as they were before they could be given.
-    old, new = to_json(from_json(Run, read_json(config), str(config))), to_json(run)
+    old, new = to_json(from_json(type(run), read_json(config), str(config))), to_json(run)
     if isinstance(run.tokenizer, PixelConfig) and run.tokenizer.std == 0 and isinstance(old, dict):
         new["tokenizer"]["std"] = old.get("tokenizer", {}).get("std", 0)
     if reads_cache(run.data):

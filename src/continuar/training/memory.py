@@ -18,9 +18,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from continuar.model import Model
 from continuar.orders import View
 from continuar.precision import META_AUTOCAST, meta_autocast
+from continuar.token_model import TokenModel
 
 GIB = 2**30
 
@@ -36,21 +36,21 @@ class Activations:
     """Of ``per_image``, the largest single tensor: its gradient is there at the same time."""
 
 
-def activations(model: Model, bf16: bool) -> Activations:
+def activations(model: TokenModel, bf16: bool) -> Activations:
     """What a forward pass of a model on the meta device saves, over the extremes of the number of masked tokens."""
-    counts = model.backbone.queried_counts()
+    counts = model.queried_counts()
     found = [_activations(model, queried, bf16) for queried in {min(counts), max(counts)}]
     return max(found, key=lambda a: a.per_image + a.largest)
 
 
-def _activations(model: Model, queried: int, bf16: bool) -> Activations:
+def _activations(model: TokenModel, queried: int, bf16: bool) -> Activations:
     few, many = 2, 4
     (small, small_largest), (large, large_largest) = (saved(model, batch, queried, bf16) for batch in (few, many))
     per_image = (large - small) / (many - few)
     return Activations(per_image, small - few * per_image, (large_largest - small_largest) / (many - few))
 
 
-def saved(model: Model, batch: int, queried: int, bf16: bool) -> tuple[int, int]:
+def saved(model: TokenModel, batch: int, queried: int, bf16: bool) -> tuple[int, int]:
     """(bytes, bytes of the largest) of the storages that a forward pass of ``batch`` images saves, without the weights'."""
     found: dict[int, torch.UntypedStorage] = {}
 

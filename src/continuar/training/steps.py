@@ -15,11 +15,11 @@ import torch
 
 from continuar.checkpoints.store import ModelFile
 from continuar.errors import UserError
-from continuar.model import Model
 from continuar.pictures import grid, save_png
 from continuar.pipeline import Pipeline, newest_checkpoints, to_uint8
+from continuar.token_model import TokenModel
 from continuar.tokenizers import Tokenizer
-from continuar.training.config import Run
+from continuar.training.config import BaseRun
 from continuar.training.log import RunLog
 from continuar.training.memory import GIB
 from continuar.training.meter import Averages
@@ -63,7 +63,7 @@ class Steps:
 
     def __init__(
         self,
-        run: Run,
+        run: BaseRun,
         directory: Path,
         file: ModelFile,
         tokenizer: Tokenizer,
@@ -77,7 +77,7 @@ class Steps:
         self.run, self.directory, self.file, self.tokenizer, self.trainer = run, directory, file, tokenizer, trainer
         self.on_report, self.should_stop = on_report, should_stop or (lambda: False)
         self.parallel, self.tracker = trainer.parallel, tracker
-        self._masks_vary = len(trainer.model.backbone.queried_counts()) > 1
+        self._masks_vary = len(trainer.model.queried_counts()) > 1
         loop = run.train
         self.stream = stream
         self._rollback = Rollback(directory, trainer, loop)
@@ -183,7 +183,7 @@ class Steps:
                     self._draw_grid(done, name, whole)
             self.trainer.model.train()
 
-    def _draw_grid(self, done: int, name: str, model: Model) -> None:
+    def _draw_grid(self, done: int, name: str, model: TokenModel) -> None:
         folder = self.directory / "samples"
         folder.mkdir(exist_ok=True)
         classes = self.file.classes
