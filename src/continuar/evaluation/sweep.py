@@ -20,8 +20,8 @@ from continuar.evaluation.axes import Axis, Point, SweepRow, points
 from continuar.evaluation.networks import FeatureNetwork
 from continuar.evaluation.plots import plot, save_plot
 from continuar.evaluation.processes import Processes
-from continuar.evaluation.reference import open_reference, read_statistics, write_statistics
-from continuar.evaluation.run import Bar, EvaluationOptions, OnProgress, evaluate, finished, no_bar
+from continuar.evaluation.reference import open_reference
+from continuar.evaluation.run import Bar, EvaluationOptions, OnProgress, evaluate, finished, measured, no_bar
 from continuar.evaluation.samples import GeneratedSamples
 from continuar.evaluation.tables import write_tables
 from continuar.pipeline import Pipeline
@@ -77,16 +77,16 @@ def sweep(
     for point in points(axes):  # what the model cannot take is refused before the work begins
         samples_at(pipes[weights_of[0]], model, weights_of[0], point, options)
     rows: list[SweepRow] = []
-    measured: str | Path | None = None
+    against: str | Path | None = None
     for number, point in enumerate(points(axes)):
         weights = weights_of[number]
         if weights not in pipes:
             pipes = {weights: load(weights)}  # one at a time in memory
         samples = samples_at(pipes[weights], model, weights, point, options)
-        if measured is None:
+        if against is None:
             own = measure(reference, network, samples.size, out, options.evaluation, bar) if group.is_first else reference
-            measured = group.share(own)
-        result = evaluate_point(samples, measured, network, out, point, options.evaluation, group, bar)
+            against = group.share(own)
+        result = evaluate_point(samples, against, network, out, point, options.evaluation, group, bar)
         if result is not None:
             rows.append(SweepRow(point, result))
             write_tables(out, rows)
@@ -152,16 +152,9 @@ def measure(
     path: str | Path, network: FeatureNetwork, size: tuple[int, int], out: Path, options: EvaluationOptions, bar: Bar
 ) -> str | Path:
     """A file with the reference's statistics, so that no point measures it again."""
-    opened = open_reference(path, network, size, options.split)
-    if opened.is_ready:
+    if open_reference(path, network, size, options.split).is_ready:
         return path
-    target = out / "reference.npz"
-    if target.is_file():
-        found, _ = read_statistics(target)
-        same = found is not None and found.is_of(network) and (found.source, found.size) == (opened.name, size)
-        require(same, f"{target} is not of {opened.name} in the features of '{network.name}'; choose another directory")
-        return target
-    statistics = opened.measure(network, batch_size=options.batch_size, kept=options.reference_images, on_progress=bar("reference"))
     (out / "points").mkdir(parents=True, exist_ok=True)
-    write_statistics(target, statistics)
+    target = out / "reference.npz"
+    measured(path, network, size, target, options, bar)
     return target

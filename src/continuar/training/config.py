@@ -157,6 +157,33 @@ class LoopConfig:
 
 
 @dataclass(frozen=True)
+class OnlineConfig:
+    """Scores of generated images while training, of averaged and raw weights, in the metrics. Small: they tell how a run goes."""
+
+    every_images: int = 0
+    """Score every so many training images; 0: never."""
+    samples: int = 1000
+    """Images generated per score, a multiple of the number of classes."""
+    batch_size: int = 100
+    """Images generated at once."""
+    max_share: float = 0.05
+    """The share of all time that scoring may take, above 0 to 1. What is due and would take more is put off until it does not."""
+    network: str = "pixels"
+    """Whose features: pixels (which has no weights), squeezenet, classifier, dinov2 or inception."""
+    weights: str = ""
+    """The network's weights: a file, or a directory."""
+    reference: str = ""
+    """What to score against: a file of `continuar stats`, or images; empty: the run's own data, measured once per run directory,
+    before the first step."""
+
+    def __post_init__(self) -> None:
+        require(self.every_images >= 0, f"online.every_images is {self.every_images}; allowed: 0 or more")
+        require(self.samples >= 2, f"online.samples is {self.samples}; allowed: 2 or more")
+        require(self.batch_size >= 1, f"online.batch_size is {self.batch_size}; allowed: 1 or more")
+        require(0 < self.max_share <= 1, f"online.max_share is {self.max_share}; allowed: above 0 to 1")
+
+
+@dataclass(frozen=True)
 class BaseRun(ABC):
     """What all training runs have, whatever they train. Sampling options that are left out become the model's defaults."""
 
@@ -166,6 +193,7 @@ class BaseRun(ABC):
     ema: EMAConfig = field(default_factory=EMAConfig)
     train: LoopConfig = field(default_factory=LoopConfig)
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    online: OnlineConfig = field(default_factory=OnlineConfig)
     seed: int = 0
     """Of initial weights, the order of images and every draw; 0 or more."""
 

@@ -23,6 +23,7 @@ from continuar.errors import UserError, require
 from continuar.pipeline import Pipeline
 from continuar.tokenizers import PixelConfig
 from continuar.training.config import BaseRun
+from continuar.training.online import Online
 from continuar.training.parallel import Single, together
 from continuar.training.source import reads_cache, training_data
 from continuar.training.state import load_newest
@@ -76,6 +77,9 @@ def train(
         model = run.model_config(len(data.classes)).build()
     trainer = TrainStep(model, run, parallel)
     first = load_newest(directory, trainer) if resume else 0
+    file = ModelFile(model.config, run.tokenizer, data.classes, run.sampling)
+    with together(parallel):
+        online = Online(run, file, tokenizer, directory, device) if run.online.every_images and parallel.first else None
     with together(parallel):
         if parallel.first:
             directory.mkdir(parents=True, exist_ok=True)
@@ -83,10 +87,9 @@ def train(
     with together(parallel):
         found = (directory / "config.json").is_file()
         require(found, f"{directory} is not the same directory for all processes; allowed: one on a file system they share")
-    file = ModelFile(model.config, run.tokenizer, data.classes, run.sampling)
     tracker = open_tracker(track, directory, run) if track and parallel.first else None
     stream = data.stream(tokenizer.to(device), device, trainer.slots)
-    steps = Steps(run, directory, file, tokenizer, trainer, stream, on_report, should_stop, tracker, first)
+    steps = Steps(run, directory, file, tokenizer, trainer, stream, on_report, should_stop, tracker, online, first)
     # What autocast leaves in float32 (time embedding, output layer) may use TF32 in training, never in sampling.
     with matmul_precision("high" if device.type == "cuda" and run.train.precision != "float32" else "highest"):
         try:
