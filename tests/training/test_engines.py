@@ -9,9 +9,12 @@ from torch._inductor import config as inductor
 from continuar.backbones import MAEConfig
 from continuar.errors import UserError
 from continuar.heads import DiffusionHeadConfig
+from continuar.orders import View
 from continuar.tokenizers import PixelConfig
 from continuar.training.config import LoopConfig, Run
-from continuar.training.engines import CompiledEngine, EagerEngine, GraphEngine
+from continuar.training.engines import CompiledEngine, EagerEngine, GraphEngine, flat_gradients
+from continuar.training.parallel import joined, local_device
+from tests.processes import group
 
 
 def tiny_run(**train) -> Run:
@@ -103,3 +106,45 @@ def test_graph_engine_accumulates_the_gradients_of_micro_batches_as_the_eager_on
             gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
         for plain, fast in zip(*gradients, strict=True):
             assert (plain - fast).abs().max() <= 1e-4 * plain.abs().max() + 1e-7
+
+
+def test_flat_gradients_are_what_backward_adds_to() -> None:
+    model = tiny_run().model_config(3).build().train()
+    flat, parts = flat_gradients(model)
+    for parameter, part in zip(model.parameters(), parts, strict=True):
+        assert part.shape == parameter.shape
+        assert (part.data_ptr() - flat.data_ptr()) % 64 == 0
+        parameter.grad = part
+    for _ in range(2):
+        sum((3 * p).sum() for p in model.parameters()).backward()
+    assert all(torch.equal(part, torch.full_like(part, 6)) for part in parts)
+    # What lies between the parts stays zero, so that the buffer's sum is the gradients'.
+    assert flat.sum() == 6 * sum(p.numel() for p in model.parameters())
+
+
+def graphs_of_two(micro_batches: int) -> None:
+    """In each of two processes: half of the micro-batches by graphs give the gradients of all of them by one eager process."""
+    device = local_device(torch.device("cuda"))
+    torch.manual_seed(0)
+    model = tiny_run().model_config(3).build().train().to(device)
+    data = torch.Generator().manual_seed(1)
+    tokens, labels = torch.randn(2 * micro_batches, 4, 16, 12, generator=data).to(device), torch.tensor([0, 1, 2, 0], device=device)
+    with joined("ddp", device) as parallel:
+        eager = EagerEngine(model, 0.1, False, micro_batches=2 * micro_batches)
+        graphs = GraphEngine(model, 0.1, False, parallel, micro_batches)
+        for seed in range(3):
+            gradients = []
+            for engine, slots in ((eager, range(2 * micro_batches)), (graphs, parallel.slots(2 * micro_batches))):
+                for number, slot in enumerate(slots):
+                    torch.manual_seed(100 * seed + slot)
+                    order = torch.rand(4, 16, device=device).argsort(1)
+                    engine(tokens[slot], labels, View(order, 4), number)
+                gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+            for plain, fast in zip(*gradients, strict=True):
+                assert (plain - fast).abs().max() <= 1e-4 * plain.abs().max() + 1e-7
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_graphs_of_two_processes_average_their_gradients(micro_batches: int) -> None:
+    assert group(2, graphs_of_two, micro_batches) == [0, 0]

@@ -54,6 +54,9 @@ def skipping(images: Path, parallel: Single) -> tuple[dict[str, torch.Tensor], t
 def pair(root: Path, images: Path) -> None:
     """What each of two processes does for all tests below: one group, because starting one is what takes the time."""
     with joined("ddp", CPU) as replicated:
+        flat = torch.tensor([1.0, 5.0]) * (1 + 2 * replicated.rank)
+        replicated.average(flat)
+        assert flat.tolist() == [2.0, 10.0]
         kinds = {"ddp": replicated, "fsdp": Sharded(CPU)}
         for kind, parallel in kinds.items():
             for micro_batch in (4, 2):

@@ -64,7 +64,7 @@ def test_activations_are_linear_in_the_batch_and_take_the_larger_extreme() -> No
 MEASURED = [json.loads(line) for line in (Path(__file__).parents[2] / "benchmarks/results/memory.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("result", MEASURED, ids=lambda result: result["recipe"])
+@pytest.mark.parametrize("result", MEASURED, ids=lambda r: f"{r['recipe']}-{r['engine']}-{r['timesteps_per_token']}")
 def test_memory_is_within_a_tenth_of_what_was_measured(result: dict) -> None:
     run = RECIPES[result["recipe"]]()
     run = dataclasses.replace(

@@ -95,24 +95,30 @@ class CompiledEngine(EagerEngine):
 
 
 class GraphEngine(EagerEngine):
-    """See the module's docstring. All graphs share one memory pool, and gradients live in buffers of their own. Where gradients are
-    accumulated, a masked count has two graphs: one that begins with zeros and one that adds.
+    """See the module's docstring. All graphs share one memory pool, and all gradients one buffer. Where gradients are accumulated,
+    a masked count has two graphs: one that begins with zeros and one that adds.
+
+    Several processes average that buffer after the replay of the last micro-batch, in one piece: nothing of it overlaps with
+    backward, which costs little while a step is long beside sending 4 bytes per parameter.
 
     Raises:
-        UserError: the device is not a CUDA device, or there are several processes.
+        UserError: the device is not a CUDA device, or the weights are sharded.
     """
 
     def __init__(
         self, model: TokenModel, label_dropout: float, bf16: bool, parallel: Single | None = None, micro_batches: int = 1
     ) -> None:
-        super().__init__(model, label_dropout, bf16, parallel, micro_batches)
+        super().__init__(model, label_dropout, bf16, None, micro_batches)  # what is captured talks to no other process
         if self._device_type != "cuda":
             raise UserError(
                 f"train.engine captures CUDA graphs, which a {self._device_type} device does not have; allowed: eager, compile"
             )
-        count = self._parallel.world
-        require(count == 1, f"train.engine captures CUDA graphs, which is not done for {count} processes; allowed: eager, compile")
-        self._gradients = [torch.zeros_like(p) for p in model.parameters()]
+        self._together = parallel or Single()
+        require(
+            not self._together.sharded, "train.engine captures CUDA graphs, which have no sharded weights; allowed: --parallel ddp"
+        )
+        self._together.share([*(p.detach() for p in model.parameters()), *model.buffers()])
+        self._flat, self._gradients = flat_gradients(model)
         self._inputs: tuple[Tensor, Tensor, Tensor] | None = None
         self._captured: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._pool = torch.cuda.graph_pool_handle()
@@ -129,6 +135,8 @@ class GraphEngine(EagerEngine):
             self._captured[key] = self._capture(*key)
         graph, loss = self._captured[key]
         graph.replay()
+        if number == self._last:
+            self._together.average(self._flat)
         return loss
 
     def _capture(self, known: int, fresh: bool) -> tuple[torch.cuda.CUDAGraph, Tensor]:
@@ -139,7 +147,7 @@ class GraphEngine(EagerEngine):
         state = torch.cuda.get_rng_state(tokens.device)
         side = torch.cuda.Stream(tokens.device)
         side.wait_stream(torch.cuda.current_stream(tokens.device))
-        kept = [] if fresh else [gradient.clone() for gradient in self._gradients]
+        kept = self._flat.clone()
         with torch.cuda.stream(side):
             for _ in range(WARMUP_STEPS):
                 self._run(tokens, labels, view, fresh)
@@ -148,14 +156,12 @@ class GraphEngine(EagerEngine):
         with torch.cuda.graph(graph, pool=self._pool):
             loss = self._run(tokens, labels, view, fresh)
         torch.cuda.set_rng_state(state, tokens.device)
-        for gradient, before in zip(self._gradients, kept, strict=False):
-            gradient.copy_(before)
+        self._flat.copy_(kept)
         return graph, loss
 
     def _run(self, tokens: Tensor, labels_B: Tensor, view: View, fresh: bool) -> Tensor:
         if fresh:
-            for gradient in self._gradients:
-                gradient.zero_()
+            self._flat.zero_()
         return self._forward_backward(tokens, labels_B, view)
 
 
@@ -167,6 +173,14 @@ class CompiledGraphEngine(GraphEngine):
     ) -> None:
         super().__init__(model, label_dropout, bf16, parallel, micro_batches)
         _compile(model)
+
+
+def flat_gradients(model: TokenModel) -> tuple[Tensor, list[Tensor]]:
+    """One buffer of zeros for all gradients, and each parameter's part of it, which begins at a multiple of 64 bytes."""
+    parameters = list(model.parameters())
+    sizes = [-(-p.numel() // 16) * 16 for p in parameters]
+    flat = torch.zeros(sum(sizes), device=parameters[0].device)
+    return flat, [part[: p.numel()].view_as(p) for p, part in zip(parameters, flat.split(sizes), strict=True)]
 
 
 def _compile(model: TokenModel) -> None:
