@@ -15,6 +15,8 @@ def dit_digits() -> DiTRun:
     """DiT on scikit-learn's 8x8 handwritten digits, 16 tokens of 2x2 pixels, on a CPU.
 
     continuar train dit_digits
+
+    About 100 s on one core. 300 of 300 samples are read as what was asked for (`docs/results.md`).
     """
     base = digits()
     return DiTRun(
@@ -32,6 +34,9 @@ def dit_cifar10() -> DiTRun:
     """DiT on CIFAR-10 (32x32), 64 tokens of 4x4 pixels, on one GPU.
 
     continuar train dit_cifar10 --data.path DIR_OR_PARQUET
+
+    9.8 M parameters; images, batch and learning rate are those of `cifar10`. Not trained yet: guidance and diffusion steps are
+    guesses.
     """
     base = cifar10()
     return DiTRun(
