@@ -63,7 +63,7 @@ def main() -> None:
     ]
     print("\n".join(lines), flush=True)
     for count in options.tokens:
-        backbone = CausalConfig(width=options.width, depth=options.depth, heads=options.width // 64).build(count).eval()
+        backbone = CausalConfig(width=options.width, depth=options.depth, heads=options.width // 64).build((1, count)).eval()
         x, cond = torch.randn(1, count, options.width), torch.randn(1, 1, options.width)
         with torch.inference_mode():
             with FlopCounterMode(display=False) as counter:

@@ -18,17 +18,23 @@ One call is one slice. Called again on the same machine it goes on from WORK; on
 The learning rate stays constant until its end is planned: ``--later-minutes M`` says that M minutes of training follow in later
 slices, and from the rate measured so far the run is given its end (`shipping/planning.py`).
 
-Half an hour of one GPU in calls of ten minutes, with the minutes to expect; ARGS are --work, --results, --train, --test and
+Half an hour of one machine in calls of ten minutes, with the minutes to expect; ARGS are --work, --results, --train, --test and
 --squeezenet as above. Their 26 minutes leave four for starting the machine and for transfers:
 
-    slice ARGS --minutes 9.3                                   # classifier 2, compiling 1 to 2.5, training 4 to 5, grid 0.5
-    slice ARGS --minutes 9.3 --later-minutes 1.8               # training 8.5, the rate begins to fall; grid 0.5
+    slice ARGS --minutes 9.3                                   # classifier 2, compiling 2, training 4.5, grid 0.5
+    slice ARGS --minutes 9.3 --later-minutes 1.8               # starting 1, training 7.5, the rate begins to fall; grid 0.5
     slice ARGS --minutes 7.6 --later-minutes 0 --evaluate      # training 1.8 to rate zero, grid 0.5, evaluation 5
 
-Give every call but the first ``--carry DIR`` with a copy of the last RESULTS: a new machine needs it, the same one ignores it.
-Then, anywhere:
+Give every call but the first ``--carry DIR`` with a copy of the last RESULTS: a new machine begins anew without it, the same one
+ignores it. ``--processes 2`` trains on two GPUs. Then, anywhere:
 
     python benchmarks/ship_cifar10.py export RESULTS --set sampling.guidance=2.0   # -> src/continuar/models/cifar10
+    python benchmarks/ship_cifar10.py curves RESULTS --to docs/images/cifar10_curves.png
+
+To train the shipped model on, the first call carries it too (the classifier is trained again):
+
+    mkdir carry; cp benchmarks/results/cifar10_shipped/* carry/
+    cp src/continuar/models/cifar10/model.safetensors carry/ema.safetensors
 
 torch, numpy, safetensors, pillow and pyarrow are enough; ``PYTHONPATH=src`` stands in for an installation.
 """
@@ -58,6 +64,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     for name in ("train", "test", "squeezenet"):
         command.add_argument(f"--{name}", type=Path, required=True)
     command.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of the run, as optim.lr=8e-4")
+    command.add_argument("--processes", type=int, default=1, help="GPUs of this machine that train together; they divide the batch")
     command.add_argument("--engine", help="try this engine first, also if it failed before; default: the run's")
     command.add_argument("--compile-minutes", type=float, default=2.5, help="an engine that takes longer to start is given up")
     command.add_argument("--later-minutes", type=float, help="training that follows in later slices: plans the rate's end")
@@ -83,6 +90,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     command.add_argument("--weights", choices=("ema", "raw"), default="ema")
     command.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of config.json: sampling.guidance=2.0")
 
+    command = commands.add_parser("curves", help="draw loss and learning rate")
+    command.set_defaults(run="curves")
+    command.add_argument("results", type=Path)
+    command.add_argument("--to", type=Path, required=True, help="a .png or .svg file")
+
     for name, text in (("train", "trains until a moment, in WORK/run"), ("grid", "draws WORK/grid.png")):
         command = commands.add_parser(name, help=f"called by slice: {text}")
         command.set_defaults(run=name)
@@ -90,6 +102,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         command.add_argument("--device", default="auto")
         if name == "train":
             command.add_argument("--stop-at", type=float, required=True, help="seconds since the epoch")
+            command.add_argument("--processes", type=int, default=1)
     return parser.parse_args(arguments)
 
 
@@ -99,13 +112,16 @@ def main() -> int:
     options.began = time.time()
     # Before threads start: those that wait by spinning stall one another where cores are shared.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    from shipping.curves import draw_curves
     from shipping.slices import run_slice
     from shipping.work import draw_child, export, train_child
 
     from continuar.errors import UserError
 
     try:
-        {"slice": run_slice, "export": export, "train": train_child, "grid": draw_child}[options.run](options)
+        {"slice": run_slice, "export": export, "curves": draw_curves, "train": train_child, "grid": draw_child}[options.run](
+            options
+        )
     except UserError as problem:
         print(f"ship_cifar10: error: {problem}", file=sys.stderr)
         return 2

@@ -69,7 +69,8 @@ def tokenizer_of(config: ModelConfig) -> PixelConfig | CodebookConfig:
 
 
 def model_configs() -> list[ModelConfig]:
-    """Every backbone x order x head of the tables that can work together, and both predictions of the diffusion head."""
+    """Every backbone x order x head of the tables that can work together, both predictions of the diffusion head, and rotary
+    positions with every backbone and order; heads know nothing of them, so one head is enough."""
     found = []
     for order, backbone, head in itertools.product(members(OrderConfig), members(BackboneConfig), members(HeadConfig)):
         tokens = (IDS if head.token_kind == "id" else TOKENIZER).spec
@@ -79,7 +80,9 @@ def model_configs() -> list[ModelConfig]:
             continue
         found.append(ModelConfig(tokens, 3, order(), backbone(**SMALL.get(backbone, {})), head(**SMALL.get(head, {}))))
     velocity = [replace(c, head=replace(c.head, prediction="velocity")) for c in found if isinstance(c.head, DiffusionHeadConfig)]
-    return [*found, *velocity]
+    rotary = [replace(c, backbone=replace(c.backbone, positions="rotary")) for c in found if c.head.kind in ("flow", "categorical")]
+    rotary = [c for c in rotary if c.head.kind == "flow" or c.order.needs_log_prob]
+    return [*found, *velocity, *rotary]
 
 
 def random_tokens(config: ModelConfig, batch: int, seed: int) -> Tensor:
@@ -93,7 +96,9 @@ def random_tokens(config: ModelConfig, batch: int, seed: int) -> Tensor:
 
 def name(config: ModelConfig) -> str:
     prediction = getattr(config.head, "prediction", "")
-    return f"{config.backbone.kind}-{config.order.kind}-{config.head.kind}" + (f"-{prediction}" if prediction else "")
+    positions = getattr(config.backbone, "positions", "learned")
+    extras = [word for word in (prediction, "" if positions == "learned" else positions) if word]
+    return "-".join([config.backbone.kind, config.order.kind, config.head.kind, *extras])
 
 
 def shaken(config: ModelConfig, seed: int = 0) -> Model:

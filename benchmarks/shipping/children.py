@@ -60,7 +60,7 @@ def watch(
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
         process = subprocess.Popen(
-            _dying_with_parent(command), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, process_group=0
+            dying_with_parent(command), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, process_group=0
         )
     reason: Reason = "failed"
     try:
@@ -88,6 +88,6 @@ def watch(
     return Ended(reason, time.time() - began, tuple(lines[-12:]))
 
 
-def _dying_with_parent(command: Sequence[str]) -> list[str]:
+def dying_with_parent(command: Sequence[str]) -> list[str]:
     """A child whose parent was killed must not write into a folder that the next slice works in. Elsewhere than on Linux it may."""
     return [sys.executable, "-c", _DIES_WITH_PARENT, *command] if sys.platform == "linux" else list(command)

@@ -254,6 +254,7 @@ def train_with(job: Job, run: Run, stop: float) -> tuple[Ended, bool]:
         say_progress(job, state)
 
     command = job.script("ship_cifar10.py", "train", folders.work, "--stop-at", repr(stop), "--device", options.device)
+    command += ["--processes", str(options.processes)]
     ended = watch(
         command,
         folders.work / f"train-{run.train.engine}.log",

@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import socket
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -19,6 +22,8 @@ from continuar.pictures import grid, save_png
 from continuar.pipeline import Pipeline
 from continuar.training.config import Run
 from continuar.training.loop import Report, train
+from continuar.training.parallel import Single, joined, local_device, processes
+from shipping.children import dying_with_parent
 from shipping.kept import RECORD, Folders, Record
 from shipping.planning import override
 
@@ -32,20 +37,44 @@ def hardware(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
 
 
+def start_others(count: int) -> None:
+    """Makes this process the first of ``count`` that train together on this machine, and starts the others with its own arguments.
+
+    torchrun would put them out of reach of whoever ends this process with its process group.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for rank in reversed(range(count)):
+        os.environ.update({name: str(value) for name, value in {**group, "RANK": rank, "LOCAL_RANK": rank}.items()})
+        if rank:
+            subprocess.Popen(dying_with_parent([sys.executable, *sys.argv]))
+
+
 def train_child(options: argparse.Namespace) -> None:
     """Trains ``WORK/run.json`` in ``WORK/run`` until the run or the time ends, and says now and then how far it is."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO)
     # Kept beside the run, so that the next slice on this machine compiles from the cache.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str((options.work / "inductor").absolute()))
     device = pick_device(options.device)
+    if options.processes > 1 and not processes():
+        start_others(options.processes)
+    device = local_device(device) if processes() else device
+    with joined("ddp", device) as parallel:
+        train_in_group(options, device, parallel)
+
+
+def train_in_group(options: argparse.Namespace, device: torch.device, parallel: Single) -> None:
+    """What each of the processes does that train together; the first one says how far they are."""
     run = from_json(Run, read_json(options.work / "run.json"), "run")
-    facts = {"hardware": hardware(device), "torch": torch.__version__}
+    facts = {"hardware": f"{parallel.world} x {hardware(device)}", "torch": torch.__version__}
     done, last_report, said = 0, Report(0, run.train.steps, {}), 0.0
 
     def beat(report: Report) -> None:
         nonlocal done, last_report, said
         done, last_report = done + 1, report
-        if time.time() - said > HEARTBEAT_SECONDS:
+        if parallel.first and time.time() - said > HEARTBEAT_SECONDS:
             said = time.time()
             write_json(options.work / "heartbeat.json", {"done": done, **facts})
 
@@ -53,13 +82,15 @@ def train_child(options: argparse.Namespace) -> None:
         run,
         options.work / "run",
         device=device,
+        parallel=parallel,
         resume=True,
         force=True,  # what differs from the slice before was asked for, and said
         on_report=beat,
         should_stop=lambda: time.time() >= options.stop_at,
     )
-    write_json(options.work / "heartbeat.json", {"done": done, **facts})
-    print(f"{done:,} steps, now at step {last_report.step:,} of {last_report.steps:,}")
+    if parallel.first:
+        write_json(options.work / "heartbeat.json", {"done": done, **facts})
+        print(f"{done:,} steps, now at step {last_report.step:,} of {last_report.steps:,}")
 
 
 def draw_child(options: argparse.Namespace) -> None:

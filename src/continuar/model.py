@@ -64,7 +64,7 @@ class Model(TokenModel):
         self.config = config
         spec = config.tokens
         self.order = config.build_order()
-        self.backbone: Backbone[Any] = config.backbone.build(spec.positions)
+        self.backbone: Backbone[Any] = config.backbone.build(spec.grid)
         if spec.kind == "id":
             self.token_embedding = nn.Embedding(spec.vocabulary, self.backbone.width)
             nn.init.normal_(self.token_embedding.weight, std=0.02)

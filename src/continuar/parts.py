@@ -1,4 +1,5 @@
-"""Which orders, backbones, heads and tokens go together. What cannot work is refused when a config is made, with the reason."""
+"""Which orders, backbones, heads and tokens go together. What cannot work is refused when a config is made, with the reason; what
+works and is known to disappoint is said, with a better choice."""
 
 from __future__ import annotations
 
@@ -67,6 +68,68 @@ def check_condition(condition: Any, classes: int, backbone: Any) -> None:
         f"a condition of {condition.count} tokens does not fit into the buffer of {limit}; allowed: 1 to {limit}, "
         "or a larger backbone.buffer",
     )
+
+
+FEW, MANY, COARSE, WIDE_PATCH = 64, 1024, 16, 8
+"""Tokens per image that are few with a coarse stride, and many; a coarse stride in pixels; the widest patch of pixels that keeps
+detail."""
+
+
+def known_to_disappoint(tokenizer: Any, head: Any) -> list[str]:
+    """What others have tried and found poor, one line each: the combination, then what is better.
+
+    Args:
+        tokenizer, head: configs.
+    """
+    return [*tokens_known_to_disappoint(tokenizer), *_head_known_to_disappoint(tokenizer.spec, head)]
+
+
+def tokens_known_to_disappoint(tokenizer: Any, name: str = "") -> list[str]:
+    """See `known_to_disappoint`.
+
+    Args:
+        tokenizer: a config.
+        name: the tokenizer's, if it has one.
+    """
+    size, count, square = tokenizer.image_size, tokenizer.spec.positions, f"{tokenizer.image_size}x{tokenizer.image_size} images"
+    stride = getattr(tokenizer, "stride", None) or getattr(getattr(tokenizer, "network", None), "stride", None)
+    slow = f"{count:,} tokens, and more than {MANY:,} are slow"
+    if stride is None:
+        return _patches_known_to_disappoint(tokenizer, square, slow)
+    if count < FEW and stride >= COARSE:
+        better = max((s for s in (8, 4, 2) if (size // s) ** 2 >= FEW), default=1)
+        through = f"{name} (stride {stride})" if name else f"a stride of {stride}"
+        few = f"{square} through {through} are only {count} tokens, which is known to look poor"
+        return [f"{few}; better: a tokenizer of stride {better}"]
+    if count > MANY:
+        side = size // stride
+        patch = next(p for p in range(1, side + 1) if side % p == 0 and (side // p) ** 2 <= MANY)
+        merged = f"--tokenizer.patch {patch}" if hasattr(tokenizer, "patch") else f"a tokenizer of stride {stride * patch}"
+        return [f"{square} through a stride of {stride} are {slow}; better: {merged}"]
+    return []
+
+
+def _patches_known_to_disappoint(tokenizer: Any, square: str, slow: str) -> list[str]:
+    """Of pixels."""
+    size, patch, latents = tokenizer.image_size, tokenizer.patch, "latents of an autoencoder (docs/tokenizers.md)"
+    patches = f"{square} in patches of {patch}x{patch} pixels"
+    allowed = [p for p in range(1, WIDE_PATCH + 1) if size % p == 0]
+    if tokenizer.spec.positions > MANY:
+        wider = [f"--tokenizer.patch {p}" for p in allowed if (size // p) ** 2 <= MANY]
+        return [f"{patches} are {slow}; better: {' or '.join([latents, *wider[:1]])}"]
+    if patch > WIDE_PATCH:
+        return [f"{patches} are known to lose detail; better: --tokenizer.patch {allowed[-1]} or {latents}"]
+    return []
+
+
+def _head_known_to_disappoint(tokens: TokenSpec, head: Any) -> list[str]:
+    kind = _kind(head)
+    if kind == "regression":
+        return ["a regression head draws the mean of what is plausible: the paper's control, FID above 100; better: diffusion"]
+    if kind in ("diffusion", "flow") and head.width < tokens.dim:
+        narrow = f"a {kind} head of width {head.width} is narrower than tokens of dim {tokens.dim}"
+        return [f"{narrow}, which it squeezes; better: --head.width {tokens.dim} or more"]
+    return []
 
 
 def _kind(config: Any) -> str:

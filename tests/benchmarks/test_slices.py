@@ -36,6 +36,7 @@ def test_a_slice_that_was_killed_goes_on_and_needs_no_command_line_library(tmp_p
     command = [sys.executable, str(ROOT / "benchmarks" / "ship_cifar10.py"), "slice", "--minutes", "30", "--device", "cpu"]
     command += ["--work", str(tmp_path / "work"), "--results", str(results), "--train", str(data), "--test", str(data)]
     command += ["--squeezenet", str(data / "ant" / "0.png"), "--classifier-options", "--width 2 --epochs 1 --batch-size 8"]
+    command += ["--processes", "2"]
 
     def state() -> Record:
         return Record.load(results / "record.json")
@@ -94,7 +95,7 @@ def test_engines_fall_back(
         return Ended(reason, 1.0, ()), started
 
     monkeypatch.setattr(slices, "train_with", outcome)
-    options = Namespace(minutes=10, evaluate=False, later_minutes=None, engine=None, least_seconds=30)
+    options = Namespace(minutes=10, evaluate=False, later_minutes=None, engine=None, least_seconds=30, processes=1)
     record = Record(run=to_json(unplanned(find_recipe("cifar10")())), segments=[{"origin": "initial weights", "images": 0}])
     job = slices.Job(options, Folders(tmp_path, tmp_path), record, time.time())
     slices.train_model(job)

@@ -172,7 +172,7 @@ def test_every_condition_token_is_heard_and_so_is_their_order(backbone: Any) -> 
 
 
 def test_condition_tokens_are_repeated_until_the_buffer_is_full() -> None:
-    mae = MAEConfig(**SMALL[MAEConfig] | {"buffer": 7}).build(N).eval()
+    mae = MAEConfig(**SMALL[MAEConfig] | {"buffer": 7}).build((4, 4)).eval()
     cond = torch.randn(2, 3, 32)
     x, known = torch.randn(2, 4, 32), torch.arange(4).expand(2, 4)
     full = cond[:, [0, 1, 2, 0, 1, 2, 0]]

@@ -7,6 +7,7 @@ import torch
 from torch._inductor import config as inductor
 
 from continuar.backbones import MAEConfig
+from continuar.backbones.blocks import Block
 from continuar.errors import UserError
 from continuar.heads import DiffusionHeadConfig
 from continuar.orders import View
@@ -14,6 +15,7 @@ from continuar.tokenizers import PixelConfig
 from continuar.training.config import LoopConfig, Run
 from continuar.training.engines import CompiledEngine, EagerEngine, GraphEngine, flat_gradients
 from continuar.training.parallel import joined, local_device
+from continuar.training.step import TrainStep
 from tests.processes import group
 
 
@@ -56,6 +58,39 @@ def test_compiled_loss_equals_the_plain_one_in_value_and_gradients(monkeypatch: 
     for name, gradient in plain_gradients.items():
         scale = gradient.abs().max()
         assert (gradient - fast_gradients[name]).abs().max() <= 1e-4 * scale + 1e-8, name
+
+
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
+def test_recomputed_blocks_give_the_same_loss_and_gradients_with_dropout(positions: str, bf16: bool) -> None:
+    run, results = tiny_run(recompute=True), []
+    run = dataclasses.replace(run, backbone=dataclasses.replace(run.backbone, positions=positions, dropout=0.3))
+    for train in (dataclasses.replace(run.train, recompute=False), run.train):
+        torch.manual_seed(0)
+        model = run.model_config(3).build()
+        with torch.no_grad():
+            for parameter in model.head.parameters():
+                parameter.add_(0.02 * torch.randn_like(parameter))
+        trainer = TrainStep(model, dataclasses.replace(run, train=train))
+        assert {m.recomputed for m in model.modules() if isinstance(m, Block)} == {train.recompute}
+        assert not any(m.recomputed for m in trainer.ema.model.modules() if isinstance(m, Block))
+        torch.manual_seed(7)
+        loss = EagerEngine(model, 0.1, bf16)(
+            torch.randn(4, 16, 12), torch.tensor([0, 1, 2, 0]), View(torch.rand(4, 16).argsort(1), 4)
+        )
+        results.append((loss, torch.rand(3), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
+    (plain, drawn, gradients), (again, drawn_again, gradients_again) = results
+    assert torch.equal(plain, again)
+    assert torch.equal(drawn, drawn_again)  # the generators end where they would have
+    assert gradients.keys() == gradients_again.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradients_again[name], gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_recomputing_is_refused_where_graphs_are_captured() -> None:
+    for engine in ("graphs", "compile-graphs"):
+        with pytest.raises(UserError, match=f"train.engine {engine} cannot capture; allowed: eager, compile"):
+            LoopConfig(recompute=True, engine=engine)
 
 
 def test_compiling_too_many_shapes_is_refused() -> None:

@@ -81,7 +81,7 @@ def test_micro_batches_are_parts_of_the_batch_whoever_asks_for_them(tmp_path: Pa
                 assert torch.equal(tokens, expected)
                 assert torch.equal(found, labels[2 * slot : 2 * slot + 2])
                 assert parts._ahead is not None
-                assert parts._ahead[0] == ((step, slot + 1) if slot < 3 else (step + 1, slots.start))
+                assert parts._ahead.place == ((step, slot + 1) if slot < 3 else (step + 1, slots.start))
 
 
 def test_a_cache_without_mirror_images_is_read_as_it_is(tmp_path: Path) -> None:

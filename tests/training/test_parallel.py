@@ -24,9 +24,9 @@ WEIGHTS = ("model.safetensors", "ema.safetensors")
 KINDS: tuple[Kind, ...] = ("ddp", "fsdp")
 
 
-def run_of(images: Path, micro_batch: int = 4) -> Run:
+def run_of(images: Path, micro_batch: int = 4, recompute: bool = False) -> Run:
     """Twelve steps of 8 images, the loss of each written, with checkpoints after 6 and 12."""
-    run = tiny_run(images, images=96, log_images=8, save_images=48, micro_batch=micro_batch)
+    run = tiny_run(images, images=96, log_images=8, save_images=48, micro_batch=micro_batch, recompute=recompute)
     return replace(run, ema=EMAConfig(decay=0.9, snapshot_images=96))
 
 
@@ -61,6 +61,7 @@ def pair(root: Path, images: Path) -> None:
         for kind, parallel in kinds.items():
             for micro_batch in (4, 2):
                 train(run_of(images, micro_batch), root / f"{kind}-{micro_batch}", device=CPU, parallel=parallel)
+            train(run_of(images, recompute=True), root / f"{kind}-recompute", device=CPU, parallel=parallel)
             state, counts = skipping(images, parallel)
             if parallel.first:
                 save_file(state, root / f"{kind}-skipping.safetensors")
@@ -114,6 +115,11 @@ def check_same_run(found: Path, expected: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_have_the_loss_curve_of_one(runs: Path, kind: str, micro_batch: int) -> None:
     check_same_run(runs / f"{kind}-{micro_batch}", runs / f"one-{micro_batch}")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_that_are_recomputed_change_nothing(runs: Path, kind: str) -> None:
+    check_same_run(runs / f"{kind}-recompute", runs / "one-4")
 
 
 def test_the_micro_batch_is_the_unit_of_randomness(runs: Path) -> None:

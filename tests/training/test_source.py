@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import _thread
 import json
+import re
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +32,8 @@ from continuar.recipes import RECIPES
 from continuar.recipes.tokenizers import TOKENIZER_RECIPES
 from continuar.tokenizers import CodebookConfig, LatentConfig, TokenizerConfig, VAEConfig, VQConfig
 from continuar.training.config import Run
-from continuar.training.loop import train
+from continuar.training.latents import LatentStream
+from continuar.training.loop import Report, train
 from continuar.training.source import reads_cache, training_data
 from tests.tiny import tiny_run, write_images
 from tests.tokenizers.networks import KL, VQ, shaken
@@ -248,3 +252,59 @@ def test_a_model_of_cached_latents_has_a_place_in_the_official_layout(caches: di
     shifted = replace(back, tokenizer=replace(VAE, shift=0.1))
     with pytest.raises(UserError, match=r"tokenizer.shift is 0.1, which the official layout has no place for; allowed: 0"):
         latent_sizes(shifted)
+
+
+def damaged(cache: Path) -> Path:
+    """Cuts the first shard in half and keeps the whole one beside it."""
+    shard = cache / "shard-00000.bin"
+    shard.with_suffix(".whole").write_bytes(shard.read_bytes())
+    with shard.open("r+b") as file:
+        file.truncate(shard.stat().st_size // 2)
+    return shard
+
+
+def test_a_shard_that_becomes_unreadable_stops_the_run_which_then_goes_on(tmp_path: Path) -> None:
+    cache = cached(tmp_path, VAE)
+    run = mar_run(cache)
+    train(run, tmp_path / "whole", device=CPU)
+
+    def break_it(report: Report) -> None:
+        if report.step == 3:
+            damaged(cache)
+
+    with pytest.raises(UserError) as stop:
+        train(run, tmp_path / "r", device=CPU, on_report=break_it)
+    kept = newest_checkpoints(tmp_path / "r")[0]
+    lost = r"the data of step [45] could not be read \(OSError: .*shard-00000.bin ends before byte [0-9,]+\)"
+    assert re.fullmatch(rf"{lost}; {kept} is intact, and --resume continues from it", str(stop.value)), str(stop.value)
+    (cache / "shard-00000.whole").replace(cache / "shard-00000.bin")
+    train(run, tmp_path / "r", device=CPU, resume=True)
+    assert same_bits(tmp_path / "r", tmp_path / "whole")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_reading_thread_that_is_ended_stops_the_run_and_does_not_hang(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caches: dict[str, Path]
+) -> None:
+    run, real, readers = mar_run(caches["kl"]), LatentStream.read, []
+
+    def read(self: LatentStream, step: int, slot: int = 0) -> Any:
+        readers.append(threading.current_thread())
+        return _thread.exit() if step == 3 else real(self, step, slot)  # ends the thread that calls it, silently
+
+    monkeypatch.setattr(LatentStream, "read", read)
+    with pytest.raises(UserError, match=r"data of step 4 could not be read \(its thread was ended\); .*step-00000002 is"):
+        train(run, tmp_path / "r", device=CPU)
+    assert threading.main_thread() not in readers
+    assert not any(reader.is_alive() for reader in readers)
+    monkeypatch.undo()
+    train(run, tmp_path / "whole", device=CPU)
+    train(run, tmp_path / "r", device=CPU, resume=True)
+    assert same_bits(tmp_path / "r", tmp_path / "whole")
+
+
+def test_data_that_is_lost_before_the_first_checkpoint_says_so(tmp_path: Path) -> None:
+    cache = cached(tmp_path, VAE)
+    lost = (cache / "shard-00000.bin").unlink
+    with pytest.raises(UserError, match=r"\(FileNotFoundError: .*shard-00000.bin.*\); there is no checkpoint before it"):
+        train(mar_run(cache, save_images=0), tmp_path / "r", device=CPU, on_report=lambda report: lost(missing_ok=True))

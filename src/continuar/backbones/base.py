@@ -57,3 +57,7 @@ class Backbone(nn.Module, ABC, Generic[State]):
 
         After `predict`, they are among the positions that were queried; without it, any (the tokens given at the start).
         """
+
+    def position_tables(self) -> dict[str, int]:
+        """Parameters with a row for every token of the grid, interpolated for another grid, and how many rows come before those."""
+        return {}

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
+from continuar.backbones.rotary import Rotation, turn
 from continuar.errors import require
 
 LN_EPS = 1e-6
@@ -44,10 +46,17 @@ class Attention(nn.Module):
         self.projection = nn.Linear(width, width)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x_BLE: Tensor, *, causal: bool = False, cache: KVCache | None = None, at: int = 0) -> Tensor:
-        """Attention within x, triangular if ``causal``; with a cache, also to its first ``at`` slots, behind which x is written."""
+    def forward(
+        self, x_BLE: Tensor, *, causal: bool = False, cache: KVCache | None = None, at: int = 0, rotation: Rotation | None = None
+    ) -> Tensor:
+        """Attention within x, triangular if ``causal``; with a cache, also to its first ``at`` slots, behind which x is written.
+
+        A cache holds keys that are turned already.
+        """
         batch, length, width = x_BLE.shape
         q, k, v = self.qkv(x_BLE).view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        if rotation is not None:
+            q, k = turn(q, rotation.query), turn(k, rotation.key)
         mask = None
         if cache is not None:
             k, v = cache.write(k, v, at)
@@ -59,7 +68,14 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); GELU MLP of ratio 4."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); GELU MLP of ratio 4.
+
+    Attributes:
+        recomputed: where gradients are wanted, keep the block's input alone and compute it again in backward, with the same dropout
+            (Chen et al. 2016, arXiv 1604.06174).
+    """
+
+    recomputed = False
 
     def __init__(self, width: int, heads: int, attention_dropout: float, dropout: float) -> None:
         super().__init__()
@@ -74,9 +90,17 @@ class Block(nn.Module):
             nn.Dropout(dropout),
         )
 
-    def forward(self, x_BLE: Tensor, *, causal: bool = False, cache: KVCache | None = None, at: int = 0) -> Tensor:
+    def forward(
+        self, x_BLE: Tensor, *, causal: bool = False, cache: KVCache | None = None, at: int = 0, rotation: Rotation | None = None
+    ) -> Tensor:
         """See `Attention.forward`."""
-        x_BLE = x_BLE + self.attention(self.norm1(x_BLE), causal=causal, cache=cache, at=at)
+        if self.recomputed and torch.is_grad_enabled():
+            given = {"causal": causal, "cache": cache, "at": at, "rotation": rotation}
+            return checkpoint(self._forward, x_BLE, use_reentrant=False, **given)
+        return self._forward(x_BLE, causal=causal, cache=cache, at=at, rotation=rotation)
+
+    def _forward(self, x_BLE: Tensor, *, causal: bool, cache: KVCache | None, at: int, rotation: Rotation | None) -> Tensor:
+        x_BLE = x_BLE + self.attention(self.norm1(x_BLE), causal=causal, cache=cache, at=at, rotation=rotation)
         return x_BLE + self.mlp(self.norm2(x_BLE))
 
 

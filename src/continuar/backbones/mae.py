@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from continuar.backbones.base import Backbone
 from continuar.backbones.blocks import LN_EPS, Block, check_dropout, init_transformer
+from continuar.backbones.grids import Grid
 from continuar.backbones.masking import MaskCount
+from continuar.backbones.rotary import Positions, Rotary, Rotation, check_rotary, nowhere
 from continuar.errors import require
 from continuar.orders import View
 from continuar.rows import put_, take
@@ -42,6 +44,9 @@ class MAEConfig:
     """Attention heads of the decoder; 0 is the encoder's."""
     buffer: int = 64
     """Places before the tokens, filled with copies of the condition: something to compute on while little is known."""
+    positions: Positions = "learned"
+    """How attention knows where tokens are: by learned embeddings that are added to them (paper), or rotary, queries and keys being
+    turned by row and column. What tells the head which position z is for is learned either way."""
     attention_dropout: float = 0.1
     """Dropout on attention weights while training."""
     dropout: float = 0.1
@@ -59,6 +64,7 @@ class MAEConfig:
         width, heads = self.decoder_width or self.width, self.decoder_heads or self.heads
         for part, w, h in (("encoder", self.width, self.heads), ("decoder", width, heads)):
             require(w % h == 0, f"{part} width {w} is not divisible by its {h} heads")
+        check_rotary(self.positions, {"encoder heads": (self.width, self.heads), "decoder heads": (width, heads)})
         check_dropout(self.attention_dropout, self.dropout)
         require(0 <= self.mask_ratio_min <= 1, f"mask_ratio_min is {self.mask_ratio_min}; allowed: 0 to 1")
         require(self.mask_granularity >= 1, f"mask_granularity is {self.mask_granularity}; allowed: 1 or more")
@@ -68,9 +74,9 @@ class MAEConfig:
         """The most condition tokens it takes: they stand in the buffer."""
         return self.buffer
 
-    def build(self, positions: int) -> MAE:
-        """The backbone over ``positions`` tokens."""
-        return MAE(self, positions)
+    def build(self, grid: Grid) -> MAE:
+        """The backbone over a grid of (h, w) tokens."""
+        return MAE(self, grid)
 
 
 @dataclass
@@ -86,20 +92,24 @@ class MAEState:
 class MAE(Backbone[MAEState]):
     """See the module's docstring."""
 
-    def __init__(self, config: MAEConfig, positions: int) -> None:
+    def __init__(self, config: MAEConfig, grid: Grid) -> None:
         super().__init__()
+        positions = grid[0] * grid[1]
         width, z_dim = config.width, config.decoder_width or config.width
         rates = config.attention_dropout, config.dropout
         self.width, self.z_dim, self.buffer = width, z_dim, config.buffer
+        self.learned = config.positions == "learned"
+        rows = config.buffer + (positions if self.learned else 0)
         self.mask_count = MaskCount(positions, config.mask_ratio_min, config.mask_granularity)
-        self.encoder_positions = nn.Parameter(torch.empty(config.buffer + positions, width))
+        self.encoder_positions = nn.Parameter(torch.empty(rows, width))
         self.input_norm = nn.LayerNorm(width, eps=LN_EPS)
         self.encoder = nn.ModuleList(Block(width, config.heads, *rates) for _ in range(config.encoder_depth))
         self.encoder_norm = nn.LayerNorm(width, eps=LN_EPS)
         self.decoder_input = nn.Linear(width, z_dim)
         self.mask_token = nn.Parameter(torch.empty(1, z_dim))
-        self.decoder_positions = nn.Parameter(torch.empty(config.buffer + positions, z_dim))
+        self.decoder_positions = nn.Parameter(torch.empty(rows, z_dim))
         heads = config.decoder_heads or config.heads
+        self.encoder_rotary, self.decoder_rotary = Rotary(grid, width // config.heads), Rotary(grid, z_dim // heads)
         self.decoder = nn.ModuleList(Block(z_dim, heads, *rates) for _ in range(config.decoder_depth))
         self.decoder_norm = nn.LayerNorm(z_dim, eps=LN_EPS)
         self.z_positions = nn.Parameter(torch.empty(positions, z_dim))
@@ -108,10 +118,11 @@ class MAE(Backbone[MAEState]):
     def encode(self, x_BKE: Tensor, known_BK: Tensor, cond_BCE: Tensor) -> Tensor:
         """Embedded known tokens at their positions -> [B, buffer + K, E], buffer first."""
         buffer = self._fill(cond_BCE) + self.encoder_positions[: self.buffer]
-        tokens = x_BKE + take(self.encoder_positions[None, self.buffer :], known_BK)
+        tokens = x_BKE + take(self.encoder_positions[None, self.buffer :], known_BK) if self.learned else x_BKE
         h = self.input_norm(torch.cat((buffer, tokens), 1))
+        rotation = self._rotation(self.encoder_rotary, known_BK)
         for block in self.encoder:
-            h = block(h)
+            h = block(h, rotation=rotation)
         return self.encoder_norm(h)
 
     def _fill(self, cond_BCE: Tensor) -> Tensor:
@@ -130,10 +141,21 @@ class MAE(Backbone[MAEState]):
         index = torch.cat((known_BK, masked_BM), 1)
         h = torch.cat((self.decoder_input(encoded_BLE), self.mask_token.expand(*masked_BM.shape, -1)), 1)
         buffer = self.decoder_positions[: self.buffer].expand(len(h), -1, -1)
-        h = h + torch.cat((buffer, take(self.decoder_positions[None, self.buffer :], index)), 1)
+        if self.learned:
+            h = h + torch.cat((buffer, take(self.decoder_positions[None, self.buffer :], index)), 1)
+        else:
+            h = torch.cat((h[:, : self.buffer] + buffer, h[:, self.buffer :]), 1)
+        rotation = self._rotation(self.decoder_rotary, index)
         for block in self.decoder:
-            h = block(h)
+            h = block(h, rotation=rotation)
         return self.decoder_norm(h[:, self.buffer :]) + take(self.z_positions[None], index)
+
+    def _rotation(self, rotary: Rotary, index_BL: Tensor) -> Rotation | None:
+        """Of the buffer, which is nowhere, and the tokens at these positions behind it."""
+        if self.learned:
+            return None
+        angles = rotary(torch.cat((nowhere(index_BL, self.buffer), index_BL), 1))
+        return Rotation(angles, angles)
 
     def forward(self, x_BNE: Tensor, cond_BCE: Tensor, view: View) -> Tensor:
         encoded = self.encode(take(x_BNE, view.known_BK), view.known_BK, cond_BCE)
@@ -144,6 +166,10 @@ class MAE(Backbone[MAEState]):
 
     def queried_counts(self) -> dict[int, float]:
         return self.mask_count.distribution()
+
+    def position_tables(self) -> dict[str, int]:
+        before_blocks = {"encoder_positions": self.buffer, "decoder_positions": self.buffer}
+        return {**(before_blocks if self.learned else {}), "z_positions": 0}
 
     def start(self, cond_BCE: Tensor, positions: int) -> MAEState:
         batch = len(cond_BCE)

@@ -100,6 +100,8 @@ def official_parts(config: ModelConfig | DiTConfig) -> tuple[MAEConfig, Diffusio
         raise _no_place("order", order.kind, "mar")
     if not isinstance(backbone, MAEConfig):
         raise _no_place("backbone", backbone.kind, "mae")
+    if backbone.positions != "learned":
+        raise _no_place("backbone.positions", backbone.positions, "learned")
     if not isinstance(head, DiffusionHeadConfig):
         raise _no_place("head", head.kind, "diffusion")
     if head.prediction != "eps":

@@ -31,13 +31,13 @@ from continuar.checkpoints.store import (
 )
 from continuar.configs import from_json
 from continuar.errors import UserError, require
+from continuar.parts import tokens_known_to_disappoint
 from continuar.tokenizers import LatentConfig, Tokenizer, TokenizerConfig, VAEConfig, VAETokenizer, VQConfig
 from continuar.tokenizers.diffusers_files import load_diffusers
 from continuar.tokenizers.networks import VQNetwork
 
 TOKENIZER_CONFIG = "tokenizer.json"
 FORMAT = 1
-_FEW, _COARSE = 64, 16
 _LOG = logging.getLogger("continuar")
 
 
@@ -84,12 +84,13 @@ class Changes:
         return replace(config, **given)
 
 
-def load_tokenizer(source: str | Path, changes: Changes = Changes()) -> Tokenizer:
+def load_tokenizer(source: str | Path, changes: Changes = Changes(), *, warn: bool = True) -> Tokenizer:
     """A tokenizer with its weights, in float32 on the CPU.
 
     Args:
         source: see the module's docstring.
         changes: image size, patch, scale, ids.
+        warn: say if its tokens are known to disappoint.
 
     Raises:
         UserError: nothing there, or not a tokenizer; damaged, pickled or unfitting weights.
@@ -107,7 +108,8 @@ def load_tokenizer(source: str | Path, changes: Changes = Changes()) -> Tokenize
         load_state(tokenizer, state, str(source))
     else:
         tokenizer = _from_diffusers(source, changes)
-    _warn_of_few_tokens(tokenizer, str(source))
+    for line in tokens_known_to_disappoint(tokenizer.config, str(source)) if warn else []:
+        _LOG.warning(line)
     return tokenizer
 
 
@@ -193,23 +195,3 @@ def _from_diffusers(source: str | Path, changes: Changes) -> Tokenizer:
 
 def _names(directory: Path) -> set[str]:
     return {p.name for p in directory.iterdir()}
-
-
-def _warn_of_few_tokens(tokenizer: Tokenizer, where: str) -> None:
-    """64x64 images through KL-16 are 16 tokens: too few to hold an image's detail, as users found."""
-    config = tokenizer.config
-    if not isinstance(config, VAEConfig | VQConfig):
-        return
-    count, stride = config.spec.positions, config.network.stride
-    if count < _FEW and stride >= _COARSE:
-        size = config.image_size
-        better = max((s for s in (8, 4, 2) if (size // s) ** 2 >= _FEW), default=1)
-        _LOG.warning(
-            "%dx%d images through %s (stride %d) are only %d tokens, which is known to look poor; better: a tokenizer of stride %d",
-            size,
-            size,
-            where,
-            stride,
-            count,
-            better,
-        )

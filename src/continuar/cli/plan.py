@@ -55,10 +55,11 @@ def report(run: BaseRun, machine: Machine, plan: Plan, dataset_images: int) -> s
     """The plan as text."""
     loop, gpus = run.train, machine.gpus
     machines = f"{gpus} GPUs" if gpus > 1 else "1 GPU"
+    recomputed = ", blocks once more forward" if loop.recompute else ""
     accumulated = f", {plan.accumulated} one after another" if plan.accumulated > 1 else ""
     lines = [
         f"parameters       {plan.parameters / 1e6:,.2f} M",
-        f"FLOPs per image  {plan.flops_per_image / 1e9:,.3g} GFLOP, forward and backward at the mean number of masked tokens",
+        f"FLOPs per image  {plan.flops_per_image / 1e9:,.3g} GFLOP, forward and backward{recomputed} at the mean mask ratio",
         f"batch            {loop.batch_size} images on {machines}: micro-batches of {plan.micro_batch}{accumulated}",
         f"duration         {loop.steps:,} steps, {plan.days:,.3g} days at {machine.utilisation:.0%} of {machine.tflops:g} TFLOP/s",
         _data(plan, dataset_images),
@@ -66,13 +67,16 @@ def report(run: BaseRun, machine: Machine, plan: Plan, dataset_images: int) -> s
         f"{'GiB per GPU':<32}" + "".join(f"{kind:>10}" for kind in _KINDS),
     ]
     memory = [plan.memory[kind] for kind in _KINDS]
-    rows = {name: [m.parts[name] for m in memory] for name in memory[0].parts}
+    rows = {name: [m.parts.get(name, 0.0) for m in memory] for name in memory[0].parts}
     rows[f"activations of {plan.micro_batch} images"] = [m.per_image * plan.micro_batch for m in memory]
     rows["total"] = [m.total(plan.micro_batch) for m in memory]
     rows["sent per step, and received"] = [plan.network[kind] for kind in _KINDS]
     lines += [f"  {name:<30}" + "".join(f"{value / GIB:>10.2f}" for value in values) for name, values in rows.items()]
-    if loop.engine != "eager":
-        lines += ["", f"planned is the eager step; train.engine {loop.engine} took 8% less to 5% more where it was measured"]
+    if loop.engine.endswith("graphs"):
+        twice = "where several graphs are captured, activations count twice: the graphs' own, and a warm-up's beside them"
+        lines += ["", twice]
+    if loop.engine.startswith("compile"):
+        lines += ["", "activations are those of the uncompiled step; compiled ones need less"]
     lines += [""] + [_advice(kind, plan, machine, loop.batch_size // gpus) for kind in _KINDS]
     return "\n".join(lines) + "\n"
 

@@ -23,6 +23,7 @@ from continuar.devices import pick_device
 from continuar.errors import require
 from continuar.recipes import RECIPES, find_recipe
 from continuar.token_model import parameter_counts
+from continuar.training.advice import warn
 from continuar.training.config import BaseRun
 from continuar.training.flops import generation_flops, training_flops
 from continuar.training.loop import Report, train
@@ -144,6 +145,7 @@ def dry_run(run: BaseRun) -> str:
         run, classes = data.run, len(data.classes)
     elif not classes and run.data.path:
         classes = len(class_names(run.data.path, run.data.split))
+    warn(run)
     # Without data at hand the number of classes is unknown; it moves one small embedding.
     config = run.model_config(classes or 1)
     with torch.device("meta"):
@@ -158,7 +160,7 @@ def dry_run(run: BaseRun) -> str:
         f"parameters        {parameters / 1e6:.2f}M ({parts})",
         f"tokens per image  {spec.positions} ({spec.grid[0]} x {spec.grid[1]}) {tokens}",
         f"training          {run.train.steps:,} steps of {run.train.batch_size} images",
-        f"FLOPs per image   training {_flops(training_flops(config))} (forward and backward, mean mask ratio)",
+        f"FLOPs per image   training {_flops(training_flops(config, run.train.recompute))} (forward and backward, mean mask ratio)",
         f"                  generation {_flops(generation_flops(config, run.sampling))} "
         f"({', '.join(f'{name} {value}' for name, value in run.sampling.to_dict().items() if value is not None)})",
     ]

@@ -1,4 +1,4 @@
-"""Caches of latents: a directory of few large files, mapped into memory and read in any order.
+"""Caches of latents: a directory of few large files, read in any order.
 
     cache.json        what the cache is of: tokenizer, source, shapes, classes
     shard-00000.bin   rows of [views, *shape], the image and its mirror image, as plain little-endian numbers
@@ -164,13 +164,6 @@ class LatentCache:
         self.labels = np.concatenate([np.asarray(s.labels, np.int64) for s in shards])
         self.index = np.concatenate([s.index(info.chosen(i)) for i, s in enumerate(shards)])
         self._first = np.cumsum([0, *(len(s.labels) for s in shards)])
-        shape = (info.views, int(np.prod(info.shape)) * info.torch_dtype.itemsize)
-        self._maps = [
-            np.memmap(shard_path(self.directory, i, "bin"), np.uint8, "r", shape=(len(s.labels), *shape))
-            for i, s in enumerate(shards)
-            if s.labels
-        ]
-        self._map_first = np.array([self._first[i] for i, s in enumerate(shards) if s.labels], np.int64)
         require(len(self.labels) > 0, f"{self.directory} has no images")
 
     def __len__(self) -> int:
@@ -195,6 +188,9 @@ class LatentCache:
             rows: int64 [B], 0..n-1.
             views: which view of each: 0 the image, 1 its mirror image.
             pin: into page-locked memory, for copies to a GPU that do not wait.
+
+        Raises:
+            OSError: a shard is gone, cannot be read, or has become shorter.
         """
         rows = np.asarray(rows, np.int64)
         views = np.broadcast_to(np.asarray(views, np.int64), rows.shape)
@@ -202,12 +198,20 @@ class LatentCache:
         if len(rows) == 0:
             return out
         bytes_BR = out.view(len(rows), -1).view(torch.uint8).numpy()
-        shard = np.searchsorted(self._map_first, rows, "right") - 1
-        inside = rows - self._map_first[shard]
+        shard = np.searchsorted(self._first, rows, "right") - 1
+        starts = ((rows - self._first[shard]) * self.info.views + views) * bytes_BR.shape[1]
         order = np.argsort(shard, kind="stable")
         for places in np.split(order, np.flatnonzero(np.diff(shard[order])) + 1):
-            bytes_BR[places] = self._maps[shard[places[0]]][inside[places], views[places]]
+            self._read_shard(shard_path(self.directory, int(shard[places[0]]), "bin"), bytes_BR, places, starts)
         return out
+
+    def _read_shard(self, path: Path, bytes_BR: np.ndarray, places: np.ndarray, starts: np.ndarray) -> None:
+        """Fills these places. Not by a memory map: a page of one that the disk does not give kills the process."""
+        with path.open("rb", buffering=0) as file:
+            for place in places:
+                file.seek(start := int(starts[place]))
+                if file.readinto(bytes_BR[place].data) != bytes_BR.shape[1]:
+                    raise OSError(f"{path} ends before byte {start + bytes_BR.shape[1]:,}")
 
     def blocks(self, size: int = 1024) -> Iterator[Tensor]:
         """All latents of all views in order, [b, *shape] at a time."""

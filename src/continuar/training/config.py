@@ -115,6 +115,10 @@ class LoopConfig:
     engine: Literal["eager", "compile", "graphs", "compile-graphs"] = "eager"
     """How a step is executed: "compile" (torch.compile, after minutes of compilation), "graphs" (CUDA graphs, at once), or both.
     They work per number of masked tokens: set backbone.mask_granularity to have few of them."""
+    recompute: bool = False
+    """Activation checkpointing: forward keeps the input of every transformer block alone, and backward computes the block again.
+    Less memory for more work (`continuar plan` counts both), the same loss and gradients. What the head keeps stays. Not with
+    engines that capture graphs."""
     log_images: int = 10_000
     """Write metrics every so many images."""
     sample_images: int = 200_000
@@ -138,6 +142,11 @@ class LoopConfig:
         require(
             self.micro_batch >= 0 and self.batch_size % (self.micro_batch or 1) == 0,
             f"train.micro_batch is {self.micro_batch}; allowed: a divisor of the batch size {self.batch_size}, or 0",
+        )
+        require(
+            not (self.recompute and self.engine.endswith("graphs")),
+            f"train.recompute restores dropout's random numbers, which train.engine {self.engine} cannot capture; "
+            "allowed: eager, compile",
         )
         require(0 <= self.label_dropout < 1, f"train.label_dropout is {self.label_dropout}; allowed: 0 up to below 1")
 
@@ -194,6 +203,9 @@ class BaseRun(ABC):
     train: LoopConfig = field(default_factory=LoopConfig)
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     online: OnlineConfig = field(default_factory=OnlineConfig)
+    init: str = ""
+    """A run, saved model, checkpoint or official .pth file whose (averaged) weights the run begins with; empty: random ones. Grid,
+    classes, order, dropout and masks may differ from its own: position embeddings are interpolated."""
     seed: int = 0
     """Of initial weights, the order of images and every draw; 0 or more."""
 
@@ -229,6 +241,11 @@ class DiTRun(BaseRun):
     """A training run of the baseline DiT."""
 
     network: DiTNetworkConfig = field(default_factory=DiTNetworkConfig)
+
+    def __post_init__(self) -> None:
+        require(not self.init, f"init is '{self.init}'; a DiT begins with random weights; allowed: empty")
+        require(not self.train.recompute, "train.recompute is True, which a DiT's blocks do not know; allowed: False")
+        super().__post_init__()
 
     def model_config(self, classes: int) -> DiTConfig:
         return DiTConfig(self.tokenizer.spec, classes, self.network)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from continuar.backbones.blocks import Block
 from continuar.baselines import DiT, DiTConfig
 from continuar.generation.plan import SamplingOptions, make_plan
 from continuar.guidance import Guidance
@@ -15,16 +19,33 @@ from continuar.noise import KeyedNoise
 from continuar.orders import View
 
 
-def training_flops(config: ModelConfig | DiTConfig) -> float:
-    """Per image and step: forward and backward (twice the forward) at the mean number of masked tokens."""
+def training_flops(config: ModelConfig | DiTConfig, recompute: bool = False) -> float:
+    """Per image and step: forward and backward (twice the forward) at the mean number of masked tokens.
+
+    Args:
+        recompute: blocks go forward once more (`LoopConfig.recompute`).
+    """
     with torch.device("meta"):
         model = config.build()
         spec = config.tokens
         queried = min(spec.positions, round(model.mean_queried()))
         view = View(torch.zeros(1, spec.positions, dtype=torch.int64), spec.positions - queried)
+        again = 0
         with FlopCounterMode(display=False) as counter:
+
+            def enter(block: nn.Module, given: Any) -> None:
+                nonlocal again
+                again -= counter.get_total_flops()
+
+            def leave(block: nn.Module, given: Any, out: Any) -> None:
+                nonlocal again
+                again += counter.get_total_flops()
+
+            for block in (m for m in model.modules() if isinstance(m, Block) and recompute):
+                block.register_forward_pre_hook(enter)
+                block.register_forward_hook(leave)
             model.loss(spec.blank(1), None, view)
-    return 3.0 * counter.get_total_flops()
+    return 3.0 * counter.get_total_flops() + again
 
 
 def generation_flops(config: ModelConfig | DiTConfig, options: SamplingOptions) -> float:

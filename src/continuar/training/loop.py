@@ -1,7 +1,7 @@
 """The training loop.
 
 1. Open the data and the tokenizer (`training.source`).
-2. Build the model, or restore the newest intact checkpoint of the run.
+2. Build the model, with the weights the run begins with (`training.initial`), or restore the newest intact checkpoint of the run.
 3. Take the steps, and between them write metrics, sample grids and checkpoints (`Steps`).
 
 Every step is a function of (seed, step), so a resumed run continues the same stream exactly. Several processes do all of this
@@ -20,9 +20,12 @@ import torch
 from continuar.checkpoints.store import ModelFile, read_json, write_json
 from continuar.configs import differences, from_json, to_json
 from continuar.errors import UserError, require
-from continuar.pipeline import Pipeline
+from continuar.model import Model
+from continuar.pipeline import Pipeline, newest_checkpoints
 from continuar.tokenizers import PixelConfig
+from continuar.training.advice import warn
 from continuar.training.config import BaseRun
+from continuar.training.initial import begin_from
 from continuar.training.online import Online
 from continuar.training.parallel import Single, together
 from continuar.training.source import reads_cache, training_data
@@ -70,11 +73,17 @@ def train(
         run = shared_out(run, directory, parallel)
         data = training_data(run, on_read, directory if resume else None)
     run, tokenizer = data.run, data.tokenizer
+    if parallel.first:
+        warn(run)
     if not reads_cache(run.data):
         parallel.share(list(tokenizer.state_dict().values()))  # fitted, which hardware may round otherwise
     torch.manual_seed(run.seed)
     with torch.device(device):
         model = run.model_config(len(data.classes)).build()
+    with together(parallel):
+        if run.init and not (resume and newest_checkpoints(directory)):
+            assert isinstance(model, Model)  # a DiT's run refuses it
+            begin_from(model, run.init)
     trainer = TrainStep(model, run, parallel)
     first = load_newest(directory, trainer) if resume else 0
     file = ModelFile(model.config, run.tokenizer, data.classes, run.sampling)

@@ -3,21 +3,24 @@
 1. Run the loss on the meta device, with hooks on every tensor that autograd saves for backward; each storage counts once.
 2. What the meta device would do in its own way is done as a GPU does it: attention saves no matrix of weights, dropout saves a mask
    of bytes, and under bfloat16 autocast matrix products cast their inputs and layer norms compute in float32.
-3. Do it for two batch sizes: activations are linear in the batch, and what does not grow is copies of weights.
+3. Where blocks are recomputed, what counts is what is saved outside of them, their inputs, and of one block at a time what is saved
+   inside it; the block that needs most decides.
+4. Do it for two batch sizes: activations are linear in the batch, and what does not grow is copies of weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from continuar.backbones.blocks import Block
 from continuar.orders import View
 from continuar.precision import META_AUTOCAST, meta_autocast
 from continuar.token_model import TokenModel
@@ -36,37 +39,62 @@ class Activations:
     """Of ``per_image``, the largest single tensor: its gradient is there at the same time."""
 
 
-def activations(model: TokenModel, bf16: bool) -> Activations:
-    """What a forward pass of a model on the meta device saves, over the extremes of the number of masked tokens."""
+def activations(model: TokenModel, bf16: bool, recompute: bool = False) -> Activations:
+    """What a forward pass of a model on the meta device saves, over the extremes of the number of masked tokens.
+
+    Args:
+        recompute: blocks are computed again in backward (`LoopConfig.recompute`).
+    """
     counts = model.queried_counts()
-    found = [_activations(model, queried, bf16) for queried in {min(counts), max(counts)}]
+    found = [_activations(model, queried, bf16, recompute) for queried in {min(counts), max(counts)}]
     return max(found, key=lambda a: a.per_image + a.largest)
 
 
-def _activations(model: TokenModel, queried: int, bf16: bool) -> Activations:
+def _activations(model: TokenModel, queried: int, bf16: bool, recompute: bool) -> Activations:
     few, many = 2, 4
-    (small, small_largest), (large, large_largest) = (saved(model, batch, queried, bf16) for batch in (few, many))
+    (small, small_largest), (large, large_largest) = (saved(model, batch, queried, bf16, recompute) for batch in (few, many))
     per_image = (large - small) / (many - few)
-    return Activations(per_image, small - few * per_image, (large_largest - small_largest) / (many - few))
+    copies = small - few * per_image
+    if recompute:  # autocast keeps those of all blocks to the end of forward
+        copies = _activations(model, queried, bf16, recompute=False).copies
+    return Activations(per_image, copies, (large_largest - small_largest) / (many - few))
 
 
-def saved(model: TokenModel, batch: int, queried: int, bf16: bool) -> tuple[int, int]:
+def saved(model: TokenModel, batch: int, queried: int, bf16: bool, recompute: bool = False) -> tuple[int, int]:
     """(bytes, bytes of the largest) of the storages that a forward pass of ``batch`` images saves, without the weights'."""
-    found: dict[int, torch.UntypedStorage] = {}
+    outside: dict[int, torch.UntypedStorage] = {}
+    inside: list[dict[int, torch.UntypedStorage]] = []
+    within = [outside]  # the last one is of what is running
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        found[id(storage)] = storage
+        within[-1][id(storage)] = storage
         return tensor
 
+    def enter(block: nn.Module, given: tuple[Tensor, ...]) -> None:
+        pack(given[0])
+        inside.append({})
+        within.append(inside[-1])
+
+    def leave(block: nn.Module, given: Any, out: Tensor) -> None:
+        within.pop()
+
     spec, model = model.config.tokens, model.train()
+    blocks = [m for m in model.modules() if isinstance(m, Block)] if recompute else []
+    hooks = [hook for b in blocks for hook in (b.register_forward_pre_hook(enter), b.register_forward_hook(leave))]
     with torch.device("meta"), saved_tensors_hooks(pack, lambda tensor: tensor), AsOnGPU(), meta_autocast(bf16):
         view = View(torch.zeros(batch, spec.positions, dtype=torch.int64), spec.positions - queried)
         loss = model.loss(spec.blank(batch), torch.zeros(batch, dtype=torch.int64), view, 0.1).mean()
     assert loss.is_meta
+    for hook in hooks:
+        hook.remove()
     weights = {id(p.untyped_storage()) for p in model.parameters()}
-    sizes = [s.nbytes() for key, s in found.items() if key not in weights]
-    return sum(sizes), max(sizes)
+
+    def sizes(found: dict[int, torch.UntypedStorage], known: Collection[int] = ()) -> list[int]:
+        return [s.nbytes() for key, s in found.items() if key not in weights and key not in known]
+
+    kept, again = sizes(outside), max((sizes(one, outside) for one in inside), key=sum, default=[])
+    return sum(kept) + sum(again), max([*kept, *again])
 
 
 class AsOnGPU(TorchFunctionMode):

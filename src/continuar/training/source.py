@@ -24,8 +24,8 @@ from continuar.checkpoints.tokenizers import Changes, fingerprint, load_tokenize
 from continuar.data.images import ImageSet, load_images
 from continuar.data.latents import LatentCache, is_cache
 from continuar.errors import UserError, require
-from continuar.pipeline import newest_checkpoints
-from continuar.tokenizers import LatentConfig, PixelConfig, Tokenizer, VAEConfig, VQConfig
+from continuar.pipeline import find_model, newest_checkpoints
+from continuar.tokenizers import CodebookConfig, LatentConfig, PixelConfig, Tokenizer, VAEConfig, VQConfig
 from continuar.training.config import BaseRun, DataConfig
 from continuar.training.latents import LatentStream
 from continuar.training.stream import ImageStream, measure_std
@@ -111,7 +111,7 @@ def cache_tokenizer(cache: LatentCache, place: str, kept: list[Path]) -> Tokeniz
             not gone, f"the tokenizer of {cache.directory} was at {where}, which is gone; --data.tokenizer says where it is now"
         )
         ids = info.dtype == "int32" and len(info.shape) == 1
-        tokenizer = load_tokenizer(where, Changes(info.image_size, ids=ids or None))
+        tokenizer = load_tokenizer(where, Changes(info.image_size, ids=ids or None), warn=False)
     cache.check_fingerprint(fingerprint(tokenizer))
     unmeasured = isinstance(tokenizer.config, VAEConfig) and tokenizer.config.scale == 0
     require(not unmeasured, f"{where} has no scale yet: `continuar tokenizer stats {where} {cache.directory}` measures it")
@@ -121,6 +121,8 @@ def cache_tokenizer(cache: LatentCache, place: str, kept: list[Path]) -> Tokeniz
 def _from_images(run: BaseRun, on_read: Callable[[int, int], None] | None, kept: list[Path]) -> TrainingData:
     images = read_images(run, on_read)
     run = measured(run, images)
+    if not kept and run.init and isinstance(run.tokenizer, CodebookConfig):
+        kept = [find_model(run.init)]  # ids mean what they meant to the model that the run begins with
     tokenizer = read_tokenizer(kept[0], run.tokenizer) if kept else fitted(run, images)
 
     def stream(tokenizer: Tokenizer, device: torch.device, slots: range) -> Stream:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from continuar.backbones.blocks import Block
 from continuar.token_model import TokenModel
 from continuar.training.config import BaseRun
 from continuar.training.ema import EMA
@@ -47,6 +48,8 @@ class TrainStep:
         self.ema = EMA(model, run.ema)
         self.parallel.shard(self.ema.model)
         self.meter = Meter(model.timed, self.device, self.parallel)
+        for block in (m for m in model.modules() if isinstance(m, Block)):
+            block.recomputed = run.train.recompute
         engine = ENGINES[run.train.engine]
         self._engine = engine(model, run.train.label_dropout, bf16, self.parallel, len(self.slots))
         self.optimizer = build_optimizer(model, run.optim)

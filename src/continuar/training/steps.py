@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from continuar.checkpoints.store import ModelFile
 from continuar.errors import UserError
@@ -20,6 +21,7 @@ from continuar.pipeline import Pipeline, newest_checkpoints, to_uint8
 from continuar.token_model import TokenModel
 from continuar.tokenizers import Tokenizer
 from continuar.training.config import BaseRun
+from continuar.training.latents import ReaderDied
 from continuar.training.log import RunLog
 from continuar.training.memory import GIB
 from continuar.training.meter import Averages
@@ -126,11 +128,21 @@ class Steps:
 
     def _take(self, step: int) -> None:
         try:
-            self.trainer(step, self.stream.batch)
+            self.trainer(step, self._batch)
         except torch.OutOfMemoryError as problem:
             kind, device = "fsdp" if self.parallel.sharded else "ddp", self.trainer.device
             gib = torch.cuda.get_device_properties(device).total_memory / GIB if device.type == "cuda" else None
             raise out_of_memory(self.run, len(self.file.classes), self.parallel.world, kind, gib) from problem
+
+    def _batch(self, step: int, slot: int) -> tuple[Tensor, Tensor]:
+        try:
+            return self.stream.batch(step, slot)
+        except ReaderDied as problem:
+            raise UserError(f"the data of step {step + 1} could not be read ({problem}); {self._kept()}") from problem
+
+    def _kept(self) -> str:
+        kept = newest_checkpoints(self.directory)
+        return f"{kept[0]} is intact, and --resume continues from it" if kept else "there is no checkpoint before it"
 
     def _stop(self, signals: Signals) -> Stop:
         """What all processes agree on."""
@@ -235,11 +247,7 @@ class Steps:
         try:
             yield
         except OSError as problem:
-            kept = newest_checkpoints(self.directory)
-            raise UserError(
-                f"{what} could not be written ({problem}); "
-                + (f"{kept[0]} is intact, and --resume continues from it" if kept else "there is no checkpoint before it")
-            ) from problem
+            raise UserError(f"{what} could not be written ({problem}); {self._kept()}") from problem
 
     @contextmanager
     def _untimed(self) -> Iterator[None]:

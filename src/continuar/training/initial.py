@@ -1,0 +1,92 @@
+"""Weights that a run begins with instead of random ones: fine-tuning, at another grid of tokens and on other classes too.
+
+1. Networks must be the same: everything in the configs of backbone, head and condition that decides what weights mean, and the
+   kind of the tokens. What only decides how they are trained may differ: dropout, masks, timesteps per token, the order.
+2. Position embeddings are interpolated from grid to grid.
+3. With another number of classes their embeddings begin anew; that of "no class" is kept.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from continuar.baselines import DiTConfig
+from continuar.checkpoints.grids import resized
+from continuar.checkpoints.mar import to_continuar
+from continuar.checkpoints.official import read_official
+from continuar.checkpoints.official_args import model_file
+from continuar.checkpoints.store import current_names, load_state, read_model_file
+from continuar.conditions import LabelsConfig
+from continuar.configs import differences, to_json
+from continuar.errors import require
+from continuar.model import Model, ModelConfig
+from continuar.pipeline import find_model, read_weights
+
+_LOG = logging.getLogger("continuar")
+_HOW_TRAINED = {"attention_dropout", "dropout", "mask_ratio_min", "mask_granularity", "timesteps_per_token", "label_smoothing"}
+"""Fields of backbone and head that weights do not depend on."""
+_CLASSES = "condition.embedding"
+
+
+def begin_from(model: Model, source: str) -> None:
+    """Overwrites a model's weights by those of another, averaged ones where there are two sets.
+
+    Args:
+        source: a run, a saved model, a checkpoint, a shipped name, or an official MAR file (.pth).
+
+    Raises:
+        UserError: not found or unreadable; what does not fit, by name.
+    """
+    config, state = _read(source)
+    check_same_network(config, model.config, source)
+    own = model.state_dict()
+    if config.classes != model.config.classes and isinstance(config.condition, LabelsConfig):
+        counts = f"{source} has {config.classes} classes, the data {model.config.classes}"
+        _LOG.warning("%s: embeddings of classes begin anew, that of no class is kept", counts)
+        state[_CLASSES] = torch.cat((own[_CLASSES][:-1].cpu(), state[_CLASSES][-1:].to(own[_CLASSES].dtype)))
+    load_state(model, resized(state, config.tokens.grid, model), source)
+
+
+def check_same_network(old: ModelConfig, new: ModelConfig, where: str) -> None:
+    """Refuses weights that mean something else in the new model, whatever their shapes.
+
+    Raises:
+        UserError: every setting that differs.
+    """
+    before, after = _meaning(old), _meaning(new)
+    for name, part in before.items():
+        if part.get("kind") != after[name].get("kind"):  # of different kinds every field differs
+            before[name], after[name] = {"kind": part["kind"]}, {"kind": after[name]["kind"]}
+    found = differences(before, after)
+    allowed = "the same; grid, classes, order, dropout and masks may differ"
+    require(not found, f"{where} is another model ({'; '.join(found)}); allowed: {allowed}")
+
+
+def _meaning(config: ModelConfig) -> dict[str, dict[str, Any]]:
+    parts = {name: to_json(getattr(config, name)) for name in ("backbone", "head", "condition")}
+    for part in parts.values():
+        for name in _HOW_TRAINED & part.keys():
+            del part[name]
+        for name in ("width", "heads"):  # of a decoder 0 is the encoder's
+            if f"decoder_{name}" in part:
+                part[f"decoder_{name}"] = part[f"decoder_{name}"] or part[name]
+    return {"tokens": {"dim": config.tokens.dim, "vocabulary": config.tokens.vocabulary}, **parts}
+
+
+def _read(source: str) -> tuple[ModelConfig, dict[str, Tensor]]:
+    if Path(source).suffix == ".pth" and Path(source).is_file():
+        official = read_official(Path(source))
+        config, state = model_file(official)[0].model, official.state
+        converted = to_continuar(state, config, source)
+    else:
+        directory = find_model(source)
+        config, state = read_model_file(directory).model, read_weights(directory, "ema")[0]
+        converted = current_names(state)
+    if isinstance(config, DiTConfig):
+        raise UserError(f"{source} is a DiT; allowed: a model of order, backbone and head")
+    return config, converted
