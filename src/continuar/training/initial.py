@@ -23,7 +23,7 @@ from continuar.checkpoints.official_args import model_file
 from continuar.checkpoints.store import current_names, load_state, read_model_file
 from continuar.conditions import LabelsConfig
 from continuar.configs import differences, to_json
-from continuar.errors import require
+from continuar.errors import UserError, require
 from continuar.model import Model, ModelConfig
 from continuar.pipeline import find_model, read_weights
 
