@@ -2,8 +2,8 @@
 
     python benchmarks/comparison.py --results benchmarks/results/digits_comparison.md --picture docs/images/digits_comparison.png
 
-Trains each `digits_ROW_HEAD` recipe (finished runs are kept), generates 500 digits with and without guidance, and writes one row
-for each:
+Trains each `digits_ROW_HEAD` recipe, and the baseline DiT on as many images (finished runs are kept), generates 500 digits with and
+without guidance, and writes one row for each:
 
 * accuracy: the share that a support vector machine trained on all real digits reads as what was asked for. It says nothing of
   diversity: one perfect example per class would score 1.
@@ -14,6 +14,7 @@ for each:
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import platform
 import time
@@ -27,6 +28,7 @@ from continuar.data.images import load_digits
 from continuar.evaluation.moments import Moments, frechet_distance, moments
 from continuar.pictures import grid, save_png
 from continuar.recipes import RECIPES
+from continuar.training.config import BaseRun
 from continuar.training.loop import train
 
 GUIDANCE = (1.0, 2.0)
@@ -56,6 +58,13 @@ class Judge:
         return f"{accuracy:.3f} | {frechet_distance(moments(x / self.std), self.reference):.2f}"
 
 
+def runs() -> dict[str, BaseRun]:
+    """Every run of the comparison, by name."""
+    found = {name: recipe() for name, recipe in RECIPES.items() if name.startswith("digits_")}
+    like = found["digits_mar_diffusion"]
+    return found | {"digits_dit": dataclasses.replace(RECIPES["dit_digits"](), train=like.train, optim=like.optim)}
+
+
 def seconds_of(run: Path, batch_size: int) -> float:
     """Training time as the run's own log counts it: without drawing and saving."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -79,8 +88,8 @@ def main() -> None:
     lines = [head, "|---" * (4 + 2 * len(GUIDANCE)) + "|"]
     print("\n".join(lines), flush=True)
     shown: dict[str, np.ndarray] = {}
-    for name in (n for n in RECIPES if n.startswith("digits_") and options.only in n):
-        run, directory = RECIPES[name](), options.out / name
+    for name, run in ((name, run) for name, run in runs().items() if options.only in name):
+        directory = options.out / name
         pipe = train(run, directory, device=torch.device("cpu"), resume=True)
         scores, seconds = [], 0.0
         for guidance in GUIDANCE:

@@ -76,10 +76,10 @@ def measure(run: Run, device: torch.device, steps: int, profile: bool = False) -
     began = time.perf_counter()
     seen: set[int] = set()
     step = 0
-    wanted = set(model.backbone.queried_counts()) if run.train.engine != "eager" else set()
+    wanted = set(model.queried_counts()) if run.train.engine != "eager" else set()
     while step < 3 or (wanted - seen and step < 400):
         trainer.seed(step)
-        seen.add(model.backbone.draw_queried())
+        seen.add(model.draw_queried())
         trainer(step, stream)
         step += 1
     synchronize(device)

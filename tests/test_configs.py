@@ -15,7 +15,7 @@ from continuar.training.config import Run
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_survives_a_json_file(name: str) -> None:
     run = RECIPES[name]()
-    assert from_json(Run, json.loads(json.dumps(to_json(run)))) == run
+    assert from_json(type(run), json.loads(json.dumps(to_json(run)))) == run
 
 
 def broken(change) -> dict:

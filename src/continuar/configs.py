@@ -1,7 +1,7 @@
 """Frozen dataclass configs to JSON and back.
 
 A union of configs is told apart by its literal ``kind`` field, so the closed set of kinds is the type annotation itself: JSON never
-names an import path, and an unknown kind or field is an error that says what is allowed.
+names an import path, and an unknown kind or field is an error that says what is allowed. One member of a union may have no kind.
 """
 
 from __future__ import annotations
@@ -85,6 +85,9 @@ def _union_from_json(options: tuple[Any, ...], value: Any, where: str) -> Any:
     plain = [o for o in options if o is not type(None)]
     if isinstance(value, dict):
         kinds = {kind_of(o): o for o in plain if hasattr(o, "kind")}
+        kindless = [o for o in plain if dataclasses.is_dataclass(o) and not hasattr(o, "kind")]
+        if kindless and "kind" not in value:
+            return from_json(kindless[0], value, where)
         if kinds:
             kind = value.get("kind")
             if kind not in kinds:

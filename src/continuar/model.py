@@ -6,16 +6,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from continuar.backbones import Backbone, BackboneConfig, MAEConfig
+from continuar.backbones.blocks import Block
 from continuar.conditions import Condition, ConditionConfig, LabelsConfig
 from continuar.errors import require
-from continuar.heads import DiffusionHeadConfig, Head, HeadConfig
+from continuar.heads import DiffusionHeadConfig, Head, HeadConfig, HeadOptions
+from continuar.heads.base import Timed
 from continuar.orders import MAROrderConfig, Order, OrderConfig, View
 from continuar.parts import check_condition, check_parts
 from continuar.rows import take
+from continuar.token_model import TokenModel
 from continuar.tokenizers import TokenSpec
 
 
@@ -40,18 +42,28 @@ class ModelConfig:
         """A freshly initialised model on torch's current default device."""
         return Model(self)
 
+    def build_order(self) -> Order:
+        """The order over the tokens' positions."""
+        return self.order.build(self.tokens.positions)
 
-class Model(nn.Module):
+    def options(self) -> HeadOptions:
+        """The head's default options."""
+        return self.head.options()
+
+
+class Model(TokenModel):
     """Tokens and their condition -> loss; and the parts of which generation is made.
 
     B images, N tokens, Q queried, D token dim, E backbone width, Z condition width. Tokens are [B, N, D] or ids [B, N].
     """
 
+    config: ModelConfig
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         spec = config.tokens
-        self.order: Order = config.order.build(spec.positions)
+        self.order = config.build_order()
         self.backbone: Backbone[Any] = config.backbone.build(spec.grid)
         if spec.kind == "id":
             self.token_embedding = nn.Embedding(spec.vocabulary, self.backbone.width)
@@ -64,14 +76,14 @@ class Model(nn.Module):
         self.head: Head = config.head.build(spec.size, self.backbone.z_dim)
 
     @property
-    def null_label(self) -> int:
-        """The label that stands for "no class"."""
-        return self.config.classes
+    def timed(self) -> Timed:
+        return self.head
 
-    def training_view(self, batch: int, device: torch.device) -> View:
-        """A random view from torch's default generators; the number of known tokens is drawn on the host."""
-        queried = self.backbone.draw_queried()
-        return View(self.order.training_order(batch, device), self.order.positions - queried)
+    def queried_counts(self) -> dict[int, float]:
+        return self.backbone.queried_counts()
+
+    def draw_queried(self) -> int:
+        return self.backbone.draw_queried()
 
     def loss(self, tokens: Tensor, condition: Tensor | None, view: View, condition_dropout: float = 0.0) -> Tensor:
         """The head's loss for every predicted token, [B, Q].
@@ -88,6 +100,10 @@ class Model(nn.Module):
         target = take(tokens, view.query_BQ)
         return self.head(z.flatten(0, 1), target.flatten(0, 1)).view(view.query_BQ.shape)
 
+    def compiled_parts(self) -> Iterator[nn.Module]:
+        yield from (module for module in self.backbone.modules() if isinstance(module, Block))
+        yield self.head
+
     def parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """(with, without) weight decay: none on biases, norms and the whole head (paper, Appendix B)."""
         decayed: list[nn.Parameter] = []
@@ -95,9 +111,3 @@ class Model(nn.Module):
         for name, parameter in self.named_parameters():
             (others if parameter.ndim <= 1 or name.startswith("head.") else decayed).append(parameter)
         return decayed, others
-
-
-def parameter_counts(model: nn.Module) -> Iterator[tuple[str, int]]:
-    """(part, parameters) of each direct child, for tables."""
-    for name, child in model.named_children():
-        yield name, sum(p.numel() for p in child.parameters())

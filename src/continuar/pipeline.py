@@ -38,7 +38,7 @@ from continuar.generation.plan import SamplingOptions, make_plan
 from continuar.generation.snapshots import Snapshot, snapshots
 from continuar.generation.weights import Precision
 from continuar.guidance import GuidanceSchedule
-from continuar.model import Model
+from continuar.token_model import TokenModel
 from continuar.tokenizers import Tokenizer
 
 Weights = Literal["ema", "raw"]
@@ -54,7 +54,7 @@ class Pipeline:
         defaults: sampling settings used where a call does not say otherwise.
     """
 
-    def __init__(self, file: ModelFile, model: Model, tokenizer: Tokenizer | None = None) -> None:
+    def __init__(self, file: ModelFile, model: TokenModel, tokenizer: Tokenizer | None = None) -> None:
         """``tokenizer``: one that is ready, where it has a state; else it is built from the config."""
         self.file, self.model = file, model.eval()
         self.tokenizer = (tokenizer or file.tokenizer.build()).to(self.device)
@@ -70,7 +70,7 @@ class Pipeline:
         """Who generates; made once, for what the fast one has captured serves the next call too.
 
         Args:
-            name: "eager" as one would explain it; "graphs" faster and equal to it; "auto" the fast one where it can run the model.
+            name: "eager", readably; "graphs", faster and equal to it; "auto", "graphs" on a CPU where it can run the model.
             precision: "bfloat16" halves the weights and rounds more; only of the fast engine.
 
         Raises:

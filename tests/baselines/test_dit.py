@@ -4,35 +4,42 @@ import copy
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from continuar.baselines import DiT, DiTConfig, dit
+from continuar.baselines import DiT, DiTConfig, DiTNetworkConfig, dit
 from continuar.configs import from_json, to_json
 from continuar.diffusion.process import add_noise, training_coefficients, variational_bound, velocity
 from continuar.diffusion.samplers import SAMPLERS
 from continuar.errors import UserError
+from continuar.orders import View
 from continuar.tokenizers import TokenSpec
 
 diffusers = pytest.importorskip("diffusers", reason="the extra [diffusers] is not installed")
 
-CONFIG = DiTConfig(TokenSpec((4, 4), 3), classes=3, patch=2, width=16, depth=2, heads=2)
+CONFIG = DiTConfig(TokenSpec((4, 4), 3), 3, DiTNetworkConfig(patch=2, width=16, depth=2, heads=2))
 LABELS, SEEDS = torch.tensor([0, 2, 3, 1]), torch.tensor([7, -1, 2**40, 0])
 
 each_prediction = pytest.mark.parametrize("prediction", ["eps", "velocity"])
 
 
-def shaken(**changes: Any) -> DiT:
+def shaken(tokens: TokenSpec = CONFIG.tokens, classes: int = 3, **changes: Any) -> DiT:
     """A model whose zero-initialised layers are not zero."""
     torch.manual_seed(0)
-    model = DiTConfig(**({f: getattr(CONFIG, f) for f in CONFIG.__dataclass_fields__} | changes)).build()
+    model = DiTConfig(tokens, classes, replace(CONFIG.network, **changes)).build()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model.eval()
+
+
+def loss_of(model: DiT, tokens: Tensor, labels: Tensor | None, dropout: float = 0.0) -> Tensor:
+    """Of a view of the model's own."""
+    return model.loss(tokens, labels, model.training_view(len(tokens), tokens.device), dropout)
 
 
 def inputs(model: DiT, batch: int = 4) -> tuple[Tensor, Tensor]:
@@ -47,7 +54,8 @@ def inputs(model: DiT, batch: int = 4) -> tuple[Tensor, Tensor]:
 def test_sizes_have_the_published_parameter_counts(width: int, depth: int, heads: int, millions: int) -> None:
     """DiT-S/2, B/2, L/2 and XL/2 on 32 x 32 x 4 latents of ImageNet (Peebles & Xie 2023, Table 4)."""
     with torch.device("meta"):
-        model = DiTConfig(TokenSpec((32, 32), 4), 1000, patch=2, width=width, depth=depth, heads=heads).build()
+        network = DiTNetworkConfig(patch=2, width=width, depth=depth, heads=heads)
+        model = DiTConfig(TokenSpec((32, 32), 4), 1000, network).build()
     assert round(sum(p.numel() for p in model.parameters()) / 1e6) == millions
 
 
@@ -67,6 +75,7 @@ def test_forward_is_diffusers_own_with_one_embedding_in_all_blocks() -> None:
     weights = dict(model.transformer.state_dict())
     for i in range(2):
         weights |= {f"transformer_blocks.{i}.norm1.emb.{k}": v for k, v in model.condition.state_dict().items()}
+    assert torch.equal(weights.pop("pos_embed.pos_embed"), theirs.pos_embed.pos_embed)
     theirs.load_state_dict(weights)
     x, t = inputs(model)
     with torch.no_grad():
@@ -94,7 +103,7 @@ def test_tokens_lie_on_their_grid_in_raster_order() -> None:
 @each_prediction
 def test_loss_of_a_network_that_says_zero_is_the_closed_form(prediction: str) -> None:
     """As initialised: adaLN and output are zero, so that eps (or the velocity) and v are 0."""
-    model = DiTConfig(CONFIG.tokens, 3, width=16, depth=1, heads=2, prediction=prediction).build()
+    model = DiTConfig(CONFIG.tokens, 3, DiTNetworkConfig(width=16, depth=1, heads=2, prediction=prediction)).build()
     x0, t = inputs(model)
     c, noise, i = training_coefficients(x0.device), torch.randn_like(x0), t.unsqueeze(-1)
     x = add_noise(c, x0, i, noise)
@@ -103,19 +112,20 @@ def test_loss_of_a_network_that_says_zero_is_the_closed_form(prediction: str) ->
     torch.testing.assert_close(terms.mse, target.square().mean(-1))
     eps = torch.zeros_like(x) if prediction == "eps" else c.sqrt_one_minus_abar[t][:, None, None] * x
     torch.testing.assert_close(terms.vb, variational_bound(c, eps, torch.zeros_like(x), x0, x, i.expand(4, 16)))
-    assert model.loss(x0, LABELS, 0.1).shape == (4,)
+    assert loss_of(model, x0, LABELS, 0.1).shape == (4, 16)
 
 
 def test_training_lowers_the_loss_and_samples_follow_their_label() -> None:
     torch.manual_seed(0)
-    model = DiTConfig(TokenSpec((2, 2), 2), classes=2, width=32, depth=1, heads=2, prediction="velocity").build()
+    network = DiTNetworkConfig(width=32, depth=1, heads=2, prediction="velocity")
+    model = DiTConfig(TokenSpec((2, 2), 2), 2, network).build()
     decayed, others = model.parameter_groups()
     optimizer = torch.optim.AdamW([{"params": decayed}, {"params": others}], lr=5e-3, weight_decay=0.0)
     losses = []
     for _ in range(200):
         labels = torch.randint(2, (32,))
         tokens = (2.0 * labels - 1)[:, None, None] + 0.3 * torch.randn(32, 4, 2)
-        loss = model.loss(tokens, labels, label_dropout=0.1).mean()
+        loss = loss_of(model, tokens, labels, 0.1).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -135,7 +145,7 @@ def test_null_label_is_the_last_row_of_the_one_label_embedding() -> None:
     assert (model.null_label, len(table)) == (3, 4)
     assert sum(isinstance(m, nn.Embedding) for m in model.modules()) == 1
     x, _ = inputs(model)
-    model.loss(x, torch.full((4,), model.null_label)).sum().backward()
+    loss_of(model, x, torch.full((4,), model.null_label)).sum().backward()
     assert table.grad[3].any()
     assert not table.grad[:3].any()
 
@@ -144,12 +154,13 @@ def test_a_dropped_label_is_the_null_label_and_nothing_else_drops_labels() -> No
     model = shaken().train()
     x, t = inputs(model)
 
-    def loss(labels: Tensor, dropout: float) -> Tensor:
+    def loss(labels: Tensor | None, dropout: float) -> Tensor:
         torch.manual_seed(5)
-        return model.loss(x, labels, dropout)
+        return loss_of(model, x, labels, dropout)
 
     null = torch.full((4,), model.null_label)
     assert torch.equal(loss(LABELS, 1.0), loss(null, 1.0))
+    assert torch.equal(loss(None, 0.0), loss(null, 0.0))
     assert not torch.equal(loss(LABELS, 0.0), loss(null, 0.0))
     training = [model(x, t, LABELS)[0] for _ in range(2)]
     assert torch.equal(*training)
@@ -232,11 +243,11 @@ def test_it_survives_copying_json_and_groups_each_parameter_once() -> None:
         ({"tokens": TokenSpec((4, 4), vocabulary=8)}, "DiT takes vector tokens; these are ids"),
         ({"tokens": TokenSpec((4, 2), 3)}, r"token grid is \(4, 2\); allowed for DiT: a square"),
         ({"classes": -1}, "classes is -1; allowed: 0 or more"),
-        ({"patch": 3}, "dit.patch is 3; allowed: divisors of 4"),
-        ({"patch": 0}, "dit.patch is 0; allowed: 1 or more"),
-        ({"width": 18}, "dit.width is 18; allowed: multiples of 4"),
-        ({"heads": 3}, "dit.width 16 is not divisible by its 3 heads"),
-        ({"prediction": "x0"}, "dit.prediction is 'x0'; allowed: eps, velocity"),
+        ({"patch": 3}, "network.patch is 3; allowed: divisors of 4"),
+        ({"patch": 0}, "network.patch is 0; allowed: 1 or more"),
+        ({"width": 18}, "network.width is 18; allowed: multiples of 4"),
+        ({"heads": 3}, "network.width 16 is not divisible by its 3 heads"),
+        ({"prediction": "x0"}, "network.prediction is 'x0'; allowed: eps, velocity"),
     ],
 )
 def test_configs_that_cannot_work_are_refused(values: dict, message: str) -> None:
@@ -279,3 +290,18 @@ def test_the_package_imports_without_diffusers_which_is_asked_for_when_built(mon
     spec.loader.exec_module(module)
     with pytest.raises(UserError, match=r"the DiT baseline needs diffusers: pip install 'continuar\[diffusers\]'"):
         module.DiTConfig(CONFIG.tokens, 3).build()
+
+
+def test_the_loss_is_given_in_the_order_of_the_view_and_noted_by_time() -> None:
+    model = shaken()
+    model.time_losses = torch.zeros(2, 4)
+    x, _ = inputs(model)
+    losses = []
+    for order in (torch.arange(16), torch.arange(15, -1, -1)):
+        torch.manual_seed(3)
+        losses.append(model.loss(x, LABELS, View(order.expand(4, -1), 0)))
+    assert torch.equal(losses[0], losses[1].flip(1))
+    assert model.time_losses[1].sum() == 8
+    torch.testing.assert_close(model.time_losses[0].sum(), 2 * losses[0].mean(1).sum())
+    with pytest.raises(UserError, match="5 tokens of the view are known; allowed for DiT: none"):
+        model.loss(x, LABELS, View(torch.arange(16).expand(4, -1), 5))

@@ -172,7 +172,7 @@ def test_sample_refuses_missing_and_damaged_models(model: Path, tmp_path: Path, 
 
 def test_commands_and_recipes_suggest_the_nearest_name(capsys: pytest.CaptureFixture) -> None:
     assert "did you mean train?" in refused(["trian"], capsys)
-    assert "did you mean digits?" in refused(["train", "digit"], capsys)
+    assert "did you mean digits" in refused(["train", "digit"], capsys)
     assert "the recipe comes first" in refused(["train", "--optim.lr", "1"], capsys)
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from continuar.errors import UserError
 from continuar.evaluation.features import SqueezeNet
 from continuar.evaluation.networks import FID_SHA256, NETWORKS, FeatureNetwork, load_network, sha256_of_state
+from continuar.evaluation.reference import open_reference
 from tests.evaluation.tiny_networks import CLASSES, MeanColour, save_classifier
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)
@@ -148,3 +149,22 @@ def test_dinov2_of_transformers(tmp_path: Path) -> None:
     (tmp_path / "d" / "config.json").write_text('{"model_type": "vit"}')
     with pytest.raises(UserError, match="is a model of type 'vit'; allowed: dinov2"):
         load_network("dinov2", tmp_path / "d")
+
+
+def test_pixels_are_colours_or_their_means_over_a_grid() -> None:
+    network = load_network("pixels", None)
+    small, large = (np.random.default_rng(0).integers(0, 256, (3, side, side, 3), np.uint8) for side in (8, 32))
+    found = network(small).features_ND.reshape(3, 3, 8, 8)
+    np.testing.assert_allclose(found, small.transpose(0, 3, 1, 2) / 255, rtol=1e-6)
+    means = large.reshape(3, 8, 4, 8, 4, 3).mean((2, 4)) / 255
+    np.testing.assert_allclose(network(large).features_ND.reshape(3, 3, 8, 8), means.transpose(0, 3, 1, 2), rtol=1e-5)
+    with pytest.raises(UserError, match="the network 'pixels' has none"):
+        load_network("pixels", "weights.safetensors")
+
+
+def test_digits_are_a_reference_by_name() -> None:
+    pytest.importorskip("sklearn", reason="the extra [train] is not installed")
+    statistics = open_reference("digits", load_network("pixels", None), (8, 8)).measure(load_network("pixels", None), kept=5)
+    assert (statistics.moments.count, statistics.source) == (1797, "digits")
+    with pytest.raises(UserError, match="of 8x8 pixels, the samples of 32x32"):
+        open_reference("digits", load_network("pixels", None), (32, 32))

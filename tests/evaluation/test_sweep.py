@@ -42,7 +42,7 @@ def test_axes_are_read_and_multiplied() -> None:
 @pytest.mark.parametrize(
     ("over", "expected"),
     [
-        ([], "no axis is given; allowed: figure4, figure5, or NAME=A,B,... of steps"),
+        ([], "no axis is given; allowed: figure4, figure5, figure6, or NAME=A,B,... of steps"),
         (["figure7"], "unknown sweep 'figure7'; did you mean figure"),
         (["setps=1"], "unknown axis 'setps'; did you mean steps?"),
         (["steps="], "the axis steps has no values"),

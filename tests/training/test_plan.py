@@ -184,7 +184,7 @@ def test_plan_prints_parts_and_advice(capsys: pytest.CaptureFixture) -> None:
         (["digits", "--utilisation", "1.5"], "utilisation is 1.5; allowed: above 0 to 1"),
         (["digits", "--gpu-memory", "-1"], "gpu_memory is -1.0; allowed: above 0"),
         (["digits", "--dataset-images", "-1"], "--dataset-images is -1; allowed: 0 or more"),
-        (["digit"], "did you mean digits?"),
+        (["digit"], "did you mean digits"),
         (["--gpus", "8"], "the recipe comes first"),
     ],
 )

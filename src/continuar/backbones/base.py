@@ -61,7 +61,3 @@ class Backbone(nn.Module, ABC, Generic[State]):
     def position_tables(self) -> dict[str, int]:
         """Parameters with a row for every token of the grid, interpolated for another grid, and how many rows come before those."""
         return {}
-
-    def mean_queried(self) -> float:
-        """Expected number of predicted tokens per training image, for FLOP counts."""
-        return sum(count * share for count, share in self.queried_counts().items())

@@ -12,43 +12,44 @@ is the first block's, applied once per forward pass in float32 with its dropout 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from continuar.baselines.whole import WholeOrder
 from continuar.diffusion.process import (
     LossTerms,
-    add_noise,
+    Prediction,
     coefficients,
-    eps_from_velocity,
+    loss_terms,
+    predicted_eps,
     training_coefficients,
-    variational_bound,
-    velocity,
 )
 from continuar.diffusion.samplers import SAMPLERS, SamplerName, check_sampler, check_temperature
 from continuar.diffusion.schedule import TRAIN_STEPS
 from continuar.errors import UserError, require
 from continuar.guidance import check_scale
-from continuar.heads.diffusion import Prediction
+from continuar.heads import DiffusionOptions
+from continuar.heads.base import Timed
 from continuar.noise import KeyedNoise, Purpose
+from continuar.orders import View
 from continuar.precision import without_autocast
+from continuar.rows import take
+from continuar.token_model import TokenModel
 from continuar.tokenizers import TokenSpec
 
 LN_EPS = 1e-6
+DEFAULT_STEPS = 250
+"""Denoising steps of an image, as in DiT's paper."""
 
 
 @dataclass(frozen=True)
-class DiTConfig:
-    """DiT. Its paper's sizes (width, depth, heads): S 384, 12, 6; B 768, 12, 12; L 1024, 24, 16; XL 1152, 28, 16."""
+class DiTNetworkConfig:
+    """The network. Its paper's sizes (width, depth, heads): S 384, 12, 6; B 768, 12, 12; L 1024, 24, 16; XL 1152, 28, 16."""
 
-    tokens: TokenSpec
-    """Vector tokens on a square grid."""
-    classes: int
-    """Number of class labels; 0 for an unconditional model."""
-    kind: Literal["dit"] = "dit"
     patch: int = 1
     """Side of the square of tokens that are one position of the transformer; must divide the grid. DiT-XL/2 on latents of 32 x 32
     has as many positions as patch 1 on tokens of 16 x 16."""
@@ -62,32 +63,58 @@ class DiTConfig:
     """What the network predicts, "eps" or "velocity": see `DiffusionHeadConfig`."""
 
     def __post_init__(self) -> None:
+        for name in ("patch", "width", "depth", "heads"):
+            require(getattr(self, name) >= 1, f"network.{name} is {getattr(self, name)}; allowed: 1 or more")
+        require(self.width % 4 == 0, f"network.width is {self.width}; allowed: multiples of 4")
+        require(self.width % self.heads == 0, f"network.width {self.width} is not divisible by its {self.heads} heads")
+        require(self.prediction in ("eps", "velocity"), f"network.prediction is '{self.prediction}'; allowed: eps, velocity")
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """Everything that determines the weights' names and shapes."""
+
+    tokens: TokenSpec
+    """Vector tokens on a square grid."""
+    classes: int = 0
+    """Number of class labels; 0 for an unconditional model."""
+    network: DiTNetworkConfig = field(default_factory=DiTNetworkConfig)
+    kind: Literal["dit"] = "dit"
+
+    def __post_init__(self) -> None:
         require(self.tokens.kind == "vector", "DiT takes vector tokens; these are ids")
-        h, w = self.tokens.grid
+        (h, w), patch = self.tokens.grid, self.network.patch
         require(h == w, f"token grid is {self.tokens.grid}; allowed for DiT: a square")
         require(self.classes >= 0, f"classes is {self.classes}; allowed: 0 or more")
-        for name in ("patch", "width", "depth", "heads"):
-            require(getattr(self, name) >= 1, f"dit.{name} is {getattr(self, name)}; allowed: 1 or more")
-        require(h % self.patch == 0, f"dit.patch is {self.patch}; allowed: divisors of {h}, the side of the token grid")
-        require(self.width % 4 == 0, f"dit.width is {self.width}; allowed: multiples of 4")
-        require(self.width % self.heads == 0, f"dit.width {self.width} is not divisible by its {self.heads} heads")
-        require(self.prediction in ("eps", "velocity"), f"dit.prediction is '{self.prediction}'; allowed: eps, velocity")
+        require(h % patch == 0, f"network.patch is {patch}; allowed: divisors of {h}, the side of the token grid")
 
     def build(self) -> DiT:
         """A freshly initialised model on torch's current default device."""
         return DiT(self)
 
+    def build_order(self) -> WholeOrder:
+        """All positions in one step."""
+        return WholeOrder(self.tokens.positions)
 
-class DiT(nn.Module):
+    def options(self) -> DiffusionOptions:
+        """How images are denoised unless said otherwise."""
+        return DiffusionOptions(diffusion_steps=DEFAULT_STEPS)
+
+
+class DiT(TokenModel, Timed):
     """Tokens and labels -> loss; labels and seeds -> tokens. B images, N tokens, D token dim.
 
     Raises:
         UserError: diffusers is not installed.
     """
 
+    config: DiTConfig
+
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.config = config
+        self.prediction: Prediction = config.network.prediction
+        self.order = config.build_order()
         self.transformer = _transformer(config)
         blocks = self.transformer.transformer_blocks
         # Its table has classes + 1 rows; the last is the null condition, as in diffusers' own dropout.
@@ -95,6 +122,9 @@ class DiT(nn.Module):
         self.condition.class_embedder.dropout_prob = 0.0
         for block in blocks:
             block.norm1.emb = _Given()
+        # Saved with the weights: a model that is loaded is never initialised, and would have no positions.
+        positions = self.transformer.pos_embed
+        positions.register_buffer("pos_embed", positions.pos_embed, persistent=True)
         last = self.transformer.proj_out_2
         self.transformer.proj_out_2 = _Float32Linear(last.in_features, last.out_features)
         self.reset_parameters()
@@ -116,9 +146,17 @@ class DiT(nn.Module):
             nn.init.zeros_(module.weight)
 
     @property
-    def null_label(self) -> int:
-        """The label that stands for "no condition"."""
-        return self.config.classes
+    def timed(self) -> Timed:
+        return self
+
+    def queried_counts(self) -> dict[int, float]:
+        return {self.order.positions: 1.0}
+
+    def draw_queried(self) -> int:
+        return self.order.positions
+
+    def compiled_parts(self) -> Iterator[nn.Module]:
+        yield from self.transformer.transformer_blocks
 
     def forward(self, x_BND: Tensor, t_B: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
         """(x_t, timesteps 0..999, labels 0..classes) -> (eps or velocity, v), [B, N, D] float32 each."""
@@ -130,30 +168,26 @@ class DiT(nn.Module):
         out, v = out_B2Dhw.flatten(2).mT.chunk(2, dim=-1)
         return out, v
 
-    def loss(self, tokens_BND: Tensor, labels_B: Tensor, label_dropout: float = 0.0) -> Tensor:
-        """MSE + variational bound at one random timestep per image, mean over its tokens: [B].
+    def loss(self, tokens: Tensor, condition: Tensor | None, view: View, condition_dropout: float = 0.0) -> Tensor:
+        """MSE + variational bound of every token, at one random timestep per image; see `TokenModel.loss`.
 
-        Args:
-            tokens_BND: about unit std.
-            labels_B: int64 0..classes.
-            label_dropout: the probability with which a label is replaced by the null condition.
+        Raises:
+            UserError: a view in which tokens are known.
         """
-        if label_dropout > 0:
-            dropped = torch.rand(labels_B.shape, device=labels_B.device) < label_dropout
-            labels_B = labels_B.masked_fill(dropped, self.null_label)
-        t = torch.randint(TRAIN_STEPS, labels_B.shape, device=tokens_BND.device)
-        noise = torch.randn(tokens_BND.shape, device=tokens_BND.device)
-        return self.loss_terms(tokens_BND, labels_B, t, noise).total.mean(-1)
+        require(view.known == 0, f"{view.known} tokens of the view are known; allowed for DiT: none")
+        batch, device = len(tokens), tokens.device
+        labels = torch.full((batch,), self.null_label, device=device) if condition is None else condition
+        if condition_dropout > 0:
+            labels = labels.masked_fill(torch.rand(batch, device=device) < condition_dropout, self.null_label)
+        t = torch.randint(TRAIN_STEPS, (batch,), device=device)
+        loss_BN = self.loss_terms(tokens, labels, t, torch.randn_like(tokens)).total
+        self.note_times(t / TRAIN_STEPS, loss_BN.mean(-1))
+        return take(loss_BN, view.query_BQ)
 
     def loss_terms(self, tokens_BND: Tensor, labels_B: Tensor, t_B: Tensor, noise_BND: Tensor) -> LossTerms:
         """Both terms of every token, [B, N], for given timesteps 0..999 and noise."""
-        c, t_B1 = training_coefficients(tokens_BND.device), t_B.unsqueeze(-1)
-        x0, noise = tokens_BND.float(), noise_BND.float()
-        x = add_noise(c, x0, t_B1, noise)
-        out, v = self(x, t_B, labels_B)
-        target = noise if self.config.prediction == "eps" else velocity(c, x0, t_B1, noise)
-        eps = out if self.config.prediction == "eps" else eps_from_velocity(c, x, t_B1, out)
-        return LossTerms((target - out).square().mean(-1), variational_bound(c, eps, v, x0, x, t_B1))
+        t_B1 = t_B.unsqueeze(-1)
+        return loss_terms(lambda x: self(x, t_B, labels_B), self.prediction, tokens_BND, t_B1, noise_BND)
 
     @torch.no_grad()
     def sample(
@@ -161,7 +195,7 @@ class DiT(nn.Module):
         labels_B: Tensor,
         seeds_B: Tensor,
         *,
-        steps: int = 250,
+        steps: int = DEFAULT_STEPS,
         guidance: float = 1.0,
         temperature: float = 1.0,
         sampler: SamplerName = "ddpm",
@@ -209,7 +243,7 @@ class DiT(nn.Module):
             x_BND = x.view(len(labels), self.config.tokens.positions, -1)
             out, v = (part.flatten(0, 1) for part in self(x_BND, t.expand(len(labels)), labels))
             # t is 0-d: one timestep for all rows.
-            eps = out if self.config.prediction == "eps" else eps_from_velocity(c, x, t[None], out)
+            eps = predicted_eps(self.prediction, c, x, t[None], out)
             if not guided:
                 return eps, v
             eps_cond, eps_uncond = eps.chunk(2)
@@ -244,13 +278,13 @@ def _transformer(config: DiTConfig) -> Any:
     except ImportError as problem:
         raise UserError("the DiT baseline needs diffusers: pip install 'continuar[diffusers]'") from problem
     return DiTTransformer2DModel(
-        num_attention_heads=config.heads,
-        attention_head_dim=config.width // config.heads,
+        num_attention_heads=config.network.heads,
+        attention_head_dim=config.network.width // config.network.heads,
         in_channels=config.tokens.dim,
         out_channels=2 * config.tokens.dim,
-        num_layers=config.depth,
+        num_layers=config.network.depth,
         sample_size=config.tokens.grid[0],
-        patch_size=config.patch,
+        patch_size=config.network.patch,
         num_embeds_ada_norm=config.classes,
         norm_eps=LN_EPS,
     )

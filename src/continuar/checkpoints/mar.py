@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from continuar.backbones import MAEConfig
+from continuar.baselines import DiTConfig
 from continuar.checkpoints.store import check_keys
 from continuar.conditions import LabelsConfig
 from continuar.errors import UserError, require
@@ -84,12 +85,14 @@ def _adaln_keys(depth: int) -> list[str]:
     return [*(f"res_blocks.{i}.adaLN_modulation.1" for i in range(depth)), "final_layer.adaLN_modulation.1"]
 
 
-def official_parts(config: ModelConfig) -> tuple[MAEConfig, DiffusionHeadConfig]:
+def official_parts(config: ModelConfig | DiTConfig) -> tuple[MAEConfig, DiffusionHeadConfig]:
     """(backbone, head) of a model that the official layout can hold.
 
     Raises:
         UserError: one of them is of another kind.
     """
+    if isinstance(config, DiTConfig):
+        raise _no_place("model", config.kind, "a model of order, backbone and head")
     order, backbone, head = config.order, config.backbone, config.head
     if not isinstance(config.condition, LabelsConfig):
         raise _no_place("condition", config.condition.kind, "labels")
@@ -106,7 +109,7 @@ def official_parts(config: ModelConfig) -> tuple[MAEConfig, DiffusionHeadConfig]
     return backbone, head
 
 
-def describe(config: ModelConfig) -> str:
+def describe(config: ModelConfig | DiTConfig) -> str:
     """The sizes of a MAR in one line, for people."""
     b, head = official_parts(config)
     width = f"{b.width}" + (f" / {b.decoder_width}" if b.decoder_width else "")
@@ -119,7 +122,7 @@ def _no_place(part: str, kind: str, allowed: str) -> UserError:
     return UserError(f"{part} is '{kind}', which the official MAR layout has no place for; allowed: {allowed}")
 
 
-def _names(config: ModelConfig) -> dict[str, str]:
+def _names(config: ModelConfig | DiTConfig) -> dict[str, str]:
     backbone, head = official_parts(config)
     names = dict(_NAMES)
     for part, depth in (("encoder", backbone.encoder_depth), ("decoder", backbone.decoder_depth)):
@@ -244,7 +247,7 @@ def config_from_official(
     )
 
 
-def to_continuar(state: Mapping[str, Tensor], config: ModelConfig, where: str = "the checkpoint") -> dict[str, Tensor]:
+def to_continuar(state: Mapping[str, Tensor], config: ModelConfig | DiTConfig, where: str = "the checkpoint") -> dict[str, Tensor]:
     """A state dict in the official layout as ours; dtypes are kept.
 
     Raises:
@@ -261,7 +264,7 @@ def to_continuar(state: Mapping[str, Tensor], config: ModelConfig, where: str = 
     return separate(ours)
 
 
-def to_official(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+def to_official(state: Mapping[str, Tensor], config: ModelConfig | DiTConfig) -> dict[str, Tensor]:
     """The inverse of `to_continuar`.
 
     Raises:
@@ -277,7 +280,7 @@ def to_official(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, T
     return separate(official)
 
 
-def official_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+def official_shapes(config: ModelConfig | DiTConfig) -> dict[str, torch.Size]:
     """Every key of the official layout and its shape, for a model of this config; see `to_official` for errors."""
     official_parts(config)
     with torch.device("meta"):

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from continuar.baselines import DiTConfig
 from continuar.configs import from_json, to_json
 from continuar.errors import UserError, require
 from continuar.generation.plan import SamplingOptions
@@ -40,7 +41,7 @@ SHARDS = "shards"
 class ModelFile:
     """What ``config.json`` of a saved model holds: all that is needed to generate but the weights."""
 
-    model: ModelConfig
+    model: ModelConfig | DiTConfig
     tokenizer: TokenizerConfig
     classes: tuple[str, ...]
     """Class names in label order; empty for an unconditional model."""
@@ -55,7 +56,7 @@ class ModelFile:
             self.tokenizer.spec == self.model.tokens,
             f"the tokenizer gives {self.tokenizer.spec}, the model takes {self.model.tokens}",
         )
-        object.__setattr__(self, "sampling", self.sampling.for_head(self.model.head))
+        object.__setattr__(self, "sampling", self.sampling.for_head(self.model))
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from continuar.generation.weights import Precision
 from continuar.pipeline import Pipeline, load, shipped_models
 from continuar.recipes import RECIPES
 from continuar.tokenizers import LatentConfig, LatentTokenizer, PixelConfig
-from continuar.training.config import Run
+from continuar.training.config import BaseRun
 from continuar.training.flops import generation_flops
 
 _HELP = """usage: continuar bench sample MODEL|RECIPE [--batch 1 8 64] [options]
@@ -117,12 +117,12 @@ def _decoding(pipe: Pipeline, tokens: torch.Tensor) -> float | None:
 
 def _pipeline(name: str, tokenizer: str | None, device: str) -> Pipeline:
     """A model, or a recipe's with random weights."""
-    if name in RECIPES and not Path(name).exists():
-        pipe = _random(RECIPES[name](), device)
-    elif Path(name).suffix == ".pth" and Path(name).is_file():
+    if Path(name).suffix == ".pth" and Path(name).is_file():
         pipe = load_official(Path(name), weights="ema", device=device)
     elif name in shipped_models() or Path(name).exists():
         pipe = load(name, device=device)
+    elif name in RECIPES:
+        pipe = _random(RECIPES[name](), device)
     else:
         raise unknown_name("model or recipe", name, [*shipped_models(), *RECIPES])
     if tokenizer is not None:
@@ -133,7 +133,7 @@ def _pipeline(name: str, tokenizer: str | None, device: str) -> Pipeline:
     return pipe
 
 
-def _random(run: Run, device: str) -> Pipeline:
+def _random(run: BaseRun, device: str) -> Pipeline:
     classes, tokenizer = run.data.classes or 10, run.tokenizer
     if isinstance(tokenizer, PixelConfig):
         tokenizer = replace(tokenizer, std=tokenizer.std or 0.5)  # measured on images, in training

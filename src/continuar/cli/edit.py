@@ -11,11 +11,12 @@ import numpy as np
 import torch
 import tyro
 
+from continuar.baselines import DiTConfig
 from continuar.checkpoints.store import write_json
 from continuar.cli.generating import Settings, make_writable, progress_bar
 from continuar.cli.parse import parse
 from continuar.editing import edit, prepare, read_picture
-from continuar.errors import require
+from continuar.errors import UserError, require
 from continuar.pictures import grid, save_png
 
 _DESCRIPTION = (
@@ -55,6 +56,9 @@ def main(arguments: list[str]) -> int:
     require(options.variants >= 1, f"--variants is {options.variants}; allowed: 1 or more")
     require(options.grow >= 0, f"--grow is {options.grow}; allowed: 0 or more rings of tokens")
     pipe = options.settings.load(options.model)
+    config = pipe.file.model
+    if isinstance(config, DiTConfig):
+        raise UserError(f"{options.model} is a DiT, which makes whole images; editing needs a model that keeps known tokens")
     settings = options.settings.options(pipe)
     pipe.engine(options.settings.engine, options.settings.precision)
     seeds = pipe.seeds(options.seed, options.variants)
@@ -63,7 +67,7 @@ def main(arguments: list[str]) -> int:
     require(bool(picture.hole_HW.any()), f"mask {options.mask} has no white within the picture; allowed: white where to generate")
     canvas = prepare(pipe, picture, options.grow)
     known = torch.from_numpy(canvas.known_hw).flatten()
-    if pipe.file.model.order.fixed and known[known.argsort(descending=True, stable=True)].ne(known).any():
+    if config.order.fixed and known[known.argsort(descending=True, stable=True)].ne(known).any():
         _LOG.warning("the model goes row by row and never saw what comes after a hole; a random order suits editing")
     make_writable(options.out)
     with progress_bar() as on_progress:

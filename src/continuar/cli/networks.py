@@ -17,7 +17,7 @@ class NetworkOptions:
     """Which features images are compared by."""
 
     network: str = "inception"
-    """inception (the FID network), squeezenet, classifier or dinov2; only the first gives what is called FID."""
+    """inception (the FID network), squeezenet, classifier, dinov2 or pixels; only the first gives what is called FID."""
     network_weights: Path | None = None
     """Its weights: a file, or a directory for classifier and dinov2."""
 

@@ -11,7 +11,7 @@ import tyro
 from continuar.cli.parse import parse
 from continuar.errors import require
 from continuar.recipes import find_recipe
-from continuar.training.config import Run
+from continuar.training.config import BaseRun
 from continuar.training.memory import GIB
 from continuar.training.parallel import Kind
 from continuar.training.plan import HEADROOM, Machine, Plan, make_plan
@@ -28,7 +28,7 @@ _KINDS: tuple[Kind, ...] = ("ddp", "fsdp")
 class Arguments:
     """What a run would cost."""
 
-    run: Annotated[Run, tyro.conf.arg(name="")]
+    run: Annotated[BaseRun, tyro.conf.arg(name="")]
     machine: Annotated[Machine, tyro.conf.arg(name="")] = field(default_factory=Machine)
     dataset_images: int = 0
     """Images of the data set, for its size; 0: not known."""
@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def report(run: Run, machine: Machine, plan: Plan, dataset_images: int) -> str:
+def report(run: BaseRun, machine: Machine, plan: Plan, dataset_images: int) -> str:
     """The plan as text."""
     loop, gpus = run.train, machine.gpus
     machines = f"{gpus} GPUs" if gpus > 1 else "1 GPU"

@@ -1,10 +1,11 @@
-"""``continuar sweep MODEL --over figure4 --reference R``."""
+"""``continuar sweep MODEL --over figure4 --reference R``, ``continuar sweep MODEL MODEL ... --over figure6 --reference R``."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import tyro
 
@@ -14,19 +15,21 @@ from continuar.cli.networks import NetworkOptions, local_device
 from continuar.cli.parse import parse
 from continuar.cli.progress import progress_bars
 from continuar.errors import require
-from continuar.evaluation.axes import AXES, SWEEPS, parse_axes
+from continuar.evaluation.axes import AXES, SWEEPS, TRADEOFF, parse_axes
 from continuar.evaluation.processes import processes
 from continuar.evaluation.reference import REFERENCE_IMAGES
 from continuar.evaluation.run import EvaluationOptions
 from continuar.evaluation.sweep import SweepOptions, sweep
 from continuar.evaluation.tables import markdown_table
-from continuar.pipeline import Weights
+from continuar.evaluation.tradeoff import tradeoff
+from continuar.pipeline import Pipeline, Weights
 
 _DESCRIPTION = (
     "Evaluate a model at every combination of settings, into tables (CSV, Markdown) and plots (PNG, SVG). "
     f"--over takes the names {', '.join(SWEEPS)} (the quantities of the paper's figures), or NAME=A,B,... of "
-    f"{', '.join(AXES)}; several of them make a grid. The same command continues an interrupted sweep. "
-    "Under torchrun the processes share the work."
+    f"{', '.join(AXES)}; several of them make a grid. {TRADEOFF} compares several models: time per image against quality, "
+    "over the steps of autoregressive models and the diffusion_steps of a DiT, whose values may be given beside it. "
+    "The same command continues an interrupted sweep. Under torchrun the processes share the work."
 )
 
 
@@ -34,10 +37,10 @@ _DESCRIPTION = (
 class Arguments:
     """Evaluate a model at many settings."""
 
-    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
-    """A run directory, a saved model, a shipped name, or an official MAR checkpoint file."""
+    models: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="MODEL [MODEL ...]")] = ()
+    """A run directory, a saved model, a shipped name, or an official MAR checkpoint file; several for figure6."""
     over: tuple[str, ...] = ()
-    """What to sweep: figure4, or steps=8,16,32 temperature=0.95,1."""
+    """What to sweep: figure4, or steps=8,16,32 temperature=0.95,1, or figure6 for several models."""
     reference: str = ""
     """What to score against: an .npz file of `continuar stats` or of ADM's suite, a folder of images, Parquet or tars."""
     features: Annotated[NetworkOptions, tyro.conf.arg(name="")] = field(default_factory=NetworkOptions)
@@ -66,7 +69,11 @@ class Arguments:
 def main(arguments: list[str]) -> int:
     """See the module's docstring."""
     options = parse(Arguments, arguments, prog="continuar sweep", description=_DESCRIPTION)
-    axes = parse_axes(options.over)
+    compared = TRADEOFF in options.over
+    given = [text for text in options.over if text != TRADEOFF]
+    axes = parse_axes(given) if given or not compared else ()
+    count = len(options.models)
+    require(count == 1 or (compared and count > 1), f"{count} models are given; allowed: one, or several for --over {TRADEOFF}")
     require(bool(options.reference), "--reference is missing: what should the images be scored against?")
     common = SweepOptions(
         images=options.images,
@@ -77,17 +84,16 @@ def main(arguments: list[str]) -> int:
     )
     device = local_device(options.device)
     with processes() as group, progress_bars(shown=group.is_first) as bar:
-        rows = sweep(
-            options.model,
-            lambda weights: load_pipeline(options.model, options.tokenizer, weights=cast(Weights, weights), device=device),
-            axes,
-            options.reference,
-            options.features.load(device),
-            options.out,
-            options=common,
-            group=group,
-            bar=bar,
-        )
+
+        def load(model: str, weights: str = options.weights) -> Pipeline:
+            return load_pipeline(model, options.tokenizer, weights=cast(Weights, weights), device=device)
+
+        shared: dict[str, Any] = {"options": common, "group": group, "bar": bar}
+        measured = (axes, options.reference, options.features.load(device), options.out)
+        if compared:
+            rows = tradeoff(options.models, load, *measured, **shared)
+        else:
+            rows = sweep(options.models[0], partial(load, options.models[0]), *measured, **shared)
     if rows:
-        print(f"{markdown_table(axes, rows)}\nwritten  {options.out}: table.csv, table.md, plot.png, plot.svg")
+        print(f"{markdown_table(rows)}\nwritten  {options.out}: table.csv, table.md, plot.png, plot.svg")
     return 0

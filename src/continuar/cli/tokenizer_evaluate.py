@@ -21,9 +21,8 @@ from continuar.data.find import find_source
 from continuar.data.images import check_skipped
 from continuar.devices import pick_device
 from continuar.errors import require
-from continuar.evaluation.features import SqueezeNet, extract
-from continuar.evaluation.moments import MomentAccumulator, frechet_distance
-from continuar.evaluation.reconstruction import psnr, ssim
+from continuar.evaluation.networks import load_network
+from continuar.evaluation.reconstruction import ReconstructionScores
 from continuar.pictures import grid, save_png
 from continuar.pipeline import to_uint8
 from continuar.tokenizers import VQTokenizer
@@ -101,11 +100,10 @@ def evaluate(options: Arguments) -> tuple[Results, np.ndarray]:
     device = pick_device(options.device)
     tokenizer = load_tokenizer(options.tokenizer, Changes(options.image_size, ids=options.ids or None)).to(device)
     source = find_source(options.data, options.split)
-    features = SqueezeNet.from_file(options.squeezenet, device) if options.squeezenet is not None else None
+    network = load_network("squeezenet", options.squeezenet, device) if options.squeezenet is not None else None
     count = len(source) if options.images is None else min(options.images, len(source))
     chosen = [i * len(source) // count for i in range(count)]
-    noise, likeness, skipped, shown = [], [], [], []
-    moments = MomentAccumulator(), MomentAccumulator()
+    scores, skipped, shown = ReconstructionScores(network), [], []
     counts = torch.zeros(tokenizer.spec.vocabulary, dtype=torch.int64)
     with progress_bars() as bar:
         progress = bar("measuring")
@@ -115,25 +113,13 @@ def evaluate(options: Arguments) -> tuple[Results, np.ndarray]:
                 continue
             latents = tokenizer.encode(to_signed(torch.from_numpy(block.images).to(device)))
             made = to_uint8(tokenizer.reconstruct(latents)).cpu().numpy()
-            noise.append(psnr(block.images, made))
-            likeness.append(ssim(block.images, made))
+            scores.add(block.images, made)
             if isinstance(tokenizer, VQTokenizer):
                 counts += torch.bincount(latents.flatten().cpu(), minlength=len(counts))
-            if features is not None:
-                for accumulator, images in zip(moments, (block.images, made), strict=True):
-                    accumulator.add(extract(features, images, device=device))
             shown = shown or [block.images[:_SHOWN], made[:_SHOWN]]
-            progress(sum(map(len, noise)), count)
+            progress(scores.count, count)
     if skipped:
         check_skipped(skipped, count, 0.01)
     used, perplexity = usage(counts) if isinstance(tokenizer, VQTokenizer) else (None, None)
-    distance = None if features is None else frechet_distance(*(m.moments() for m in moments))
-    results = Results(
-        sum(map(len, noise)),
-        float(np.concatenate(noise).mean()),
-        float(np.concatenate(likeness).mean()),
-        distance,
-        used,
-        perplexity,
-    )
-    return results, np.concatenate(shown)
+    found = scores.result()
+    return Results(found.count, found.psnr, found.ssim, found.frechet_distance, used, perplexity), np.concatenate(shown)

@@ -21,10 +21,10 @@ from continuar.configs import to_json
 from continuar.data.images import class_names
 from continuar.devices import pick_device
 from continuar.errors import require
-from continuar.model import parameter_counts
 from continuar.recipes import RECIPES, find_recipe
+from continuar.token_model import parameter_counts
 from continuar.training.advice import warn
-from continuar.training.config import Run
+from continuar.training.config import BaseRun
 from continuar.training.flops import generation_flops, training_flops
 from continuar.training.loop import Report, train
 from continuar.training.parallel import Kind, joined, local_device, processes
@@ -43,7 +43,7 @@ _HELP = """usage: continuar train RECIPE [options]
 class Arguments:
     """Options beside the recipe's own fields."""
 
-    run: Annotated[Run, tyro.conf.arg(name="")]
+    run: Annotated[BaseRun, tyro.conf.arg(name="")]
     out: Path | None = None
     """The run directory; runs/RECIPE if not given."""
     resume: bool = False
@@ -137,7 +137,7 @@ def list_recipes() -> str:
     return "recipes:\n" + "\n".join(lines) + "\n"
 
 
-def dry_run(run: Run) -> str:
+def dry_run(run: BaseRun) -> str:
     """The resolved config and what it costs; no model is allocated."""
     classes = run.data.classes
     if reads_cache(run.data):

@@ -19,6 +19,10 @@ from continuar.errors import UserError, require
 GIB = 2**30
 
 
+DIGITS = "digits"
+"""What names scikit-learn's digits where a path would stand."""
+
+
 @dataclass(frozen=True)
 class ImageSet:
     """Decoded images in memory."""
@@ -63,7 +67,7 @@ def load_images(
         UserError: no such source, no images, too many unusable ones, or too much memory.
     """
     require(size >= 1, f"image size is {size}; allowed: 1 or more")
-    if str(source) == "digits":
+    if str(source) == DIGITS:
         require(size == 8, f"image size is {size}; the digits are 8x8")
         return load_digits()
     found = find_source(Path(source), split)
@@ -78,7 +82,7 @@ def load_images(
 
 def class_names(source: str | Path, split: str = "train") -> tuple[str, ...]:
     """The class names of a source, without decoding its images."""
-    return tuple(str(i) for i in range(10)) if str(source) == "digits" else find_source(Path(source), split).classes
+    return tuple(str(i) for i in range(10)) if str(source) == DIGITS else find_source(Path(source), split).classes
 
 
 def load_digits() -> ImageSet:

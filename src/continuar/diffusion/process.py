@@ -7,14 +7,22 @@ about 316. ``i`` indexes the steps of the given process, one per row; x, eps, v 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from continuar.diffusion.schedule import Schedule, training_schedule
+from continuar.precision import without_autocast
+
+Prediction = Literal["eps", "velocity"]
+"""What a network predicts."""
+Network = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""x_t -> (prediction, v)."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +119,11 @@ def eps_from_velocity(c: Coefficients, x: Tensor, i: Tensor | int, v: Tensor) ->
     return _at(c.sqrt_abar, i) * v + _at(c.sqrt_one_minus_abar, i) * x
 
 
+def predicted_eps(prediction: Prediction, c: Coefficients, x: Tensor, i: Tensor | int, out: Tensor) -> Tensor:
+    """eps, as what the network predicted implies it."""
+    return out if prediction == "eps" else eps_from_velocity(c, x, i, out)
+
+
 @dataclass(frozen=True)
 class LossTerms:
     """The two terms of the loss, one value per row [M]: mse of the network's prediction, and vb in bits per dimension."""
@@ -122,6 +135,19 @@ class LossTerms:
     def total(self) -> Tensor:
         """What is trained: MSE + VB, unweighted."""
         return self.mse + self.vb
+
+
+def loss_terms(network: Network, prediction: Prediction, x0: Tensor, t: Tensor, noise: Tensor) -> LossTerms:
+    """Both terms of the training process at given timesteps t [M] in 0..999 and noise [M, D]; only the network sees autocast."""
+    c = training_coefficients(x0.device)
+    x0, noise = x0.float(), noise.float()
+    with without_autocast(x0):
+        x = add_noise(c, x0, t, noise)
+    out, v = network(x)
+    with without_autocast(x0):
+        out, target = out.float(), noise if prediction == "eps" else velocity(c, x0, t, noise)
+        eps = predicted_eps(prediction, c, x, t, out)
+        return LossTerms((target - out).square().mean(-1), variational_bound(c, eps, v.float(), x0, x, t))
 
 
 def variational_bound(c: Coefficients, eps: Tensor, v: Tensor, x0: Tensor, x: Tensor, i: Tensor) -> Tensor:

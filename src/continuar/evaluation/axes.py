@@ -46,6 +46,8 @@ SWEEPS: dict[str, Axis] = {
     "figure5": Axis("temperature", (0.9, 0.92, 0.94, 0.96, 0.98, 1.0, 1.02, 1.04)),
 }
 """The quantities of the paper's Figures 4 and 5 by name; the values are ours."""
+TRADEOFF = "figure6"
+"""The sweep that compares several models; see `evaluation.tradeoff`."""
 
 
 def parse_axes(texts: Sequence[str]) -> tuple[Axis, ...]:
@@ -55,7 +57,7 @@ def parse_axes(texts: Sequence[str]) -> tuple[Axis, ...]:
         UserError: none, an unknown name, a value that cannot be read, or an axis twice.
     """
     axes = tuple(_parse_axis(text) for text in texts)
-    require(bool(axes), f"no axis is given; allowed: {', '.join(SWEEPS)}, or NAME=A,B,... of {', '.join(AXES)}")
+    require(bool(axes), f"no axis is given; allowed: {', '.join((*SWEEPS, TRADEOFF))}, or NAME=A,B,... of {', '.join(AXES)}")
     names = [axis.name for axis in axes]
     require(len(set(names)) == len(names), f"an axis is given twice: {', '.join(names)}")
     return axes
@@ -65,7 +67,7 @@ def _parse_axis(text: str) -> Axis:
     name, equals, listed = text.partition("=")
     if not equals:
         if name not in SWEEPS:
-            raise unknown_name("sweep", name, [*SWEEPS, *(f"{a}=..." for a in AXES)])
+            raise unknown_name("sweep", name, [*SWEEPS, TRADEOFF, *(f"{a}=..." for a in AXES)])
         return SWEEPS[name]
     name = name.replace("-", "_")
     if name not in AXES:
@@ -79,7 +81,11 @@ def _parse_axis(text: str) -> Axis:
         raise UserError(f"the axis {name} has the values '{listed}'; allowed: {read.__name__}s, separated by commas") from problem
 
 
-def points(axes: Sequence[Axis]) -> Iterator[dict[str, int | float | str]]:
+Point = dict[str, int | float | str]
+"""Settings by name."""
+
+
+def points(axes: Sequence[Axis]) -> Iterator[Point]:
     """Every combination."""
     for values in itertools.product(*(axis.values for axis in axes)):
         yield dict(zip((axis.name for axis in axes), values, strict=True))
@@ -89,5 +95,7 @@ def points(axes: Sequence[Axis]) -> Iterator[dict[str, int | float | str]]:
 class SweepRow:
     """A point, and what result.json of its evaluation holds."""
 
-    point: dict[str, int | float | str]
+    point: Point
     result: dict[str, Any]
+    seconds_per_image: float | None = None
+    """Of generation alone, where that was measured."""

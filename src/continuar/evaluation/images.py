@@ -17,6 +17,7 @@ import numpy as np
 
 from continuar.data.decode import Unusable, decode
 from continuar.data.find import find_source
+from continuar.data.images import DIGITS, load_images
 from continuar.data.sources import SUFFIXES, FolderSource, Source
 from continuar.errors import UserError, require
 
@@ -66,13 +67,15 @@ def open_images(path: str | Path, *, size: int | None = None, split: str = "trai
     """The images at ``path``.
 
     Args:
-        path: a folder of images or of class folders, Parquet or WebDataset tars, an npz file with ``arr_0``.
+        path: a folder of images or of class folders, Parquet or WebDataset tars, an npz file with ``arr_0``, or "digits".
         size: every image is brought to this by ADM's centre crop, as for training; None leaves them as they are.
         split: which part, where the source has several.
 
     Raises:
         UserError: nothing there, no images, or images of several sizes.
     """
+    if str(path) == DIGITS:
+        return Digits(size)
     path = Path(path)
     require(path.exists(), f"{path} does not exist; allowed: a folder of images, a .parquet, .tar or .npz file")
     if path.suffix == ".npz":
@@ -148,6 +151,23 @@ class EncodedImages(Images):
 
     def identity(self) -> str:
         return f"{len(self)} {by(self.size)} {_files_identity(self._files)}"
+
+
+class Digits(Images):
+    """scikit-learn's handwritten digits, which no folder holds."""
+
+    def __init__(self, size: int | None = None) -> None:
+        self._images = load_images(DIGITS, size=size or 8).images
+        self.size, self.name = (8, 8), DIGITS
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def read(self, first: int, stop: int) -> np.ndarray:
+        return self._images[first:stop]
+
+    def identity(self) -> str:
+        return hashlib.sha256(self._images.tobytes()).hexdigest()
 
 
 class NpzImages(Images):

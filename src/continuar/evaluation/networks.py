@@ -94,12 +94,27 @@ def load_network(name: str, weights: str | Path | None, device: torch.device | s
     if name not in NETWORKS:
         raise unknown_name("network", name, NETWORKS)
     build, what = NETWORKS[name]
+    if name == PIXELS:
+        require(weights is None, f"--network-weights is {weights}; the network '{PIXELS}' has none")
+        return FeatureNetwork(PIXELS, Pixels(), sha256_of_state(Pixels()))
     require(weights is not None, f"the network '{name}' needs --network-weights: {what}")
     path = Path(weights or "")
     require(path.exists(), f"network weights {path} do not exist; needed: {what}")
     network = build(path)
     network.module.eval().requires_grad_(False).to(device)
     return network
+
+
+class Pixels(nn.Module):
+    """Colours in 0..1; of larger images, their means over a grid of 8 x 8.
+
+    Scores in them tell how a run goes, and whether colours and layout are right; not whether things can be recognised.
+    """
+
+    def forward(self, images_BHW3: Tensor) -> Tensor:
+        x = images_BHW3.permute(0, 3, 1, 2).float() / 255
+        height, width = x.shape[-2:]
+        return F.adaptive_avg_pool2d(x, (min(8, height), min(8, width))).flatten(1)
 
 
 def _squeezenet(path: Path) -> FeatureNetwork:
@@ -195,11 +210,13 @@ def _dinov2(path: Path) -> FeatureNetwork:
     return FeatureNetwork("dinov2", _DINOv2(model), sha256_of_file(path / WEIGHTS))
 
 
+PIXELS = "pixels"
 NETWORKS: dict[str, tuple[Callable[[Path], FeatureNetwork], str]] = {
     "inception": (_inception, "weights-inception-2015-12-05-6726825d.pth, of torch-fidelity's release v0.2.0"),
     "squeezenet": (_squeezenet, "a safetensors file with the keys of torchvision's squeezenet1_1"),
     "classifier": (_classifier, "a directory written by Classifier.save"),
     "dinov2": (_dinov2, "a directory with config.json and model.safetensors of a DINOv2 model"),
+    PIXELS: (lambda _: load_network(PIXELS, None), "none"),
 }
 """Name -> (loader, what its weights are)."""
 

@@ -38,6 +38,48 @@ class Reconstruction:
     distance_name: str | None
 
 
+class ReconstructionScores:
+    """Collects images and their reconstructions, block by block.
+
+    Args:
+        network: for the Frechet distance; None leaves it out.
+    """
+
+    def __init__(self, network: FeatureNetwork | None = None) -> None:
+        self._network = network
+        self._decibels: list[np.ndarray] = []
+        self._similarities: list[np.ndarray] = []
+        self._originals, self._copies = MomentAccumulator(), MomentAccumulator()
+
+    @property
+    def count(self) -> int:
+        """Images so far."""
+        return sum(map(len, self._decibels))
+
+    def add(self, images_BHW3: np.ndarray, others_BHW3: np.ndarray) -> None:
+        """uint8 images and their reconstructions.
+
+        Raises:
+            UserError: see `psnr`, `ssim`.
+        """
+        self._decibels.append(psnr(images_BHW3, others_BHW3))
+        self._similarities.append(ssim(images_BHW3, others_BHW3))
+        if self._network is not None:
+            self._originals.add(self._network(images_BHW3).features_ND)
+            self._copies.add(self._network(others_BHW3).features_ND)
+
+    def result(self) -> Reconstruction:
+        """Of one image or more, two for a Frechet distance."""
+        network = self._network
+        return Reconstruction(
+            count=self.count,
+            psnr=float(np.concatenate(self._decibels).mean()),
+            ssim=float(np.concatenate(self._similarities).mean()),
+            frechet_distance=None if network is None else frechet_distance(self._copies.moments(), self._originals.moments()),
+            distance_name=None if network is None else network.title("rFID", "Frechet distance of reconstructions"),
+        )
+
+
 def psnr(a_BHW3: np.ndarray, b_BHW3: np.ndarray) -> np.ndarray:
     """Peak signal-to-noise ratio [B] of uint8 images, in dB; infinite for equal ones."""
     _check(a_BHW3, b_BHW3)
@@ -91,24 +133,12 @@ def score_reconstructions(
     Raises:
         UserError: an image that the tokenizer does not take; see `psnr`, `ssim`.
     """
-    decibels, similarities = [], []
-    originals, copies = MomentAccumulator(), MomentAccumulator()
+    scores = ReconstructionScores(network)
     for first, block in images.blocks(batch_size):
-        other = reconstruct(tokenizer, block, device)
-        decibels.append(psnr(block, other))
-        similarities.append(ssim(block, other))
-        if network is not None:
-            originals.add(network(block).features_ND)
-            copies.add(network(other).features_ND)
+        scores.add(block, reconstruct(tokenizer, block, device))
         if on_progress is not None:
             on_progress(first + len(block), len(images))
-    return Reconstruction(
-        count=len(images),
-        psnr=float(np.concatenate(decibels).mean()),
-        ssim=float(np.concatenate(similarities).mean()),
-        frechet_distance=None if network is None else frechet_distance(copies.moments(), originals.moments()),
-        distance_name=None if network is None else network.title("rFID", "Frechet distance of reconstructions"),
-    )
+    return scores.result()
 
 
 def _blurred(x_BCHW: Tensor) -> Tensor:

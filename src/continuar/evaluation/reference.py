@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from continuar import __version__
+from continuar.data.images import DIGITS
 from continuar.errors import UserError, require
 from continuar.evaluation.images import ARRAY, Images, NpzImages, by, npz_names, open_images, reading
 from continuar.evaluation.moments import MomentAccumulator, Moments
@@ -148,7 +149,10 @@ def open_reference(path: str | Path, network: FeatureNetwork, size: tuple[int, i
         UserError: not there, damaged, of another resolution, or statistics of another network without images to measure anew.
     """
     path = Path(path)
-    require(path.exists(), f"reference {path} does not exist; allowed: a folder of images, a .parquet, .tar or .npz file")
+    require(
+        path.exists() or str(path) == DIGITS,
+        f"reference {path} does not exist; allowed: a folder of images, a .parquet, .tar or .npz file",
+    )
     if path.suffix != ".npz":
         require(size[0] == size[1], f"samples are of {by(size)} pixels; only against an .npz file may they be other than square")
         natural = open_images(path, split=split)

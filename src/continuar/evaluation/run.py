@@ -19,12 +19,19 @@ import numpy as np
 import torch
 
 from continuar.checkpoints.store import read_json, write_json
-from continuar.errors import require
+from continuar.errors import UserError, require
 from continuar.evaluation.moments import MomentAccumulator, Moments
 from continuar.evaluation.neighbours import NeighbourSearch, neighbours_picture
 from continuar.evaluation.networks import FeatureNetwork
 from continuar.evaluation.processes import Processes
-from continuar.evaluation.reference import REFERENCE_IMAGES, Reference, Statistics, open_reference
+from continuar.evaluation.reference import (
+    REFERENCE_IMAGES,
+    Reference,
+    Statistics,
+    open_reference,
+    read_statistics,
+    write_statistics,
+)
 from continuar.evaluation.report import Report, Speed, provenance
 from continuar.evaluation.samples import Samples
 from continuar.evaluation.scores import score_samples
@@ -142,6 +149,27 @@ def evaluate(
     if options.discard_shards:
         shards.discard()
     return report
+
+
+def measured(
+    path: str | Path, network: FeatureNetwork, size: tuple[int, int], target: Path, options: EvaluationOptions, bar: Bar = no_bar
+) -> Statistics:
+    """A reference's statistics, kept in the file ``target`` unless they are ready as they are.
+
+    Raises:
+        UserError: as `open_reference`; ``target`` is of another reference or network.
+    """
+    opened = open_reference(path, network, size, options.split)
+    if opened.is_ready:
+        return opened.measure(network)
+    if target.is_file():
+        found, _ = read_statistics(target)
+        if found is None or not found.is_of(network) or (found.source, found.size) != (opened.name, size):
+            raise UserError(f"{target} is not of {opened.name} in the features of '{network.name}'; choose another directory")
+        return found
+    statistics = opened.measure(network, batch_size=options.batch_size, kept=options.reference_images, on_progress=bar("reference"))
+    write_statistics(target, statistics)
+    return statistics
 
 
 @dataclass(frozen=True)

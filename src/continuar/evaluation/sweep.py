@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -15,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from continuar.errors import UserError, require
-from continuar.evaluation.axes import Axis, SweepRow, points
+from continuar.evaluation.axes import Axis, Point, SweepRow, points
 from continuar.evaluation.networks import FeatureNetwork
 from continuar.evaluation.plots import plot, save_plot
 from continuar.evaluation.processes import Processes
-from continuar.evaluation.reference import open_reference, read_statistics, write_statistics
-from continuar.evaluation.run import Bar, EvaluationOptions, OnProgress, evaluate, finished, no_bar
+from continuar.evaluation.reference import open_reference
+from continuar.evaluation.run import Bar, EvaluationOptions, OnProgress, evaluate, finished, measured, no_bar
 from continuar.evaluation.samples import GeneratedSamples
 from continuar.evaluation.tables import write_tables
 from continuar.pipeline import Pipeline
@@ -69,34 +70,38 @@ def sweep(
     twice = [axis.name for axis in axes if axis.name in options.settings]
     require(not twice, f"{', '.join(twice)} is both swept and set; allowed: one of them")
     require(find_spec("matplotlib") is not None, "plots need matplotlib: pip install 'continuar[metrics]'")
-    ours = not out.exists() or (out.is_dir() and (not any(out.iterdir()) or (out / "points").is_dir()))
-    require(ours or not group.is_first, f"{out} is not an empty directory, nor a sweep's; choose another directory")
+    if group.is_first:
+        check_directory(out)
     weights_of = {i: str(point.get("weights", options.weights)) for i, point in enumerate(points(axes))}
     pipes = {weights_of[0]: load(weights_of[0])}
     for point in points(axes):  # what the model cannot take is refused before the work begins
-        _samples(pipes[weights_of[0]], model, weights_of[0], point, options)
+        samples_at(pipes[weights_of[0]], model, weights_of[0], point, options)
     rows: list[SweepRow] = []
-    measured: str | Path | None = None
+    against: str | Path | None = None
     for number, point in enumerate(points(axes)):
         weights = weights_of[number]
         if weights not in pipes:
             pipes = {weights: load(weights)}  # one at a time in memory
-        samples = _samples(pipes[weights], model, weights, point, options)
-        if measured is None:
-            own = _measure(reference, network, samples.size, out, options.evaluation, bar) if group.is_first else reference
-            measured = group.share(own)
-        result = _evaluate_point(samples, measured, network, out, point, options.evaluation, group, bar)
+        samples = samples_at(pipes[weights], model, weights, point, options)
+        if against is None:
+            own = measure(reference, network, samples.size, out, options.evaluation, bar) if group.is_first else reference
+            against = group.share(own)
+        result = evaluate_point(samples, against, network, out, point, options.evaluation, group, bar)
         if result is not None:
             rows.append(SweepRow(point, result))
-            write_tables(out, axes, rows)
+            write_tables(out, rows)
     if rows:
         save_plot(plot(axes, rows), out)
     return rows
 
 
-def _samples(
-    pipe: Pipeline, model: str, weights: str, point: Mapping[str, int | float | str], options: SweepOptions
-) -> GeneratedSamples:
+def check_directory(out: Path) -> None:
+    """Refuses a directory in which no sweep can begin or continue."""
+    ours = not out.exists() or (out.is_dir() and (not any(out.iterdir()) or (out / "points").is_dir()))
+    require(ours, f"{out} is not an empty directory, nor a sweep's; choose another directory")
+
+
+def samples_at(pipe: Pipeline, model: str, weights: str, point: Point, options: SweepOptions) -> GeneratedSamples:
     """The samples of a point.
 
     Raises:
@@ -109,23 +114,23 @@ def _samples(
         raise UserError(f"at {named(point)}: {problem}") from problem
 
 
-def named(point: Mapping[str, int | float | str]) -> str:
+def named(point: Point) -> str:
     """A point for people."""
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in point.items())
 
 
-def _evaluate_point(
+def evaluate_point(
     samples: GeneratedSamples,
     reference: str | Path,
     network: FeatureNetwork,
     out: Path,
-    point: Mapping[str, int | float | str],
+    point: Point,
     options: EvaluationOptions,
     group: Processes,
     bar: Bar,
 ) -> dict[str, Any] | None:
     """The result of a point, read or computed; None in processes other than the first."""
-    place = out / "points" / "_".join(f"{k}-{v}" for k, v in point.items())
+    place = place_of(out, point)
     options = replace(options, discard_shards=True)
     found = finished(samples, reference, network, place, options) if group.is_first else None
     if group.share(found is not None):
@@ -138,20 +143,18 @@ def _evaluate_point(
     return None if report is None else report.to_json()
 
 
-def _measure(
+def place_of(out: Path, point: Point) -> Path:
+    """Where the evaluation of a point lies."""
+    return out / "points" / "_".join(re.sub(r"[^\w.+-]+", "-", f"{k}-{v}") for k, v in point.items())
+
+
+def measure(
     path: str | Path, network: FeatureNetwork, size: tuple[int, int], out: Path, options: EvaluationOptions, bar: Bar
 ) -> str | Path:
     """A file with the reference's statistics, so that no point measures it again."""
-    opened = open_reference(path, network, size, options.split)
-    if opened.is_ready:
+    if open_reference(path, network, size, options.split).is_ready:
         return path
-    target = out / "reference.npz"
-    if target.is_file():
-        found, _ = read_statistics(target)
-        same = found is not None and found.is_of(network) and (found.source, found.size) == (opened.name, size)
-        require(same, f"{target} is not of {opened.name} in the features of '{network.name}'; choose another directory")
-        return target
-    statistics = opened.measure(network, batch_size=options.batch_size, kept=options.reference_images, on_progress=bar("reference"))
     (out / "points").mkdir(parents=True, exist_ok=True)
-    write_statistics(target, statistics)
+    target = out / "reference.npz"
+    measured(path, network, size, target, options, bar)
     return target

@@ -1,17 +1,23 @@
-"""Who follows a plan: `eager` as one would explain it, `graphs` fast and equal to it. "auto" is the fast one where it can run."""
+"""Who follows a plan: `eager` as one would explain it, `graphs` fast and equal to it; the one step of a DiT is done by `whole`.
+
+"auto" is the fast one on a CPU where it can run the model, else the eager one. On CUDA the fast one is written and has not been run
+yet: there it has to be asked for by name.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Literal, Protocol
 
+from continuar.baselines import DiT
 from continuar.errors import require
-from continuar.generation import eager
+from continuar.generation import eager, whole
 from continuar.generation.eager import Progress, Start
 from continuar.generation.graphs import GraphEngine, why_not
 from continuar.generation.plan import SamplingOptions
 from continuar.generation.weights import DTYPES, Precision
 from continuar.model import Model
+from continuar.token_model import TokenModel
 
 EngineName = Literal["auto", "eager", "graphs"]
 ENGINE_NAMES: tuple[EngineName, ...] = ("auto", "eager", "graphs")
@@ -20,7 +26,10 @@ ENGINE_NAMES: tuple[EngineName, ...] = ("auto", "eager", "graphs")
 class Engine(Protocol):
     """Generates with one model, which is in evaluation mode."""
 
-    model: Model
+    @property
+    def model(self) -> TokenModel:
+        """What it generates with."""
+        ...
 
     def stream(self, start: Start, options: SamplingOptions) -> Iterator[Progress]:
         """See `eager.stream`."""
@@ -28,16 +37,19 @@ class Engine(Protocol):
 
 
 class EagerEngine:
-    """See `eager`. Autocast of the caller holds within its backbone."""
+    """See `eager`, and of a DiT `whole`. Autocast of the caller holds within its backbone."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: TokenModel) -> None:
         self.model = model
 
     def stream(self, start: Start, options: SamplingOptions) -> Iterator[Progress]:
+        if isinstance(self.model, DiT):
+            return whole.stream(self.model, start, options)
+        assert isinstance(self.model, Model)
         return eager.stream(self.model, start, options)
 
 
-def make_engine(model: Model, name: EngineName = "auto", precision: Precision = "float32") -> Engine:
+def make_engine(model: TokenModel, name: EngineName = "auto", precision: Precision = "float32") -> Engine:
     """The engine of that name.
 
     Raises:
@@ -46,8 +58,11 @@ def make_engine(model: Model, name: EngineName = "auto", precision: Precision = 
     require(name in ENGINE_NAMES, f"engine is '{name}'; allowed: {', '.join(ENGINE_NAMES)}")
     require(precision in DTYPES, f"precision is '{precision}'; allowed: {', '.join(DTYPES)}")
     reason = why_not(model)
-    if name == "graphs" or (name == "auto" and reason is None):
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    fast = name == "graphs" or (name == "auto" and reason is None and on_cpu)
+    if fast and isinstance(model, Model):
         return GraphEngine(model, precision)
-    because = f", for {reason}" if reason else ""
-    require(precision == "float32", f"precision is '{precision}' with the eager engine{because}; allowed: float32")
+    require(not fast, f"engine is 'graphs', but {reason}; allowed: eager")
+    because, allowed = (f", for {reason}", "float32") if reason else ("", "float32, or engine graphs")
+    require(precision == "float32", f"precision is '{precision}' with the eager engine{because}; allowed: {allowed}")
     return EagerEngine(model)

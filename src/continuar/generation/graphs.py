@@ -40,14 +40,17 @@ from continuar.model import Model
 from continuar.noise import KeyedNoise, RowNoise
 from continuar.precision import matmul_precision
 from continuar.rows import put_, take
+from continuar.token_model import TokenModel
 
 IDLE_DESKS = 4
 """Shapes whose tensors and graphs are kept while nobody generates with them."""
 STEPS_AHEAD = 2
 
 
-def why_not(model: Model) -> str | None:
+def why_not(model: TokenModel) -> str | None:
     """Why the engine cannot run a model, or None."""
+    if not isinstance(model, Model):
+        return f"a {model.config.kind} has no fast form"
     if model.order.chooses:
         return f"the {model.config.order.kind} order decides positions while it generates"
     if not isinstance(model.backbone, MAE | Causal):

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, Protocol
 
 from continuar.errors import require
 from continuar.guidance import GuidanceSchedule, check_scale, guidance_scale
-from continuar.heads import HeadConfig, HeadOptions, with_values
+from continuar.heads import HeadOptions, with_values
 from continuar.orders import Order
+
+
+class Drawn(Protocol):
+    """The config of what draws tokens: of a head, or of a model."""
+
+    def options(self) -> HeadOptions:
+        """The default options."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -38,16 +46,17 @@ class SamplingOptions:
         if self.head is not None:
             self.head.check_temperature(self.temperature)
 
-    def for_head(self, config: HeadConfig) -> SamplingOptions:
+    def for_head(self, config: Drawn) -> SamplingOptions:
         """These options with the head's own filled in.
 
         Raises:
             UserError: they are options of another kind of head.
         """
-        options = config.options() if self.head is None else self.head
+        defaults = config.options()
+        options = defaults if self.head is None else self.head
         require(
-            options.kind == config.options().kind,
-            f"sampling options are of a {options.kind} head, the model's is {config.kind}; allowed: {config.options().kind}",
+            options.kind == defaults.kind,
+            f"sampling options are of a {options.kind} head, the model's is {defaults.kind}; allowed: {defaults.kind}",
         )
         return replace(self, head=options)
 

@@ -27,20 +27,35 @@ class HeadSample:
     log_prob: Tensor | None = None
 
 
-class Head(nn.Module, ABC):
+class Timed(nn.Module):
+    """A module whose loss may be at random times.
+
+    Attributes:
+        time_losses: [2, 4] sums and counts of losses by quarter of time, where someone who watches training has put a tensor;
+            modules that draw times add to it.
+    """
+
+    time_losses: Tensor | None = None
+
+    def note_times(self, time: Tensor, loss: Tensor) -> None:
+        """Adds losses at times in [0, 1), both of one shape, to ``time_losses``; on the device, and none if nobody watches."""
+        if self.time_losses is not None:
+            quarter = (4 * time).long().view(-1, 1) == torch.arange(4, device=time.device)
+            loss = loss.detach().nan_to_num(0, 0, 0).view(-1, 1)
+            self.time_losses += torch.stack((torch.where(quarter, loss, 0).sum(0), quarter.sum(0)))
+
+
+class Head(Timed, ABC):
     """z -> loss in training, z -> token in generation. Rows M are independent of one another.
 
     Attributes:
         cond_dim: Z. token_size: D, or V of ids.
         options_type: the class of this head's options.
-        time_losses: [2, 4] sums and counts of losses by quarter of time, where someone who watches training has put a tensor; heads
-            that draw times add to it.
     """
 
     cond_dim: int
     token_size: int
     options_type: ClassVar[type[Options]] = Options
-    time_losses: Tensor | None = None
 
     def forward(self, z: Tensor, target: Tensor) -> Tensor:
         """The loss: what training calls, so that compilation and parallel wrappers can take hold of the head."""
@@ -49,13 +64,6 @@ class Head(nn.Module, ABC):
     @abstractmethod
     def loss(self, z: Tensor, target: Tensor) -> Tensor:
         """One value per row [M] for z [M, Z] and target [M, D] (or ids [M]); differentiable in z and the head."""
-
-    def note_times(self, time: Tensor, loss: Tensor) -> None:
-        """Adds losses at times in [0, 1), both of one shape, to ``time_losses``; on the device, and none if nobody watches."""
-        if self.time_losses is not None:
-            quarter = (4 * time).long().view(-1, 1) == torch.arange(4, device=time.device)
-            loss = loss.detach().nan_to_num(0, 0, 0).view(-1, 1)
-            self.time_losses += torch.stack((torch.where(quarter, loss, 0).sum(0), quarter.sum(0)))
 
     @abstractmethod
     def draw(

@@ -14,12 +14,11 @@ from torch import Tensor
 
 from continuar.diffusion.process import (
     LossTerms,
-    add_noise,
+    Prediction,
     coefficients,
-    eps_from_velocity,
+    loss_terms,
+    predicted_eps,
     training_coefficients,
-    variational_bound,
-    velocity,
 )
 from continuar.diffusion.samplers import SAMPLERS, SamplerName, check_sampler, check_temperature
 from continuar.diffusion.schedule import TRAIN_STEPS
@@ -30,8 +29,6 @@ from continuar.heads.mlp import DenoisingMLP
 from continuar.heads.options import Options
 from continuar.noise import Purpose, RowNoise
 from continuar.precision import without_autocast
-
-Prediction = Literal["eps", "velocity"]
 
 
 @dataclass(frozen=True)
@@ -117,7 +114,7 @@ class DiffusionHead(Head):
         check_sizes(token_dim=token_dim, cond_dim=cond_dim, width=width, depth=depth, timesteps_per_token=timesteps_per_token)
         self.token_dim, self.cond_dim, self.timesteps_per_token = token_dim, cond_dim, timesteps_per_token
         require(prediction in ("eps", "velocity"), f"prediction is '{prediction}'; allowed: eps, velocity")
-        self.prediction = prediction
+        self.prediction: Prediction = prediction
         self.net = DenoisingMLP(token_dim, cond_dim, width, depth)
 
     def loss(self, z: Tensor, target: Tensor) -> Tensor:
@@ -135,15 +132,7 @@ class DiffusionHead(Head):
 
     def loss_terms(self, z: Tensor, x0: Tensor, t: Tensor, noise: Tensor) -> LossTerms:
         """Both terms for given timesteps t [...] in 0..999 and noise [..., D]; z [..., Z], x0 [..., D]."""
-        c = training_coefficients(z.device)
-        x0, noise = x0.float(), noise.float()
-        with without_autocast(z):
-            x = add_noise(c, x0, t, noise)
-        out, v = self.net(x, t, z)
-        with without_autocast(z):
-            out, target = out.float(), noise if self.prediction == "eps" else velocity(c, x0, t, noise)
-            eps = out if self.prediction == "eps" else eps_from_velocity(c, x, t, out)
-            return LossTerms((target - out).square().mean(-1), variational_bound(c, eps, v.float(), x0, x, t))
+        return loss_terms(lambda x: self.net(x, t, z), self.prediction, x0, t, noise)
 
     def draw(
         self, z: Tensor, *, options: DiffusionOptions, temperature: Tensor, noise: RowNoise, guidance: Guidance | None = None
@@ -172,7 +161,7 @@ class DiffusionHead(Head):
         def evaluate(x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             out, v = net.denoise(x, net.modulate(net.time_embedding(t) + y))
             # t is 0-d: one timestep for all rows.
-            return out if self.prediction == "eps" else eps_from_velocity(c, x, t[None], out), v
+            return predicted_eps(self.prediction, c, x, t[None], out), v
 
         if guidance is None:
             y = net.condition(z)

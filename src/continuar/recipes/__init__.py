@@ -11,6 +11,7 @@ from continuar.errors import unknown_name
 from continuar.recipes.cifar10 import cifar10
 from continuar.recipes.comparison import comparison_recipes
 from continuar.recipes.digits import digits
+from continuar.recipes.dit import dit_cifar10, dit_digits
 from continuar.recipes.folder import folder, folder_gpu
 from continuar.recipes.imagenet256 import (
     mar_b_imagenet256,
@@ -19,9 +20,9 @@ from continuar.recipes.imagenet256 import (
     mar_l_imagenet256_ablation,
 )
 from continuar.recipes.latents import ar_vq_cifar10, mar_kl_cifar10
-from continuar.training.config import Run
+from continuar.training.config import BaseRun
 
-RECIPES: dict[str, Callable[[], Run]] = {
+RECIPES: dict[str, Callable[[], BaseRun]] = {
     recipe.__name__: recipe
     for recipe in (
         digits,
@@ -30,6 +31,8 @@ RECIPES: dict[str, Callable[[], Run]] = {
         cifar10,
         mar_kl_cifar10,
         ar_vq_cifar10,
+        dit_digits,
+        dit_cifar10,
         mar_b_imagenet256,
         mar_l_imagenet256,
         mar_h_imagenet256,
@@ -39,7 +42,7 @@ RECIPES: dict[str, Callable[[], Run]] = {
 }
 
 
-def find_recipe(name: str) -> Callable[[], Run]:
+def find_recipe(name: str) -> Callable[[], BaseRun]:
     """The recipe of that name.
 
     Raises:

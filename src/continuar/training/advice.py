@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 
+from continuar.baselines import DiTNetworkConfig
 from continuar.heads import DiffusionHeadConfig
 from continuar.parts import known_to_disappoint
-from continuar.training.config import Run
+from continuar.training.config import BaseRun, DiTRun, Run
 
 _LOG = logging.getLogger("continuar")
 SHORT_IMAGES = 1_000_000
@@ -15,19 +16,26 @@ INITIAL_SHARE = 0.1
 """The share of initial weights in an average at the end of a run above which its samples are poor."""
 
 
-def warn(run: Run) -> None:
+def warn(run: BaseRun) -> None:
     """Logs every line of `advice`."""
     for line in advice(run):
         _LOG.warning(line)
 
 
-def advice(run: Run) -> list[str]:
+def advice(run: BaseRun) -> list[str]:
     """Of parts (`parts.known_to_disappoint`) and of how they are trained."""
-    found, loop, ema = known_to_disappoint(run.tokenizer, run.head), run.train, run.ema
-    if isinstance(run.head, DiffusionHeadConfig) and run.head.prediction == "eps" and loop.images < SHORT_IMAGES and not run.init:
+    loop, ema = run.train, run.ema
+    found = known_to_disappoint(run.tokenizer, run.head) if isinstance(run, Run) else []
+    diffusion, field = (run.network, "network") if isinstance(run, DiTRun) else (run.head if isinstance(run, Run) else None, "head")
+    if (
+        isinstance(diffusion, DiffusionHeadConfig | DiTNetworkConfig)
+        and diffusion.prediction == "eps"
+        and loop.images < SHORT_IMAGES
+        and not run.init
+    ):
         found.append(
             f"a predicted eps after {loop.images:,} images is known to give black and white samples, for sampling multiplies "
-            "its error by 300 at first; better: --head.prediction velocity"
+            f"its error by 300 at first; better: --{field}.prediction velocity"
         )
     share = ema.decay**loop.steps
     if not ema.warmup and share > INITIAL_SHARE and not run.init:

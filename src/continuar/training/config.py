@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Literal
 
 from continuar.backbones import BackboneConfig, MAEConfig
+from continuar.baselines import DiTConfig, DiTNetworkConfig
 from continuar.errors import require
 from continuar.generation.plan import SamplingOptions, make_plan
 from continuar.heads import DiffusionHeadConfig, HeadConfig
 from continuar.model import ModelConfig
 from continuar.orders import MAROrderConfig, OrderConfig
-from continuar.parts import check_parts
 from continuar.tokenizers import PixelConfig, TokenizerConfig
 
 
@@ -165,21 +166,43 @@ class LoopConfig:
 
 
 @dataclass(frozen=True)
-class Run:
-    """A training run: what a recipe returns and a run directory's config.json holds.
+class OnlineConfig:
+    """Scores of generated images while training, of averaged and raw weights, in the metrics. Small: they tell how a run goes."""
 
-    Sampling options of the head that are left out become the head's defaults.
-    """
+    every_images: int = 0
+    """Score every so many training images; 0: never."""
+    samples: int = 1000
+    """Images generated per score, a multiple of the number of classes."""
+    batch_size: int = 100
+    """Images generated at once."""
+    max_share: float = 0.05
+    """The share of all time that scoring may take, above 0 to 1. What is due and would take more is put off until it does not."""
+    network: str = "pixels"
+    """Whose features: pixels (which has no weights), squeezenet, classifier, dinov2 or inception."""
+    weights: str = ""
+    """The network's weights: a file, or a directory."""
+    reference: str = ""
+    """What to score against: a file of `continuar stats`, or images; empty: the run's own data, measured once per run directory,
+    before the first step."""
+
+    def __post_init__(self) -> None:
+        require(self.every_images >= 0, f"online.every_images is {self.every_images}; allowed: 0 or more")
+        require(self.samples >= 2, f"online.samples is {self.samples}; allowed: 2 or more")
+        require(self.batch_size >= 1, f"online.batch_size is {self.batch_size}; allowed: 1 or more")
+        require(0 < self.max_share <= 1, f"online.max_share is {self.max_share}; allowed: above 0 to 1")
+
+
+@dataclass(frozen=True)
+class BaseRun(ABC):
+    """What all training runs have, whatever they train. Sampling options that are left out become the model's defaults."""
 
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=PixelConfig)
-    order: OrderConfig = field(default_factory=MAROrderConfig)
-    backbone: BackboneConfig = field(default_factory=MAEConfig)
-    head: HeadConfig = field(default_factory=DiffusionHeadConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
     train: LoopConfig = field(default_factory=LoopConfig)
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    online: OnlineConfig = field(default_factory=OnlineConfig)
     init: str = ""
     """A run, saved model, checkpoint or official .pth file whose (averaged) weights the run begins with; empty: random ones. Grid,
     classes, order, dropout and masks may differ from its own: position embeddings are interpolated."""
@@ -188,11 +211,41 @@ class Run:
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, f"seed is {self.seed}; allowed: 0 or more")
-        check_parts(self.tokenizer.spec, self.order, self.backbone, self.head)
-        object.__setattr__(self, "sampling", self.sampling.for_head(self.head))
-        positions = self.tokenizer.spec.positions
-        make_plan(self.order.build(positions), self.sampling, positions)  # refuses steps that the order cannot take
+        config = self.model_config(self.data.classes)
+        object.__setattr__(self, "sampling", self.sampling.for_head(config))
+        make_plan(config.build_order(), self.sampling, config.tokens.positions)  # refuses steps that the order cannot take
+
+    @abstractmethod
+    def model_config(self, classes: int) -> ModelConfig | DiTConfig:
+        """The model this run trains on data of ``classes`` classes.
+
+        Raises:
+            UserError: parts that do not go together.
+        """
+
+
+@dataclass(frozen=True)
+class Run(BaseRun):
+    """A training run: what a recipe returns and a run directory's config.json holds."""
+
+    order: OrderConfig = field(default_factory=MAROrderConfig)
+    backbone: BackboneConfig = field(default_factory=MAEConfig)
+    head: HeadConfig = field(default_factory=DiffusionHeadConfig)
 
     def model_config(self, classes: int) -> ModelConfig:
-        """The model this run trains on data of ``classes`` classes."""
         return ModelConfig(self.tokenizer.spec, classes, self.order, self.backbone, self.head)
+
+
+@dataclass(frozen=True)
+class DiTRun(BaseRun):
+    """A training run of the baseline DiT."""
+
+    network: DiTNetworkConfig = field(default_factory=DiTNetworkConfig)
+
+    def __post_init__(self) -> None:
+        require(not self.init, f"init is '{self.init}'; a DiT begins with random weights; allowed: empty")
+        require(not self.train.recompute, "train.recompute is True, which a DiT's blocks do not know; allowed: False")
+        super().__post_init__()
+
+    def model_config(self, classes: int) -> DiTConfig:
+        return DiTConfig(self.tokenizer.spec, classes, self.network)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from continuar.model import Model
+from continuar.token_model import TokenModel
 from continuar.training.config import EMAConfig
 from continuar.training.parallel import local
 
@@ -22,7 +22,7 @@ class EMA:
         config: decay and warm-up.
     """
 
-    def __init__(self, source: Model, config: EMAConfig) -> None:
+    def __init__(self, source: TokenModel, config: EMAConfig) -> None:
         self.config = config
         self.model = copy.deepcopy(source).requires_grad_(False).eval()
         self._source_model = source

@@ -16,10 +16,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from continuar.backbones.blocks import Block
 from continuar.errors import UserError, require
-from continuar.model import Model
 from continuar.orders import View
+from continuar.token_model import TokenModel
 from continuar.training.parallel import Single
 
 MAX_COMPILED = 7
@@ -31,7 +30,7 @@ WARMUP_STEPS = 3
 class Objective(nn.Module):
     """A model's mean loss as a module's forward, which is what parallel wrappers take hold of."""
 
-    def __init__(self, model: Model, label_dropout: float) -> None:
+    def __init__(self, model: TokenModel, label_dropout: float) -> None:
         super().__init__()
         self.model, self.label_dropout = model, label_dropout
 
@@ -52,14 +51,14 @@ class EagerEngine:
 
     Args:
         model: what trains; its weights are sharded from here on where ``parallel`` shards.
-        label_dropout: see `Model.loss`.
+        label_dropout: see `TokenModel.loss`.
         bf16: run under bfloat16 autocast.
         parallel: the processes that train together.
         micro_batches: how many of them this process has in a step; their gradients are averaged.
     """
 
     def __init__(
-        self, model: Model, label_dropout: float, bf16: bool, parallel: Single | None = None, micro_batches: int = 1
+        self, model: TokenModel, label_dropout: float, bf16: bool, parallel: Single | None = None, micro_batches: int = 1
     ) -> None:
         self._parallel = parallel or Single()
         self._model, self._bf16, self._last = model, bf16, micro_batches - 1
@@ -89,7 +88,7 @@ class CompiledEngine(EagerEngine):
     """
 
     def __init__(
-        self, model: Model, label_dropout: float, bf16: bool, parallel: Single | None = None, micro_batches: int = 1
+        self, model: TokenModel, label_dropout: float, bf16: bool, parallel: Single | None = None, micro_batches: int = 1
     ) -> None:
         super().__init__(model, label_dropout, bf16, parallel, micro_batches)
         _compile(model)
@@ -107,7 +106,7 @@ class GraphEngine(EagerEngine):
     """
 
     def __init__(
-        self, model: Model, label_dropout: float, bf16: bool, parallel: Single | None = None, micro_batches: int = 1
+        self, model: TokenModel, label_dropout: float, bf16: bool, parallel: Single | None = None, micro_batches: int = 1
     ) -> None:
         super().__init__(model, label_dropout, bf16, None, micro_batches)  # what is captured talks to no other process
         if self._device_type != "cuda":
@@ -170,13 +169,13 @@ class CompiledGraphEngine(GraphEngine):
     """See the module's docstring. Compilation happens while the first steps of each masked count warm up."""
 
     def __init__(
-        self, model: Model, label_dropout: float, bf16: bool, parallel: Single | None = None, micro_batches: int = 1
+        self, model: TokenModel, label_dropout: float, bf16: bool, parallel: Single | None = None, micro_batches: int = 1
     ) -> None:
         super().__init__(model, label_dropout, bf16, parallel, micro_batches)
         _compile(model)
 
 
-def flat_gradients(model: Model) -> tuple[Tensor, list[Tensor]]:
+def flat_gradients(model: TokenModel) -> tuple[Tensor, list[Tensor]]:
     """One buffer of zeros for all gradients, and each parameter's part of it, which begins at a multiple of 64 bytes."""
     parameters = list(model.parameters())
     sizes = [-(-p.numel() // 16) * 16 for p in parameters]
@@ -184,18 +183,16 @@ def flat_gradients(model: Model) -> tuple[Tensor, list[Tensor]]:
     return flat, [part[: p.numel()].view_as(p) for p, part in zip(parameters, flat.split(sizes), strict=True)]
 
 
-def _compile(model: Model) -> None:
+def _compile(model: TokenModel) -> None:
     """Compiles the model's parts in place; parameters, state dict and results stay what they were."""
-    counts = len(model.backbone.queried_counts())
+    counts = len(model.queried_counts())
     require(
         counts <= MAX_COMPILED,
         f"train.engine compiles {counts} masked counts; allowed: {MAX_COMPILED}, see backbone.mask_granularity",
     )
     # Symbolic shapes would serve all counts at once, but Inductor of torch 2.11 fails on them on CUDA.
-    for module in model.backbone.modules():
-        if isinstance(module, Block):
-            module.compile(dynamic=False)
-    model.head.compile(dynamic=False)
+    for part in model.compiled_parts():
+        part.compile(dynamic=False)
 
 
 ENGINES: dict[str, type[EagerEngine]] = {

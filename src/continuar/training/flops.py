@@ -10,14 +10,16 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from continuar.backbones.blocks import Block
+from continuar.baselines import DiT, DiTConfig
 from continuar.generation.plan import SamplingOptions, make_plan
 from continuar.guidance import Guidance
+from continuar.heads import DiffusionOptions
 from continuar.model import Model, ModelConfig
 from continuar.noise import KeyedNoise
 from continuar.orders import View
 
 
-def training_flops(config: ModelConfig, recompute: bool = False) -> float:
+def training_flops(config: ModelConfig | DiTConfig, recompute: bool = False) -> float:
     """Per image and step: forward and backward (twice the forward) at the mean number of masked tokens.
 
     Args:
@@ -26,7 +28,7 @@ def training_flops(config: ModelConfig, recompute: bool = False) -> float:
     with torch.device("meta"):
         model = config.build()
         spec = config.tokens
-        queried = min(spec.positions, round(model.backbone.mean_queried()))
+        queried = min(spec.positions, round(model.mean_queried()))
         view = View(torch.zeros(1, spec.positions, dtype=torch.int64), spec.positions - queried)
         again = 0
         with FlopCounterMode(display=False) as counter:
@@ -46,18 +48,30 @@ def training_flops(config: ModelConfig, recompute: bool = False) -> float:
     return 3.0 * counter.get_total_flops() + again
 
 
-def generation_flops(config: ModelConfig, options: SamplingOptions) -> float:
-    """Per image: the backbone at every step and the head for every token, both halves of each if guided."""
+def generation_flops(config: ModelConfig | DiTConfig, options: SamplingOptions) -> float:
+    """Per image: the backbone at every step and the head for every token, both halves of each if guided; or all of a DiT as often
+    as it denoises."""
     with torch.device("meta"):
         model = config.build().eval()
+        if isinstance(model, DiT):
+            return _dit_flops(model, options)
         plan = make_plan(model.order, options, config.tokens.positions)
         # Attention makes a backbone step at most quadratic in the number of known tokens: three points determine it.
         points = [0, config.tokens.positions // 2, config.tokens.positions - 1]
         curve = np.polyfit(points, [_backbone_flops(model, known) for known in points], 2)
         backbone = sum(float(np.polyval(curve, step.start)) for step in plan)
         guided = options.guidance != 1.0
-        head = _head_flops(model, options.for_head(config.head), guided)
+        head = _head_flops(model, options.for_head(config), guided)
         return backbone * (2 if guided else 1) + head * config.tokens.positions
+
+
+def _dit_flops(model: DiT, options: SamplingOptions) -> float:
+    """Denoising one image."""
+    options, zero = options.for_head(model.config), torch.zeros(1, dtype=torch.int64)
+    assert isinstance(options.head, DiffusionOptions)
+    with FlopCounterMode(display=False) as counter:
+        model(model.config.tokens.blank(1), zero, zero)
+    return float(counter.get_total_flops()) * options.head.diffusion_steps * (2 if options.guidance != 1.0 else 1)
 
 
 def _backbone_flops(model: Model, known: int) -> int:

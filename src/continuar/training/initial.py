@@ -9,13 +9,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from continuar.baselines import DiTConfig
 from continuar.checkpoints.grids import resized
 from continuar.checkpoints.mar import to_continuar
 from continuar.checkpoints.official import read_official
@@ -23,7 +23,7 @@ from continuar.checkpoints.official_args import model_file
 from continuar.checkpoints.store import current_names, load_state, read_model_file
 from continuar.conditions import LabelsConfig
 from continuar.configs import differences, to_json
-from continuar.errors import require
+from continuar.errors import UserError, require
 from continuar.model import Model, ModelConfig
 from continuar.pipeline import find_model, read_weights
 
@@ -81,8 +81,12 @@ def _meaning(config: ModelConfig) -> dict[str, dict[str, Any]]:
 def _read(source: str) -> tuple[ModelConfig, dict[str, Tensor]]:
     if Path(source).suffix == ".pth" and Path(source).is_file():
         official = read_official(Path(source))
-        config = model_file(official)[0].model
-        return config, to_continuar(official.state, config, source)
-    directory = find_model(source)
-    state: Mapping[str, Tensor] = read_weights(directory, "ema")[0]
-    return read_model_file(directory).model, current_names(state)
+        config, state = model_file(official)[0].model, official.state
+        converted = to_continuar(state, config, source)
+    else:
+        directory = find_model(source)
+        config, state = read_model_file(directory).model, read_weights(directory, "ema")[0]
+        converted = current_names(state)
+    if isinstance(config, DiTConfig):
+        raise UserError(f"{source} is a DiT; allowed: a model of order, backbone and head")
+    return config, converted

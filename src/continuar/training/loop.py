@@ -20,12 +20,14 @@ import torch
 from continuar.checkpoints.store import ModelFile, read_json, write_json
 from continuar.configs import differences, from_json, to_json
 from continuar.errors import UserError, require
+from continuar.model import Model
 from continuar.pipeline import Pipeline, newest_checkpoints
 from continuar.precision import matmul_precision
 from continuar.tokenizers import PixelConfig
 from continuar.training.advice import warn
-from continuar.training.config import Run
+from continuar.training.config import BaseRun
 from continuar.training.initial import begin_from
+from continuar.training.online import Online
 from continuar.training.parallel import Single, together
 from continuar.training.source import reads_cache, training_data
 from continuar.training.state import load_newest
@@ -37,7 +39,7 @@ __all__ = ["Interrupted", "Report", "train"]
 
 
 def train(
-    run: Run,
+    run: BaseRun,
     directory: Path,
     *,
     device: torch.device,
@@ -81,9 +83,13 @@ def train(
         model = run.model_config(len(data.classes)).build()
     with together(parallel):
         if run.init and not (resume and newest_checkpoints(directory)):
+            assert isinstance(model, Model)  # a DiT's run refuses it
             begin_from(model, run.init)
     trainer = TrainStep(model, run, parallel)
     first = load_newest(directory, trainer) if resume else 0
+    file = ModelFile(model.config, run.tokenizer, data.classes, run.sampling)
+    with together(parallel):
+        online = Online(run, file, tokenizer, directory, device) if run.online.every_images and parallel.first else None
     with together(parallel):
         if parallel.first:
             directory.mkdir(parents=True, exist_ok=True)
@@ -91,10 +97,9 @@ def train(
     with together(parallel):
         found = (directory / "config.json").is_file()
         require(found, f"{directory} is not the same directory for all processes; allowed: one on a file system they share")
-    file = ModelFile(model.config, run.tokenizer, data.classes, run.sampling)
     tracker = open_tracker(track, directory, run) if track and parallel.first else None
     stream = data.stream(tokenizer.to(device), device, trainer.slots)
-    steps = Steps(run, directory, file, tokenizer, trainer, stream, on_report, should_stop, tracker, first)
+    steps = Steps(run, directory, file, tokenizer, trainer, stream, on_report, should_stop, tracker, online, first)
     # What autocast leaves in float32 (time embedding, output layer) may use TF32 in training, never in sampling.
     with matmul_precision("high" if device.type == "cuda" and run.train.precision != "float32" else "highest"):
         try:
@@ -105,7 +110,7 @@ def train(
     return Pipeline.from_pretrained(directory, device=device) if parallel.sharded else Pipeline(file, trainer.ema.model, tokenizer)
 
 
-def shared_out(run: Run, directory: Path, parallel: Single) -> Run:
+def shared_out(run: BaseRun, directory: Path, parallel: Single) -> BaseRun:
     """The run with its micro-batch decided: as given, as the run in ``directory`` has it, or what one process has of a batch.
 
     Raises:
@@ -122,7 +127,7 @@ def shared_out(run: Run, directory: Path, parallel: Single) -> Run:
     return run
 
 
-def check_directory(run: Run, directory: Path, resume: bool, force: bool) -> None:
+def check_directory(run: BaseRun, directory: Path, resume: bool, force: bool) -> None:
     """Refuses to mix runs: another run's directory, or a resumed run whose config changed."""
     standing = next(p for p in (directory, *directory.absolute().parents) if p.exists())
     require(standing.is_dir(), f"{standing} is a file; allowed: a directory for the run")
@@ -133,7 +138,7 @@ def check_directory(run: Run, directory: Path, resume: bool, force: bool) -> Non
     if not resume:
         raise UserError(f"{directory} already holds a run; --resume continues it, or choose another --out")
     # Fields that are newer than the run are as they were before they could be given.
-    old, new = to_json(from_json(Run, read_json(config), str(config))), to_json(run)
+    old, new = to_json(from_json(type(run), read_json(config), str(config))), to_json(run)
     if isinstance(run.tokenizer, PixelConfig) and run.tokenizer.std == 0 and isinstance(old, dict):
         new["tokenizer"]["std"] = old.get("tokenizer", {}).get("std", 0)
     if reads_cache(run.data):

@@ -21,9 +21,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from continuar.backbones.blocks import Block
-from continuar.model import Model
 from continuar.orders import View
 from continuar.precision import META_AUTOCAST, meta_autocast
+from continuar.token_model import TokenModel
 
 GIB = 2**30
 
@@ -39,18 +39,18 @@ class Activations:
     """Of ``per_image``, the largest single tensor: its gradient is there at the same time."""
 
 
-def activations(model: Model, bf16: bool, recompute: bool = False) -> Activations:
+def activations(model: TokenModel, bf16: bool, recompute: bool = False) -> Activations:
     """What a forward pass of a model on the meta device saves, over the extremes of the number of masked tokens.
 
     Args:
         recompute: blocks are computed again in backward (`LoopConfig.recompute`).
     """
-    counts = model.backbone.queried_counts()
+    counts = model.queried_counts()
     found = [_activations(model, queried, bf16, recompute) for queried in {min(counts), max(counts)}]
     return max(found, key=lambda a: a.per_image + a.largest)
 
 
-def _activations(model: Model, queried: int, bf16: bool, recompute: bool) -> Activations:
+def _activations(model: TokenModel, queried: int, bf16: bool, recompute: bool) -> Activations:
     few, many = 2, 4
     (small, small_largest), (large, large_largest) = (saved(model, batch, queried, bf16, recompute) for batch in (few, many))
     per_image = (large - small) / (many - few)
@@ -60,7 +60,7 @@ def _activations(model: Model, queried: int, bf16: bool, recompute: bool) -> Act
     return Activations(per_image, copies, (large_largest - small_largest) / (many - few))
 
 
-def saved(model: Model, batch: int, queried: int, bf16: bool, recompute: bool = False) -> tuple[int, int]:
+def saved(model: TokenModel, batch: int, queried: int, bf16: bool, recompute: bool = False) -> tuple[int, int]:
     """(bytes, bytes of the largest) of the storages that a forward pass of ``batch`` images saves, without the weights'."""
     outside: dict[int, torch.UntypedStorage] = {}
     inside: list[dict[int, torch.UntypedStorage]] = []

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from continuar.heads import Head
+from continuar.heads.base import Timed
 from continuar.training.parallel import Single
 
 _QUARTERS = ("0.00-0.25", "0.25-0.50", "0.50-0.75", "0.75-1.00")
@@ -34,16 +34,16 @@ class Meter:
     """Sums on the device; see the module's docstring.
 
     Args:
-        head: of the model that trains; its losses by time are watched from here on.
+        timed: of the model that trains; its losses by time are watched from here on.
         parallel: the processes that train together.
     """
 
     _FIELDS = ("loss", "norm", "std", "good", "skipped", "streak", "longest")
 
-    def __init__(self, head: Head, device: torch.device, parallel: Single) -> None:
+    def __init__(self, timed: Timed, device: torch.device, parallel: Single) -> None:
         self._device, self._parallel = device, parallel
         # One tensor for ever: CUDA graphs add to it.
-        self._by_time = head.time_losses = torch.zeros(2, 4, device=device)
+        self._by_time = timed.time_losses = torch.zeros(2, 4, device=device)
         self.reset()
 
     def reset(self) -> None:

@@ -6,11 +6,11 @@ import math
 
 import torch
 
-from continuar.model import Model
+from continuar.token_model import TokenModel
 from continuar.training.config import OptimConfig
 
 
-def build_optimizer(model: Model, config: OptimConfig) -> torch.optim.AdamW:
+def build_optimizer(model: TokenModel, config: OptimConfig) -> torch.optim.AdamW:
     """AdamW; no weight decay on biases, norms and the head. Fused: it can skip a step on the device, without a host read."""
     decayed, others = model.parameter_groups()
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]

@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from continuar.backbones.blocks import Block
 from continuar.errors import SaidElsewhere, UserError, require
 from continuar.heads import Head
-from continuar.model import Model
+from continuar.token_model import TokenModel
 
 Kind = Literal["ddp", "fsdp"]
 TIMEOUT = timedelta(minutes=30)
@@ -183,7 +183,7 @@ def whole(x: Tensor) -> Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-def whole_state(model: Model, parallel: Single) -> dict[str, Tensor]:
+def whole_state(model: TokenModel, parallel: Single) -> dict[str, Tensor]:
     """A model's whole weights, on the CPU where they were sharded, in the first process; nothing in the others, which take part."""
     state = {}
     for name, tensor in model.state_dict().items():
@@ -193,7 +193,7 @@ def whole_state(model: Model, parallel: Single) -> dict[str, Tensor]:
     return state
 
 
-def whole_model(model: Model, parallel: Single) -> Model | None:
+def whole_model(model: TokenModel, parallel: Single) -> TokenModel | None:
     """The model in the first process, as an unsharded copy where it is sharded; None in the others, which take part."""
     if not parallel.sharded:
         return model if parallel.first else None

@@ -21,9 +21,9 @@ import torch
 from continuar.backbones.blocks import Block
 from continuar.errors import UserError, require
 from continuar.heads import Head
-from continuar.model import Model
+from continuar.token_model import TokenModel
 from continuar.tokenizers import CodebookConfig, LatentConfig, PixelConfig, VAEConfig
-from continuar.training.config import Run
+from continuar.training.config import BaseRun
 from continuar.training.flops import training_flops
 from continuar.training.memory import GIB, activations
 from continuar.training.parallel import Kind
@@ -90,7 +90,7 @@ class Plan:
     """Of either."""
 
 
-def make_plan(run: Run, classes: int, machine: Machine) -> Plan:
+def make_plan(run: BaseRun, classes: int, machine: Machine) -> Plan:
     """The plan of a run.
 
     Raises:
@@ -134,8 +134,8 @@ class _Groups:
     rest: int
 
     @classmethod
-    def of(cls, model: Model) -> _Groups:
-        blocks = [_count(m.attention) + _count(m.mlp) for m in model.backbone.modules() if isinstance(m, Block)]
+    def of(cls, model: TokenModel) -> _Groups:
+        blocks = [_count(m.attention) + _count(m.mlp) for m in model.modules() if isinstance(m, Block)]
         head = sum(_count(m) for m in model.modules() if isinstance(m, Head))
         return cls(blocks, head, _count(model) - sum(blocks) - head)
 
@@ -145,15 +145,15 @@ def activation_sets(engine: str, captures: int) -> int:
     return 2 if engine.endswith("graphs") and captures > 1 else 1
 
 
-def _memory(run: Run, model: Model, gpus: int, micro_batch: int, accumulated: int, bf16: bool) -> dict[Kind, Memory]:
+def _memory(run: BaseRun, model: TokenModel, gpus: int, micro_batch: int, accumulated: int, bf16: bool) -> dict[Kind, Memory]:
     size, groups, low = 4.0 * _count(model), _Groups.of(model), 2 if bf16 else 4
     found = activations(model, bf16, run.train.recompute)
     averages = 1 + (len(run.ema.lengths) if run.ema.snapshot_images else 0)
     kept = {"weights": size, "gradients": size, "optimizer": 2 * size, "averages": averages * size}
-    gathered = 4 * (groups.head + groups.rest) + 2 * max(groups.blocks) * (low + 4) + (2 * groups.head if bf16 else 0)
+    gathered = 4 * (groups.head + groups.rest) + 2 * max(groups.blocks, default=0) * (low + 4) + (2 * groups.head if bf16 else 0)
     per_image = found.per_image + found.largest
     fsdp = Memory({**{name: x / gpus for name, x in kept.items()}, "copies of weights": gathered}, per_image)
-    captures = len(model.backbone.queried_counts()) * min(accumulated, 2)
+    captures = len(model.queried_counts()) * min(accumulated, 2)
     sets = activation_sets(run.train.engine, captures)
     ddp = {**kept, "copies of weights": sets * found.copies}
     if run.train.engine.endswith("graphs"):
@@ -161,20 +161,20 @@ def _memory(run: Run, model: Model, gpus: int, micro_batch: int, accumulated: in
     return {"ddp": Memory(ddp, sets * per_image), "fsdp": fsdp}
 
 
-def _input_bytes(model: Model) -> int:
+def _input_bytes(model: TokenModel) -> int:
     """Tokens, label and order of one image."""
     spec = model.config.tokens
     return spec.positions * (4 * spec.dim if spec.kind == "vector" else 8) + 8 + 8 * spec.positions
 
 
-def _network(model: Model, gpus: int, accumulated: int, bf16: bool) -> dict[Kind, float]:
+def _network(model: TokenModel, gpus: int, accumulated: int, bf16: bool) -> dict[Kind, float]:
     groups, low = _Groups.of(model), 2 if bf16 else 4
     away = (gpus - 1) / gpus
     gathered = 2 * (low * sum(groups.blocks) + 4 * groups.head) + 4 * groups.rest
     return {"ddp": 2 * away * 4 * _count(model), "fsdp": away * accumulated * (gathered + 4 * _count(model))}
 
 
-def _data_per_image(run: Run) -> tuple[bool, int]:
+def _data_per_image(run: BaseRun) -> tuple[bool, int]:
     """(whether it is cached as latents, bytes of it)."""
     tokenizer, spec = run.tokenizer, run.tokenizer.spec
     if isinstance(tokenizer, PixelConfig | CodebookConfig):
@@ -185,7 +185,7 @@ def _data_per_image(run: Run) -> tuple[bool, int]:
     return True, numbers * size * (2 if moments else 1) * (2 if run.data.flip else 1)
 
 
-def out_of_memory(run: Run, classes: int, gpus: int, kind: Kind, gib: float | None) -> UserError:
+def out_of_memory(run: BaseRun, classes: int, gpus: int, kind: Kind, gib: float | None) -> UserError:
     """What to say when a GPU of ``gib`` GiB (None: not known) had too little memory for this run."""
     plan = make_plan(run, classes, Machine(gpus=gpus))
     fits = plan.memory[kind].fits(gib, plan.micro_batch) if gib else 0

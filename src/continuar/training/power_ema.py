@@ -22,7 +22,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from continuar.checkpoints.store import read_tensors, write_tensors
 from continuar.errors import require
-from continuar.model import Model
+from continuar.token_model import TokenModel
 from continuar.training.config import EMAConfig
 from continuar.training.parallel import Single, local, whole
 
@@ -61,7 +61,7 @@ class PowerAverages:
         config: lengths, and whether there are any.
     """
 
-    def __init__(self, source: Model, config: EMAConfig) -> None:
+    def __init__(self, source: TokenModel, config: EMAConfig) -> None:
         self._lengths = config.lengths if config.snapshot_images else ()
         self._gammas = [exponent(length) for length in self._lengths]
         self._parameters = dict(source.named_parameters())

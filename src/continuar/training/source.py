@@ -26,7 +26,7 @@ from continuar.data.latents import LatentCache, is_cache
 from continuar.errors import UserError, require
 from continuar.pipeline import find_model, newest_checkpoints
 from continuar.tokenizers import CodebookConfig, LatentConfig, PixelConfig, Tokenizer, VAEConfig, VQConfig
-from continuar.training.config import DataConfig, Run
+from continuar.training.config import BaseRun, DataConfig
 from continuar.training.latents import LatentStream
 from continuar.training.stream import ImageStream, measure_std
 
@@ -47,7 +47,7 @@ class Stream(Protocol):
 class TrainingData:
     """What a run trains on."""
 
-    run: Run
+    run: BaseRun
     """With the config of ``tokenizer``."""
     tokenizer: Tokenizer
     """On the CPU."""
@@ -57,7 +57,7 @@ class TrainingData:
     """The batches, given the tokenizer on the device that trains, and which micro-batches of a step will be asked for."""
 
 
-def training_data(run: Run, on_read: Callable[[int, int], None] | None = None, resumed: Path | None = None) -> TrainingData:
+def training_data(run: BaseRun, on_read: Callable[[int, int], None] | None = None, resumed: Path | None = None) -> TrainingData:
     """Opens what ``run.data`` names.
 
     Args:
@@ -76,7 +76,7 @@ def reads_cache(data: DataConfig) -> bool:
     return bool(data.path) and is_cache(Path(data.path))
 
 
-def _from_cache(run: Run, kept: list[Path]) -> TrainingData:
+def _from_cache(run: BaseRun, kept: list[Path]) -> TrainingData:
     cache, data, loop = LatentCache(run.data.path), run.data, run.train
     classes = cache.info.classes
     _check_classes(data, classes)
@@ -118,7 +118,7 @@ def cache_tokenizer(cache: LatentCache, place: str, kept: list[Path]) -> Tokeniz
     return tokenizer
 
 
-def _from_images(run: Run, on_read: Callable[[int, int], None] | None, kept: list[Path]) -> TrainingData:
+def _from_images(run: BaseRun, on_read: Callable[[int, int], None] | None, kept: list[Path]) -> TrainingData:
     images = read_images(run, on_read)
     run = measured(run, images)
     if not kept and run.init and isinstance(run.tokenizer, CodebookConfig):
@@ -132,7 +132,7 @@ def _from_images(run: Run, on_read: Callable[[int, int], None] | None, kept: lis
     return TrainingData(run, tokenizer, images.classes, stream)
 
 
-def read_images(run: Run, on_read: Callable[[int, int], None] | None) -> ImageSet:
+def read_images(run: BaseRun, on_read: Callable[[int, int], None] | None) -> ImageSet:
     """The run's training images; what was skipped is said."""
     tokenizer, data = run.tokenizer, run.data
     if isinstance(tokenizer, LatentConfig | VAEConfig | VQConfig):
@@ -155,7 +155,7 @@ def read_images(run: Run, on_read: Callable[[int, int], None] | None) -> ImageSe
     return images
 
 
-def measured(run: Run, images: ImageSet) -> Run:
+def measured(run: BaseRun, images: ImageSet) -> BaseRun:
     """The run with its tokenizer's std filled in from the images, where it has one; a given std that is far off is said."""
     tokenizer = run.tokenizer
     if not isinstance(tokenizer, PixelConfig):
@@ -170,7 +170,7 @@ def measured(run: Run, images: ImageSet) -> Run:
     return run
 
 
-def fitted(run: Run, images: ImageSet) -> Tokenizer:
+def fitted(run: BaseRun, images: ImageSet) -> Tokenizer:
     """The run's tokenizer, fitted to the images."""
     tokenizer = run.tokenizer.build()
     chosen = np.random.default_rng(run.seed).permutation(len(images))[:FITTED_IMAGES]

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from continuar.backbones.blocks import Block
-from continuar.model import Model
-from continuar.orders import View
-from continuar.training.config import Run
+from continuar.token_model import TokenModel
+from continuar.training.config import BaseRun
 from continuar.training.ema import EMA
 from continuar.training.engines import ENGINES
 from continuar.training.meter import Meter
@@ -40,7 +39,7 @@ class TrainStep:
 
     rollbacks = 0
 
-    def __init__(self, model: Model, run: Run, parallel: Single | None = None) -> None:
+    def __init__(self, model: TokenModel, run: BaseRun, parallel: Single | None = None) -> None:
         self.model, self.run, self.parallel = model.train(), run, parallel or Single()
         self.device = next(model.parameters()).device
         self.slots = self.parallel.slots(run.train.micro_batches)
@@ -48,7 +47,7 @@ class TrainStep:
         bf16 = precision == "bfloat16" or (precision == "auto" and self.device.type == "cuda")
         self.ema = EMA(model, run.ema)
         self.parallel.shard(self.ema.model)
-        self.meter = Meter(model.head, self.device, self.parallel)
+        self.meter = Meter(model.timed, self.device, self.parallel)
         for block in (m for m in model.modules() if isinstance(m, Block)):
             block.recomputed = run.train.recompute
         engine = ENGINES[run.train.engine]
@@ -66,17 +65,17 @@ class TrainStep:
 
     def __call__(self, step: int, stream: Stream) -> None:
         """Step ``step`` on the batches that ``stream`` gives."""
-        loop, optim, order = self.run.train, self.run.optim, self.model.order
+        loop, optim, positions = self.run.train, self.run.optim, self.model.order.positions
         lr = learning_rate(optim, step * loop.batch_size, loop.steps * loop.batch_size)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.seed(step)
-        queried = self.model.backbone.draw_queried()
+        queried = self.model.draw_queried()
         measured = []
         for number, slot in enumerate(self.slots):
             self.seed(step, slot)
             tokens, labels = stream(step, slot)
-            view = View(order.training_order(len(tokens), self.device), order.positions - queried)
+            view = self.model.training_view(len(tokens), self.device, queried)
             loss = self._engine(tokens, labels, view, number)
             measured.append(torch.stack((loss, tokens.float().std())))
         means = measured[0] if len(measured) == 1 else torch.stack(measured).mean(0)
@@ -88,7 +87,7 @@ class TrainStep:
         self.optimizer.step()
         self.ema.update(step)
         self.averages.update(step)
-        self.meter.add(loss, norm, std, bad, masked=10 * queried // order.positions)
+        self.meter.add(loss, norm, std, bad, masked=10 * queried // positions)
 
     def finite(self) -> bool:
         """Whether the weights and averages of all processes are finite numbers; waits for the device."""

@@ -16,16 +16,17 @@ from torch import Tensor
 
 from continuar.checkpoints.store import ModelFile
 from continuar.errors import UserError
-from continuar.model import Model
 from continuar.pictures import grid, save_png
 from continuar.pipeline import Pipeline, newest_checkpoints, to_uint8
 from continuar.precision import matmul_precision
+from continuar.token_model import TokenModel
 from continuar.tokenizers import Tokenizer
-from continuar.training.config import Run
+from continuar.training.config import BaseRun
 from continuar.training.latents import ReaderDied
 from continuar.training.log import RunLog
 from continuar.training.memory import GIB
 from continuar.training.meter import Averages
+from continuar.training.online import Online
 from continuar.training.optim import learning_rate
 from continuar.training.parallel import whole_model
 from continuar.training.plan import out_of_memory
@@ -62,11 +63,12 @@ class Steps:
         first: steps that are done already.
         on_report, should_stop: see `train`.
         tracker: where metrics go beside the run's directory.
+        online: scores samples, in the first process; None if there are to be no scores.
     """
 
     def __init__(
         self,
-        run: Run,
+        run: BaseRun,
         directory: Path,
         file: ModelFile,
         tokenizer: Tokenizer,
@@ -75,12 +77,14 @@ class Steps:
         on_report: Callable[[Report], None] | None,
         should_stop: Callable[[], bool] | None,
         tracker: Tracker | None,
+        online: Online | None,
         first: int,
     ) -> None:
         self.run, self.directory, self.file, self.tokenizer, self.trainer = run, directory, file, tokenizer, trainer
         self.on_report, self.should_stop = on_report, should_stop or (lambda: False)
-        self.parallel, self.tracker = trainer.parallel, tracker
-        self._masks_vary = len(trainer.model.backbone.queried_counts()) > 1
+        self.parallel, self.tracker, self.online = trainer.parallel, tracker, online
+        self._scores_due = False
+        self._masks_vary = len(trainer.model.queried_counts()) > 1
         loop = run.train
         self.stream = stream
         self._rollback = Rollback(directory, trainer, loop)
@@ -106,6 +110,7 @@ class Steps:
                     continue
                 if self._due(done, loop.sample_images):
                     self._draw_grids(done)
+                self._score_if_due(done)
                 metrics = self._write_metrics(done, averages) if averages is not None else {}
                 if self._due(done, self.run.ema.snapshot_images):
                     self._write_averages(done)
@@ -196,7 +201,21 @@ class Steps:
                     self._draw_grid(done, name, whole)
             self.trainer.model.train()
 
-    def _draw_grid(self, done: int, name: str, model: Model) -> None:
+    def _score_if_due(self, done: int) -> None:
+        """Scores samples of the averaged and of the raw weights, where that is due and the time for it is there."""
+        self._scores_due |= self._due(done, self.run.online.every_images)
+        if not self._scores_due or not self.parallel.any(self.online is not None and self.online.affordable()):
+            return
+        self._scores_due = False
+        with self._untimed():
+            models = {"ema": self.trainer.ema.model, "raw": self.trainer.model}
+            wholes = {name: whole_model(model, self.parallel) for name, model in models.items()}
+            if self.online is not None:
+                pipes = {name: Pipeline(self.file, whole, self.tokenizer) for name, whole in wholes.items() if whole is not None}
+                self._of_samples |= {**self.online.score(pipes), "online/images": done * self.run.train.batch_size}
+            self.trainer.model.train()
+
+    def _draw_grid(self, done: int, name: str, model: TokenModel) -> None:
         folder = self.directory / "samples"
         folder.mkdir(exist_ok=True)
         classes = self.file.classes

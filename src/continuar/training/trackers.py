@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 
 from continuar.configs import to_json
 from continuar.errors import require
-from continuar.training.config import Run
+from continuar.training.config import BaseRun
 
 TrackerName = Literal["wandb", "trackio"]
 PROJECT = "continuar"
@@ -33,7 +33,7 @@ def check_tracker(name: TrackerName | None) -> None:
     require(name is None or find_spec(name) is not None, f"--track {name} needs a package: pip install {name}")
 
 
-def open_tracker(name: TrackerName, directory: Path, run: Run) -> Tracker:
+def open_tracker(name: TrackerName, directory: Path, run: BaseRun) -> Tracker:
     """Starts a run named like ``directory`` in the project "continuar", or continues the one that was started for it."""
     # wandb tells runs apart by an id, trackio by their name.
     place = hashlib.blake2b(str(directory.resolve()).encode(), digest_size=8).hexdigest()
