@@ -124,7 +124,7 @@ def _pipeline(name: str, tokenizer: str | None, device: str) -> Pipeline:
     elif name in RECIPES:
         pipe = _random(RECIPES[name](), device)
     else:
-        raise unknown_name("model or recipe", name, [*shipped_models(), *RECIPES])
+        raise unknown_name("model or recipe", name, dict.fromkeys((*shipped_models(), *RECIPES)))
     if tokenizer is not None:
         config = pipe.file.tokenizer
         require(isinstance(config, LatentConfig), f"--tokenizer is {tokenizer}, but {name} has a tokenizer of its own")
