@@ -1,6 +1,6 @@
 """Digits from a written word and two attributes: the condition is a sequence of vectors, as a text encoder would give it.
 
-    python examples/digits_from_attributes.py [--out out/digits_from_attributes] [--images 70000]
+    python examples/digits_from_attributes.py [--out out/digits_from_attributes] [--images 50000]
 
 No label is given. The model is told six vectors: the letters of "seven" one by one, and how much ink and slant to use compared with
 other sevens. Whatever makes such vectors can take the place of the spelling here:
@@ -157,7 +157,7 @@ def plot(pipe: Pipeline, out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("out/digits_from_attributes"))
-    parser.add_argument("--images", type=int, default=70_000)
+    parser.add_argument("--images", type=int, default=50_000)
     parser.add_argument("--samples", type=int, default=300)
     options = parser.parse_args()
     torch.manual_seed(0)

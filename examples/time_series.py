@@ -1,6 +1,6 @@
 """Multivariate time series: random-order autoregression with a diffusion head, checked against the exact law of the data.
 
-    python examples/time_series.py [--out out/time_series.png] [--steps 2000]
+    python examples/time_series.py [--out out/time_series.png] [--steps 1200]
 
 The series has three channels and a hidden regime that switches now and then: channels 1 and 2 turn slowly with little noise, or
 fast with much; channel 3 follows channel 1, or its opposite. Nothing tells the model which regime it is, so the next value has a
@@ -87,7 +87,7 @@ def build(length: int = LENGTH, width: int = 64) -> Model:
     return ModelConfig(
         TokenSpec((1, length), CHANNELS),
         order=RandomOrderConfig(),
-        backbone=CausalConfig(width=width, depth=4, heads=4, attention_dropout=0.0, dropout=0.0),
+        backbone=CausalConfig(width=width, depth=4, heads=4, positions="rotary", attention_dropout=0.0, dropout=0.0),
         head=DiffusionHeadConfig(width=width, depth=3, timesteps_per_token=2, prediction="velocity"),
     ).build()
 
@@ -181,7 +181,7 @@ def plot(data: Tensor, drawn: Tensor, fillings: Tensor, truth: Tensor, gap: slic
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("out/time_series.png"))
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--series", type=int, default=1000, help="series generated for the comparison")
     options = parser.parse_args()
     torch.manual_seed(0)
