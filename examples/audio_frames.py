@@ -1,6 +1,6 @@
 """Audio, frame by frame: raster autoregression with a diffusion head on the raw wave, the pitch as class.
 
-    python examples/audio_frames.py [--out out/audio_frames] [--steps 1500]
+    python examples/audio_frames.py [--out out/audio_frames] [--steps 1150]
 
 Tones are made by frequency modulation (Chowning 1973): a sine of the pitch whose phase is bent by a second sine, both dying away.
 The label says the pitch alone; phases, timbre and decay are drawn anew for each tone. A token is a frame of 64 samples:
@@ -172,7 +172,7 @@ def plot(data: Tensor, drawn: Tensor, labels: Tensor, out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("out/audio_frames"))
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=1150)
     parser.add_argument("--per-pitch", type=int, default=32, help="tones of each pitch generated for the comparison")
     options = parser.parse_args()
     torch.manual_seed(0)
