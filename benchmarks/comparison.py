@@ -74,6 +74,12 @@ def seconds_of(run: Path, batch_size: int) -> float:
     )
 
 
+def note_of(judge: Judge) -> str:
+    """What scores are to be held against, and where they were measured."""
+    halves = f"Distance between two halves of the real digits: {judge.between_halves:.2f}"
+    return f"{halves}. torch {torch.__version__}, {torch.get_num_threads()} thread(s), {platform.machine()}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("out/comparison"))
@@ -102,10 +108,7 @@ def main() -> None:
         trained = seconds_of(directory, run.train.batch_size)
         lines.append(f"| {name} | {parameters:.2f} | {trained:.0f} | {1e3 * seconds / len(labels):.1f} | {' | '.join(scores)} |")
         print(lines[-1], flush=True)
-    note = (
-        f"Distance between two halves of the real digits: {judge.between_halves:.2f}. torch {torch.__version__}, "
-        f"{torch.get_num_threads()} thread(s), {platform.machine()}; ms/image at w={GUIDANCE[-1]:g}."
-    )
+    note = f"{note_of(judge)}; ms/image at w={GUIDANCE[-1]:g}."
     print(note)
     if options.picture:
         captions = [c for name in shown for c in [name.removeprefix("digits_"), *[""] * 9]]

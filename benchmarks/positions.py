@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from comparison import PER_CLASS, Judge, seconds_of
+from comparison import PER_CLASS, Judge, note_of, seconds_of
 
 from continuar.recipes import RECIPES
 from continuar.training.loop import train
@@ -47,10 +46,7 @@ def main() -> None:
                 seconds = seconds_of(directory, run.train.batch_size)
                 lines.append(f"| {row} | {positions} | {seed} | {seconds:.0f} | {loss:.4f} | {' | '.join(found)} |")
                 print(lines[-1], flush=True)
-    note = (
-        f"Distance between two halves of the real digits: {judge.between_halves:.2f}. torch {torch.__version__}, "
-        f"{torch.get_num_threads()} thread(s), {platform.machine()}."
-    )
+    note = f"{note_of(judge)}."
     print(note)
     if options.results:
         options.results.write_text("\n".join([*lines, "", note]) + "\n", encoding="utf-8")

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from continuar.devices import pick_device
+from continuar.generation.measure import matmul_peak
 from continuar.recipes import find_recipe
 from continuar.training.config import Run
 from continuar.training.flops import training_flops
@@ -26,19 +27,6 @@ from continuar.training.step import Stream, TrainStep
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def matmul_peak(device: torch.device, size: int = 8192, repeats: int = 20) -> float:
-    """FLOP/s of a bf16 matrix product."""
-    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    for _ in range(3):
-        a @ b
-    synchronize(device)
-    began = time.perf_counter()
-    for _ in range(repeats):
-        a @ b
-    synchronize(device)
-    return 2 * size**3 * repeats / (time.perf_counter() - began)
 
 
 def kernel_table(trainer: TrainStep, stream: Stream, rows: int = 15, steps: int = 5) -> str:

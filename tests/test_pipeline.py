@@ -36,6 +36,11 @@ def test_one_seed_counts_upwards_and_no_labels_means_no_class(pipe: Pipeline) ->
     assert not np.array_equal(pipe(seeds=[1]), pipe([0], [1]))
 
 
+def test_auto_is_the_engine_it_chooses(pipe: Pipeline) -> None:
+    assert pipe.engine("auto") is pipe.engine("graphs") is pipe.engine()
+    assert pipe.engine("eager") is not pipe.engine("auto")
+
+
 def test_progress_counts_steps_of_all_batches(pipe: Pipeline) -> None:
     seen: list[tuple[int, int]] = []
     pipe([0, 1, 2], 0, batch_size=2, on_progress=lambda done, total: seen.append((done, total)))

@@ -8,6 +8,9 @@ import torch
 
 from continuar.errors import UserError, require
 
+GIB = 2**30
+"""Bytes of a GiB, in which memory is given."""
+
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 
 

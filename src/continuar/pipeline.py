@@ -32,7 +32,7 @@ from continuar.checkpoints.store import (
 from continuar.devices import pick_device
 from continuar.errors import UserError, require, unknown_name
 from continuar.generation.eager import Start
-from continuar.generation.engines import Engine, EngineName, make_engine
+from continuar.generation.engines import Engine, EngineName, chosen, make_engine
 from continuar.generation.known import Array, equal_batches, with_known
 from continuar.generation.plan import SamplingOptions, make_plan
 from continuar.generation.snapshots import Snapshot, snapshots
@@ -76,7 +76,7 @@ class Pipeline:
         Raises:
             UserError: see `make_engine`.
         """
-        key = name, precision
+        key = chosen(self.model, name), precision
         if key not in self._engines:
             self._engines[key] = make_engine(self.model, name, precision)
         return self._engines[key]

@@ -28,3 +28,15 @@ def test_pack_linears_reaches_every_linear() -> None:
     kinds = [type(m) for m in module.modules()]
     assert kinds.count(PackedLinear) == 3
     assert nn.Linear not in kinds
+
+
+def test_a_build_without_the_operators_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(torch.ops, "mkldnn", object())
+    packed._operators.cache_clear()
+    try:
+        layers = [PackedLinear(nn.Linear(3, 2)) for _ in range(2)]
+    finally:
+        packed._operators.cache_clear()
+    assert [record.message.split(" (")[0] for record in caplog.records] == ["weights are not packed on this CPU"]
+    x = torch.ones(1, 3)
+    assert all(torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias)) for layer in layers)

@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 from torch.autograd.graph import saved_tensors_hooks
 
 from continuar.cli.main import main
+from continuar.devices import GIB
 from continuar.errors import UserError
 from continuar.model import Model, ModelConfig
 from continuar.orders import View
 from continuar.recipes import RECIPES
 from continuar.training.config import Run
 from continuar.training.loop import train
-from continuar.training.memory import GIB, AsOnGPU, activations, saved
+from continuar.training.memory import AsOnGPU, activations, saved
 from continuar.training.plan import Machine, Memory, make_plan, out_of_memory
 from continuar.training.step import TrainStep
 from tests.tiny import model_configs, name, random_tokens, tiny_run, write_images

@@ -15,8 +15,9 @@ from torch import Tensor
 from continuar.autoencoders.config import ImagesConfig
 from continuar.data.blocks import decode_block
 from continuar.data.find import find_source
-from continuar.data.images import GIB, ImageSet, check_skipped, load_images
+from continuar.data.images import ImageSet, check_skipped, load_images
 from continuar.data.sources import Source
+from continuar.devices import GIB
 from continuar.errors import require
 from continuar.training.config import DataConfig
 from continuar.training.stream import IndexStream, augment

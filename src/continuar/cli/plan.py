@@ -9,10 +9,11 @@ from typing import Annotated
 import tyro
 
 from continuar.cli.parse import parse
+from continuar.cli.recipes import split_recipe
+from continuar.devices import GIB
 from continuar.errors import require
 from continuar.recipes import find_recipe
 from continuar.training.config import BaseRun
-from continuar.training.memory import GIB
 from continuar.training.parallel import Kind
 from continuar.training.plan import HEADROOM, Machine, Plan, make_plan
 
@@ -36,11 +37,10 @@ class Arguments:
 
 def main(arguments: list[str]) -> int:
     """See the module's docstring."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(_HELP, end="")
+    chosen = split_recipe(arguments, "continuar plan", _HELP)
+    if chosen is None:
         return 0
-    name, rest = arguments[0], arguments[1:]
-    require(not name.startswith("-"), f"the recipe comes first, not '{name}': continuar plan RECIPE {name} ...")
+    name, rest = chosen
     recipe = find_recipe(name)
     description = inspect.getdoc(recipe) or ""
     options = parse(Arguments, rest, prog=f"continuar plan {name}", description=description, default=Arguments(recipe()))

@@ -15,9 +15,9 @@ from continuar.autoencoders.config import TokenizerRun
 from continuar.autoencoders.loop import train_tokenizer
 from continuar.cli.parse import parse
 from continuar.cli.progress import progress_bars
+from continuar.cli.recipes import split_recipe
 from continuar.configs import to_json
 from continuar.devices import pick_device
-from continuar.errors import require
 from continuar.recipes.tokenizers import TOKENIZER_RECIPES, find_tokenizer_recipe
 
 _HELP = """usage: continuar tokenizer train RECIPE [options]
@@ -46,14 +46,10 @@ class Arguments:
 
 def main(arguments: list[str]) -> int:
     """See the module's docstring."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(_HELP + "\n" + list_recipes(), end="")
+    chosen = split_recipe(arguments, "continuar tokenizer train", _HELP, TOKENIZER_RECIPES)
+    if chosen is None:
         return 0
-    if arguments[0] == "--list":
-        print(list_recipes(), end="")
-        return 0
-    name, rest = arguments[0], arguments[1:]
-    require(not name.startswith("-"), f"the recipe comes first, not '{name}': continuar tokenizer train RECIPE {name} ...")
+    name, rest = chosen
     recipe = find_tokenizer_recipe(name)
     description = inspect.getdoc(recipe) or ""
     prog = f"continuar tokenizer train {name}"
@@ -76,13 +72,6 @@ def main(arguments: list[str]) -> int:
     kept = directory / "tokenizer"
     print(f"trained: {kept}  (continuar tokenizer evaluate {kept} DATA; continuar cache DATA {kept} DST)")
     return 0
-
-
-def list_recipes() -> str:
-    """One line per recipe: its name and the first line of its docstring."""
-    width = max(map(len, TOKENIZER_RECIPES))
-    lines = (f"  {n:<{width}}  {(inspect.getdoc(r) or '').splitlines()[0]}" for n, r in TOKENIZER_RECIPES.items())
-    return "recipes:\n" + "\n".join(lines) + "\n"
 
 
 def dry_run(run: TokenizerRun) -> str:

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from continuar.cli.parse import parse
+from continuar.cli.recipes import split_recipe
 from continuar.configs import to_json
 from continuar.data.images import class_names
 from continuar.devices import pick_device
@@ -65,14 +66,10 @@ class Arguments:
 
 def main(arguments: list[str]) -> int:
     """See the module's docstring."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(_HELP + "\n" + list_recipes(), end="")
+    chosen = split_recipe(arguments, "continuar train", _HELP, RECIPES)
+    if chosen is None:
         return 0
-    if arguments[0] == "--list":
-        print(list_recipes(), end="")
-        return 0
-    name, rest = arguments[0], arguments[1:]
-    require(not name.startswith("-"), f"the recipe comes first, not '{name}': continuar train RECIPE {name} ...")
+    name, rest = chosen
     recipe = find_recipe(name)
     description = inspect.getdoc(recipe) or ""
     options = parse(Arguments, rest, prog=f"continuar train {name}", description=description, default=Arguments(recipe()))
@@ -128,13 +125,6 @@ class _Bar:
         m = report.metrics
         status = f"loss {m['loss']:.3f}  {m['images_per_second']:,.0f} images/s" if m else None
         self.update(report.step, report.steps, status)
-
-
-def list_recipes() -> str:
-    """One line per recipe: its name and the first line of its docstring."""
-    width = max(map(len, RECIPES))
-    lines = (f"  {n:<{width}}  {(inspect.getdoc(r) or '').splitlines()[0]}" for n, r in RECIPES.items())
-    return "recipes:\n" + "\n".join(lines) + "\n"
 
 
 def dry_run(run: BaseRun) -> str:

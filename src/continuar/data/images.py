@@ -14,10 +14,8 @@ import numpy as np
 from continuar.data.blocks import image_blocks
 from continuar.data.find import find_source
 from continuar.data.sources import Source
+from continuar.devices import GIB
 from continuar.errors import UserError, require
-
-GIB = 2**30
-
 
 DIGITS = "digits"
 """What names scikit-learn's digits where a path would stand."""

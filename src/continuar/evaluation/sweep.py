@@ -67,11 +67,7 @@ def sweep(
         UserError: as `evaluate`; a setting that is swept and fixed; no matplotlib.
     """
     group, out = group or Processes(), Path(out)
-    twice = [axis.name for axis in axes if axis.name in options.settings]
-    require(not twice, f"{', '.join(twice)} is both swept and set; allowed: one of them")
-    require(find_spec("matplotlib") is not None, "plots need matplotlib: pip install 'continuar[metrics]'")
-    if group.is_first:
-        check_directory(out)
+    check(axes, options, out, group)
     weights_of = {i: str(point.get("weights", options.weights)) for i, point in enumerate(points(axes))}
     pipes = {weights_of[0]: load(weights_of[0])}
     for point in points(axes):  # what the model cannot take is refused before the work begins
@@ -95,8 +91,13 @@ def sweep(
     return rows
 
 
-def check_directory(out: Path) -> None:
-    """Refuses a directory in which no sweep can begin or continue."""
+def check(axes: Sequence[Axis], options: SweepOptions, out: Path, group: Processes) -> None:
+    """Refuses a setting that is swept and fixed, a missing matplotlib, and a directory in which no sweep can begin or continue."""
+    twice = [axis.name for axis in axes if axis.name in options.settings]
+    require(not twice, f"{', '.join(twice)} is both swept and set; allowed: one of them")
+    require(find_spec("matplotlib") is not None, "plots need matplotlib: pip install 'continuar[metrics]'")
+    if not group.is_first:
+        return
     ours = not out.exists() or (out.is_dir() and (not any(out.iterdir()) or (out / "points").is_dir()))
     require(ours, f"{out} is not an empty directory, nor a sweep's; choose another directory")
 

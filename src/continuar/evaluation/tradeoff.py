@@ -12,7 +12,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 from continuar.baselines import DiTConfig
@@ -24,7 +23,7 @@ from continuar.evaluation.plots import plot_tradeoff, save_plot
 from continuar.evaluation.processes import Processes
 from continuar.evaluation.run import Bar, no_bar
 from continuar.evaluation.samples import GeneratedSamples
-from continuar.evaluation.sweep import SweepOptions, check_directory, evaluate_point, measure, place_of, samples_at
+from continuar.evaluation.sweep import SweepOptions, check, evaluate_point, measure, place_of, samples_at
 from continuar.evaluation.tables import write_tables
 from continuar.pipeline import Pipeline
 
@@ -67,12 +66,8 @@ def tradeoff(
     others = [name for name in names if name not in ("steps", "diffusion_steps")]
     allowed = "allowed with it: steps of autoregressive models, diffusion_steps of a DiT"
     require(not others, f"{', '.join(others)} is swept with {TRADEOFF}; {allowed}")
-    twice = [name for name in names if name in options.settings]
-    require(not twice, f"{', '.join(twice)} is both swept and set; allowed: one of them")
     require(len(set(models)) == len(models), f"a model is given twice: {', '.join(models)}")
-    require(find_spec("matplotlib") is not None, "plots need matplotlib: pip install 'continuar[metrics]'")
-    if group.is_first:
-        check_directory(out)
+    check(axes, options, out, group)
     values = {axis.name: axis.values for axis in axes}
     work: list[tuple[Point, GeneratedSamples]] = []
     for name in models:

@@ -49,6 +49,13 @@ class EagerEngine:
         return eager.stream(self.model, start, options)
 
 
+def chosen(model: TokenModel, name: EngineName) -> EngineName:
+    """What "auto" means for a model; other names mean themselves."""
+    if name != "auto":
+        return name
+    return "graphs" if why_not(model) is None and next(model.parameters()).device.type == "cpu" else "eager"
+
+
 def make_engine(model: TokenModel, name: EngineName = "auto", precision: Precision = "float32") -> Engine:
     """The engine of that name.
 
@@ -57,9 +64,7 @@ def make_engine(model: TokenModel, name: EngineName = "auto", precision: Precisi
     """
     require(name in ENGINE_NAMES, f"engine is '{name}'; allowed: {', '.join(ENGINE_NAMES)}")
     require(precision in DTYPES, f"precision is '{precision}'; allowed: {', '.join(DTYPES)}")
-    reason = why_not(model)
-    on_cpu = next(model.parameters()).device.type == "cpu"
-    fast = name == "graphs" or (name == "auto" and reason is None and on_cpu)
+    reason, fast = why_not(model), chosen(model, name) == "graphs"
     if fast and isinstance(model, Model):
         return GraphEngine(model, precision)
     require(not fast, f"engine is 'graphs', but {reason}; allowed: eager")

@@ -10,13 +10,13 @@ import torch
 
 from continuar.backbones.causal import Causal
 from continuar.backbones.mae import MAE
+from continuar.devices import GIB
 from continuar.errors import UserError
 from continuar.generation.plan import PlanStep
 from continuar.heads.diffusion import DiffusionHead, DiffusionOptions
 from continuar.heads.options import Options
 from continuar.model import Model
 
-GIB = 2**30
 HEADROOM = 0.92
 """The share of the free memory that is planned with: the rest is fragmentation and the libraries'."""
 FIXED = 512 * 2**20

@@ -1,18 +1,21 @@
 """Linear layers for a CPU: weights laid out once as oneDNN reads them, where PyTorch's own product lays them out at every call.
 
-The products of a small model's head are where a CPU's time goes, and the packed ones of 384 x 4224 are 1.6 to 3.8 times as fast
-(two Zen 4 cores, 2 to 256 rows). The operators are those that Inductor calls for frozen weights; a build without them, and products
-too small to gain, go through `torch.nn.functional.linear`.
+The products of a small model's head are where a CPU's time goes (docs/speed.md has what the engine gains). The operators are those
+that Inductor calls for frozen weights; a build without them, which is said once, and products too small to gain go through
+`torch.nn.functional.linear`.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import cache
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+_LOG = logging.getLogger(__name__)
 
 LARGE = 4_000_000
 """Multiplications from which on a packed product is faster; below, starting it costs more."""
@@ -21,13 +24,16 @@ LARGE = 4_000_000
 @cache
 def _operators() -> tuple[Callable[..., Tensor], Callable[..., Tensor]] | None:
     """(pack, multiply) where this build has them and they give a right answer, else None."""
+    reason = "their product is wrong"
     try:
         pack, multiply = torch.ops.mkldnn._reorder_linear_weight, torch.ops.mkldnn._linear_pointwise
         x, weight, bias = torch.ones(3, 5), torch.arange(20.0).view(4, 5), torch.ones(4)
-        right = torch.equal(multiply(x, pack(weight, None), bias, "none", [], ""), F.linear(x, weight, bias))
-    except (AttributeError, RuntimeError, TypeError):
-        return None
-    return (pack, multiply) if right else None
+        if torch.equal(multiply(x, pack(weight, None), bias, "none", [], ""), F.linear(x, weight, bias)):
+            return pack, multiply
+    except (AttributeError, RuntimeError, TypeError) as problem:
+        reason = str(problem).split("\n", maxsplit=1)[0]
+    _LOG.warning("weights are not packed on this CPU (%s): the fast engine is slower, its images are the same", reason)
+    return None
 
 
 class PackedLinear(nn.Module):

@@ -8,7 +8,7 @@ from continuar.generation.plan import SamplingOptions
 from continuar.heads import DiffusionOptions
 from continuar.recipes.cifar10 import cifar10
 from continuar.recipes.digits import digits
-from continuar.training.config import DiTRun
+from continuar.training.config import DiTRun, Run
 
 
 def dit_digits() -> DiTRun:
@@ -18,16 +18,7 @@ def dit_digits() -> DiTRun:
 
     About 100 s on one core. 300 of 300 samples are read as what was asked for (`docs/results.md`).
     """
-    base = digits()
-    return DiTRun(
-        data=base.data,
-        tokenizer=base.tokenizer,
-        network=DiTNetworkConfig(width=96, depth=4, heads=4, prediction="velocity"),
-        optim=base.optim,
-        ema=base.ema,
-        train=base.train,
-        sampling=SamplingOptions(guidance=1.5, guidance_schedule="constant", head=DiffusionOptions(diffusion_steps=50)),
-    )
+    return _like(digits(), DiTNetworkConfig(width=96, depth=4, heads=4, prediction="velocity"), diffusion_steps=50)
 
 
 def dit_cifar10() -> DiTRun:
@@ -38,13 +29,19 @@ def dit_cifar10() -> DiTRun:
     9.8 M parameters; images, batch and learning rate are those of `cifar10`. Not trained yet: guidance and diffusion steps are
     guesses.
     """
-    base = cifar10()
+    return _like(cifar10(), DiTNetworkConfig(width=256, depth=8, heads=8, prediction="velocity"), diffusion_steps=100)
+
+
+def _like(base: Run, network: DiTNetworkConfig, diffusion_steps: int) -> DiTRun:
+    """A DiT on the tokens of a run, trained as that is."""
     return DiTRun(
         data=base.data,
         tokenizer=base.tokenizer,
-        network=DiTNetworkConfig(width=256, depth=8, heads=8, prediction="velocity"),
+        network=network,
         optim=base.optim,
         ema=base.ema,
         train=base.train,
-        sampling=SamplingOptions(guidance=1.5, guidance_schedule="constant", head=DiffusionOptions(diffusion_steps=100)),
+        sampling=SamplingOptions(
+            guidance=1.5, guidance_schedule="constant", head=DiffusionOptions(diffusion_steps=diffusion_steps)
+        ),
     )

@@ -25,8 +25,6 @@ from continuar.orders import View
 from continuar.precision import META_AUTOCAST, meta_autocast
 from continuar.token_model import TokenModel
 
-GIB = 2**30
-
 
 @dataclass(frozen=True)
 class Activations:

@@ -19,13 +19,14 @@ from dataclasses import dataclass, field
 import torch
 
 from continuar.backbones.blocks import Block
+from continuar.devices import GIB
 from continuar.errors import UserError, require
 from continuar.heads import Head
 from continuar.token_model import TokenModel
 from continuar.tokenizers import CodebookConfig, LatentConfig, PixelConfig, VAEConfig
 from continuar.training.config import BaseRun
 from continuar.training.flops import training_flops
-from continuar.training.memory import GIB, activations
+from continuar.training.memory import activations
 from continuar.training.parallel import Kind
 
 HEADROOM = 0.92

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from continuar.checkpoints.store import ModelFile
+from continuar.devices import GIB
 from continuar.errors import UserError
 from continuar.pictures import grid, save_png
 from continuar.pipeline import Pipeline, newest_checkpoints, to_uint8
@@ -24,7 +25,6 @@ from continuar.tokenizers import Tokenizer
 from continuar.training.config import BaseRun
 from continuar.training.latents import ReaderDied
 from continuar.training.log import RunLog
-from continuar.training.memory import GIB
 from continuar.training.meter import Averages
 from continuar.training.online import Online
 from continuar.training.optim import learning_rate
