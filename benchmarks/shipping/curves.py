@@ -6,6 +6,7 @@ import argparse
 import json
 import statistics
 
+from continuar.errors import require
 from shipping.kept import METRICS
 
 SMOOTHED = 5
@@ -16,7 +17,9 @@ def draw_curves(options: argparse.Namespace) -> None:
     """Writes ``--to``: the training loss by t and by how much is masked, and the learning rate, over images."""
     from matplotlib.figure import Figure
 
-    lines = [json.loads(line) for line in (options.results / METRICS).read_text(encoding="utf-8").splitlines()]
+    metrics = options.results / METRICS
+    require(metrics.is_file(), f"{metrics} does not exist; allowed: a folder of results")
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     groups = [lines[i : i + SMOOTHED] for i in range(0, len(lines) - SMOOTHED + 1, SMOOTHED)]
     images = [group[-1]["images"] / 1e6 for group in groups]
     figure = Figure(figsize=(11, 3.2), layout="constrained")

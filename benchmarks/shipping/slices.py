@@ -97,6 +97,7 @@ class Job:
 def run_slice(options: argparse.Namespace) -> None:
     """Steps 1 to 6 of the module's docstring. A step that fails is said, and the ones after it are done all the same."""
     require(options.minutes > 0, f"--minutes is {options.minutes}; allowed: above 0")
+    require(options.processes >= 1, f"--processes is {options.processes}; allowed: 1 or more")
     for path in (options.train, options.test, options.squeezenet):
         require(path.exists(), f"{path} does not exist")
     job = open_job(options)
