@@ -18,6 +18,7 @@ import logging
 import subprocess
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,14 +90,23 @@ CASES = {
 TABLE = [name for name in CASES if name != "smoke"]
 
 
-def triton_kernels(few_rows: int | None = None) -> Kernels:
+def triton_kernels(few_rows: int | None = None, **launch: Any) -> Kernels:
     from continuar.generation.triton_kernels import TritonKernels
+    from continuar.generation.triton_small import MOST_ROWS, Launch
 
-    return TritonKernels() if few_rows is None else TritonKernels(few_rows)
+    return TritonKernels(MOST_ROWS if few_rows is None else few_rows, Launch(**launch) if launch else None)
 
 
-KERNELS = {"plain": Kernels, "triton": triton_kernels, "triton-rows": lambda: triton_kernels(0)}
-"""Plain; fused, with the step for few rows; fused without it."""
+KERNELS: dict[str, Callable[[], Kernels]] = {
+    "plain": Kernels,
+    "triton": triton_kernels,
+    "triton-rows": lambda: triton_kernels(0),
+    "triton-apart": lambda: triton_kernels(dependent=False),
+    "triton-8": lambda: triton_kernels(dependent=True, columns=8),
+    "triton-8-apart": lambda: triton_kernels(dependent=False, columns=8),
+}
+"""Plain; fused, as the engine chooses; without the step for few rows; with it, each launch waiting for the one before to end; with
+programs of 8 columns instead of 16."""
 
 
 def build(backbone: BackboneConfig, order: Any, head: DiffusionHeadConfig, device: torch.device) -> Model:
@@ -118,7 +128,9 @@ def start_of(model: Model, batch: int, device: torch.device, known: int = 0) -> 
     return start
 
 
-def run_case(case: Case, kernels: Kernels, precision: Any, peak: float, device: torch.device, repeats: int) -> dict[str, Any]:
+def run_case(
+    case: Case, kind: str, kernels: Kernels, precision: Any, peak: float, device: torch.device, repeats: int
+) -> dict[str, Any]:
     """One case as a row of the results."""
     model, options = case.model(device), case.options()
     start = start_of(model, case.batch, device)
@@ -130,7 +142,7 @@ def run_case(case: Case, kernels: Kernels, precision: Any, peak: float, device: 
     estimate = bytes_per_image(model, plan, options.head, 2, torch.bfloat16 if precision == "bfloat16" else torch.float32)
     return {
         "case": case.title,
-        "kernels": kernels.name,
+        "kernels": kind,
         "precision": precision,
         "seconds_per_image": speed.seconds_per_image,
         "spread": max(speed.seconds) / min(speed.seconds) - 1,
@@ -216,7 +228,7 @@ def kernel_table(case: Case, kernels: Kernels, precision: Any, device: torch.dev
 def line(row: dict[str, Any]) -> str:
     goals = f"required {row['required']}, aim {row['aim']}" if row["required"] else ""
     return (
-        f"{row['case']:<38} {row['precision']:<8} {row['kernels']:<6} {row['seconds_per_image']:.4f} s/image ±{row['spread']:.1%} "
+        f"{row['case']:<38} {row['precision']:<8} {row['kernels']:<14} {row['seconds_per_image']:.4f} s/image ±{row['spread']:.1%} "
         f"floor {row['floor']:.4f}  {goals}  head {row['head']:.0%} ({row['us_per_diffusion_step']:.0f} us/step) "
         f"transformer {row['transformer']:.0%}  {row['peak_gib']:.1f} GiB (batch est. {row['estimated_batch_gib']:.1f})  "
         f"warm-up {row['warmup_seconds']:.0f} s"
@@ -310,7 +322,7 @@ def main() -> None:
                 continue
             try:
                 kernels = KERNELS[kind]()
-                rows.append(run_case(case, kernels, options.precision, peak, device, options.repeats))
+                rows.append(run_case(case, kind, kernels, options.precision, peak, device, options.repeats))
                 print(line(rows[-1]), flush=True)
                 write(options.out, header, rows, [])
                 free()

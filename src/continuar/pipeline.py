@@ -70,7 +70,7 @@ class Pipeline:
         """Who generates; made once, for what the fast one has captured serves the next call too.
 
         Args:
-            name: "eager", readably; "graphs", faster and equal to it; "auto", "graphs" on a CPU where it can run the model.
+            name: "eager", readably; "graphs", faster and equal to it; "auto", "graphs" where it can run the model.
             precision: "bfloat16" halves the weights and rounds more; only of the fast engine.
 
         Raises:

@@ -6,7 +6,8 @@ import os
 import pytest
 import torch
 
-from continuar.generation.kernels import Kernels, largest_difference
+from continuar.backbones.blocks import Block
+from continuar.generation.kernels import Kernels, Step, largest_difference
 from continuar.heads.mlp import DenoisingMLP
 from continuar.noise import KeyedNoise, Purpose
 
@@ -36,11 +37,34 @@ def test_gate_norm_modulate(copies: int, rows: int, width: int, low: bool) -> No
             torch.testing.assert_close(fused[1], plain[1], rtol=3e-2 if low else 1e-5, atol=6e-2 if low else 1e-5)
 
 
+@pytest.mark.parametrize("low", [False, True])
+@pytest.mark.parametrize("width", [24, 130])
+def test_add_norm(width: int, low: bool) -> None:
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if low and DEVICE == "cuda" else torch.float32
+    norm = torch.nn.LayerNorm(width, eps=1e-6, device=DEVICE, dtype=dtype)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    h, y = torch.randn(2, 3, 9, width, device=DEVICE, dtype=dtype)
+    for given, added in ((h, y), (h, None), (h[:, 2:7], y[:, :5])):
+        for plain, fused in zip(PLAIN.add_norm(given, added, norm), FUSED.add_norm(given, added, norm), strict=True):
+            torch.testing.assert_close(fused, plain, rtol=2e-2 if low else 1e-5, atol=2e-2 if low else 1e-5)
+
+
+@pytest.mark.parametrize("low", [False, True])
+def test_mlp(low: bool) -> None:
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if low and DEVICE == "cuda" else torch.float32
+    mlp = Block(48, 4, 0.0, 0.0).mlp.to(DEVICE, dtype).requires_grad_(False)
+    n = torch.randn(2, 5, 48, device=DEVICE, dtype=dtype)
+    torch.testing.assert_close(FUSED.mlp(mlp, n), PLAIN.mlp(mlp, n), rtol=2e-2 if low else 0.0, atol=1e-2 if low else 0.0)
+
+
 @pytest.mark.parametrize("copies", [1, 2])
 def test_update(copies: int) -> None:
     torch.manual_seed(0)
     x, noise, out = (torch.randn(*shape, device=DEVICE) for shape in ((7, 6), (7, 6), (copies, 7, 12)))
-    arguments = x, out, torch.tensor(1.7, device=DEVICE), noise, 0.9, -0.3, 0.2
+    arguments = x, out, Step(torch.tensor(1.7, device=DEVICE), noise, 0.9, -0.3, 0.2)
     torch.testing.assert_close(FUSED.update(*arguments), PLAIN.update(*arguments))
 
 
@@ -66,7 +90,8 @@ def test_small_step(copies: int, rows: int, dim: int, width: int, depth: int, lo
     net.load_state_dict(exact.state_dict())
     x, noise = torch.randn(rows, dim, device=DEVICE), torch.randn(rows, dim, device=DEVICE)
     modulation = 0.3 * torch.randn(copies, rows, (3 * depth + 2) * width, device=DEVICE, dtype=dtype)
-    arguments = x, exact.input(x).unsqueeze(0), modulation, torch.tensor(1.7, device=DEVICE), noise, 0.9, -0.3, 0.2
+    step = Step(torch.tensor(1.7, device=DEVICE), noise, 0.9, -0.3, 0.2)
+    arguments = x, exact.input(x).unsqueeze(0), modulation, step
     plain, fused = (k.small_step(net, exact, *arguments) for k in (PLAIN, FUSED))
     for ours, theirs in zip(fused, plain, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=3e-2 if low else 1e-5, atol=3e-2 if low else 1e-5)

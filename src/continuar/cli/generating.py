@@ -52,7 +52,7 @@ class Settings(SamplingSettings):
     batch_size: int = 64
     """Images generated at once."""
     engine: EngineName = "auto"
-    """Who generates: eager, readably; graphs, faster and equal to it; auto, graphs on a CPU where it can run the model."""
+    """Who generates: eager, readably; graphs, faster and equal to it; auto, graphs where it can run the model."""
     precision: Precision = "float32"
     """float32, or bfloat16 for the matrix products of the graphs engine: faster on a GPU, images slightly other than float32's."""
     device: str = "auto"

@@ -1,7 +1,6 @@
 """Who follows a plan: `eager` as one would explain it, `graphs` fast and equal to it; the one step of a DiT is done by `whole`.
 
-"auto" is the fast one on a CPU where it can run the model, else the eager one. On CUDA the fast one is written and has not been run
-yet: there it has to be asked for by name.
+"auto" is the fast one where it can run the model, on a CPU and on CUDA, else the eager one.
 """
 
 from __future__ import annotations
@@ -20,6 +19,8 @@ from continuar.model import Model
 from continuar.token_model import TokenModel
 
 EngineName = Literal["auto", "eager", "graphs"]
+TESTED = ("cpu", "cuda")
+"""Devices on which the fast engine was seen to equal the eager one."""
 ENGINE_NAMES: tuple[EngineName, ...] = ("auto", "eager", "graphs")
 
 
@@ -53,7 +54,7 @@ def chosen(model: TokenModel, name: EngineName) -> EngineName:
     """What "auto" means for a model; other names mean themselves."""
     if name != "auto":
         return name
-    return "graphs" if why_not(model) is None and next(model.parameters()).device.type == "cpu" else "eager"
+    return "graphs" if why_not(model) is None and next(model.parameters()).device.type in TESTED else "eager"
 
 
 def make_engine(model: TokenModel, name: EngineName = "auto", precision: Precision = "float32") -> Engine:

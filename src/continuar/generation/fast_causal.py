@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from continuar.backbones.blocks import Block, KVCache
 from continuar.backbones.causal import Causal, CausalState
 from continuar.backbones.rotary import NOWHERE
+from continuar.generation.kernels import Kernels
 from continuar.rows import take
 
 
@@ -27,10 +28,11 @@ class FastCausal:
 
     Args:
         causal: with the weights to compute with. images: B. copies: G.
+        kernels: fused operations or their plain twins.
     """
 
-    def __init__(self, causal: Causal, images: int, copies: int, condition_tokens: int) -> None:
-        self.causal, self.copies = causal, copies
+    def __init__(self, causal: Causal, images: int, copies: int, condition_tokens: int, kernels: Kernels) -> None:
+        self.causal, self.copies, self.kernels = causal, copies, kernels
         parameter, width, batch = causal.positions, causal.width, copies * images
         self.slots = -(-(condition_tokens + causal.count) // 8) * 8
         shape = batch, causal.heads, self.slots, width // causal.heads
@@ -74,14 +76,15 @@ class FastCausal:
     def predict(self, known: int, size: int) -> Tensor:
         """z [G B, 1, Z] float32 of what `aim` aimed at."""
         causal, batch = self.causal, len(self.slot)
-        h = self.slot + take(causal.targets[None], self.target)
+        h, y, add_norm = self.slot + take(causal.targets[None], self.target), None, self.kernels.add_norm
         seen, blocks = self.places <= self.at, cast(Iterable[Block], causal.blocks)
         for block, cache in zip(blocks, self.caches, strict=True):
             attention = block.attention
-            q, k, v = attention.qkv(block.norm1(h)).view(batch, 1, 3, attention.heads, -1).permute(2, 0, 3, 1, 4)
+            h, n = add_norm(h, y, block.norm1)
+            q, k, v = attention.qkv(n).view(batch, 1, 3, attention.heads, -1).permute(2, 0, 3, 1, 4)
             cache.k.index_copy_(2, self.at, k)
             cache.v.index_copy_(2, self.at, v)
             y = F.scaled_dot_product_attention(q, cache.k, cache.v, attn_mask=seen[None])
-            h = h + attention.projection(y.transpose(1, 2).flatten(-2))
-            h = h + block.mlp(block.norm2(h))
-        return causal.norm(h).float()
+            h, n = add_norm(h, attention.projection(y.transpose(1, 2).flatten(-2)), block.norm2)
+            y = self.kernels.mlp(block.mlp, n)
+        return add_norm(h, y, causal.norm)[1].float()

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from continuar.diffusion.process import coefficients, eps_from_velocity
 from continuar.diffusion.samplers import SAMPLERS
 from continuar.diffusion.schedule import Schedule
-from continuar.generation.kernels import Kernels
+from continuar.generation.kernels import Kernels, Step
 from continuar.heads.diffusion import DiffusionHead, DiffusionOptions, Prediction
 from continuar.heads.mlp import DenoisingMLP
 from continuar.noise import KeyedNoise, Purpose, RowNoise
@@ -124,13 +124,14 @@ class FastDiffusion:
         noise_SRD = noise_SRD * (temperature * self._spread_S).view(-1, 1, 1)
         small, h = modulations.rows <= self.kernels.few_rows, None
         for i in reversed(range(len(self.updates))):
-            u, noise_RD = self.updates[i], noise_SRD[i]
+            u = self.updates[i]
+            step = Step(scale, noise_SRD[i], u.a, u.b, u.c)
             if small and not self._is_exact(i):
                 h = self.exact.input(x).unsqueeze(0) if h is None else h
                 modulation = modulations.at(i, self.net)
-                x, h = self.kernels.small_step(self.net, self.exact, x, h, modulation, scale, noise_RD, u.a, u.b, u.c)
+                x, h = self.kernels.small_step(self.net, self.exact, x, h, modulation, step)
             else:
-                x = self.kernels.update(x, self._network(i, x, modulations), scale, noise_RD, u.a, u.b, u.c)
+                x = self.kernels.update(x, self._network(i, x, modulations), step)
         return x
 
     def _normals(self, noise: RowNoise, purpose: Purpose, steps: int) -> Tensor:

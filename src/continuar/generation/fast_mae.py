@@ -13,12 +13,16 @@ Shapes depend on (known, predicted now) alone, and there is no host synchronisat
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from continuar.backbones.blocks import Block
 from continuar.backbones.mae import MAE
+from continuar.generation.kernels import Kernels
 from continuar.generation.packed import PackedLinear
 from continuar.generation.weights import sliced_linear
 from continuar.rows import take
@@ -29,10 +33,11 @@ class FastMAE:
 
     Args:
         mae: with the weights to compute with. images: B. copies: G.
+        kernels: fused operations or their plain twins.
     """
 
-    def __init__(self, mae: MAE, images: int, copies: int, condition_tokens: int) -> None:
-        self.mae, self.images, self.copies = mae, images, copies
+    def __init__(self, mae: MAE, images: int, copies: int, condition_tokens: int, kernels: Kernels) -> None:
+        self.mae, self.images, self.copies, self.kernels = mae, images, copies, kernels
         parameter = mae.encoder_positions
         positions = len(mae.z_positions)
 
@@ -74,17 +79,22 @@ class FastMAE:
 
     def predict(self, known: int, size: int) -> Tensor:
         """z [G B, size, Z] float32 of the ``size`` places behind the ``known`` ones."""
-        mae, given = self.mae, self.mae.buffer + known
-        h = self.inputs[:, :given]
-        for block in mae.encoder:
-            h = block(h)
-        h = mae.decoder_input(mae.encoder_norm(h)).unflatten(0, (self.copies, self.images)) + self.decoder_positions[:, :given]
+        mae, given, halves = self.mae, self.mae.buffer + known, (self.copies, self.images)
+        _, n = self.kernels.add_norm(*self._blocks(mae.encoder, self.inputs[:, :given]), mae.encoder_norm)
+        h = mae.decoder_input(n).unflatten(0, halves) + self.decoder_positions[:, :given]
         masked = self.masked[:, known:].expand(self.copies, -1, -1, -1)
-        h = torch.cat((h, masked), 2).flatten(0, 1)
-        for block in mae.decoder[:-1]:
-            h = block(h)
-        h = mae.decoder_norm(self.last(h, given, given + size)).unflatten(0, (self.copies, self.images))
-        return (h.float() + self.z_positions[:, known : known + size].float()).flatten(0, 1)
+        h, y = self._blocks(mae.decoder[:-1], torch.cat((h, masked), 2).flatten(0, 1))
+        _, n = self.kernels.add_norm(*self.last(h, y, given, given + size, self.kernels), mae.decoder_norm)
+        return (n.unflatten(0, halves).float() + self.z_positions[:, known : known + size].float()).flatten(0, 1)
+
+    def _blocks(self, blocks: nn.Module, h: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`Block`s in a row: (h, what is yet to be added to it), for it is added where the next norm reads it."""
+        y = None
+        for block in cast(Iterable[Block], blocks):
+            h, n = self.kernels.add_norm(h, y, block.norm1)
+            h, n = self.kernels.add_norm(h, block.attention(n), block.norm2)
+            y = self.kernels.mlp(block.mlp, n)
+        return h, y
 
 
 class LastBlock:
@@ -97,12 +107,13 @@ class LastBlock:
             parts = [PackedLinear(part) for part in parts if isinstance(part, nn.Linear)]
         self.block, (self.q, self.kv) = block, parts
 
-    def __call__(self, x_BLE: Tensor, first: int, end: int) -> Tensor:
+    def __call__(self, h_BLE: Tensor, y_BLE: Tensor | None, first: int, end: int, kernels: Kernels) -> tuple[Tensor, Tensor]:
+        """Of h + y, as of `FastMAE._blocks`: (h, what is yet to be added to it), [B, end - first, E]."""
         block, attention = self.block, self.block.attention
-        n, x = block.norm1(x_BLE), x_BLE[:, first:end]
+        h, n = kernels.add_norm(h_BLE, y_BLE, block.norm1)
         heads = (attention.heads, -1)
         q = self.q(n[:, first:end]).unflatten(-1, heads).transpose(1, 2)
         k, v = self.kv(n).unflatten(-1, (2, *heads)).permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(q, k, v)
-        x = x + attention.projection(y.transpose(1, 2).flatten(-2))
-        return x + block.mlp(block.norm2(x))
+        h, n = kernels.add_norm(h[:, first:end], attention.projection(y.transpose(1, 2).flatten(-2)), block.norm2)
+        return h, kernels.mlp(block.mlp, n)

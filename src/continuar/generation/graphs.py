@@ -178,8 +178,8 @@ class _Desk:
         self.shape, self.made = _shape(begun), weights.made
         self._model, self._kernels, self._graphs = weights.exact, kernels, graphs
         backbone, device = weights.fast.backbone, begun.order_BN.device
-        kind = FastMAE if isinstance(backbone, MAE) else FastCausal
-        self._backbone: FastMAE | FastCausal = kind(backbone, *self.shape)  # pyright: ignore[reportArgumentType]
+        kind: Any = FastMAE if isinstance(backbone, MAE) else FastCausal
+        self._backbone: FastMAE | FastCausal = kind(backbone, *self.shape, kernels)
         low = weights.dtype != torch.float32
         # In bfloat16, what must stay exact runs on the model's own head.
         self._exact_head: Any = weights.exact.head if low else weights.fast.head

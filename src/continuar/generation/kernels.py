@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cache
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from continuar.heads.mlp import LN_EPS, Block, DenoisingMLP
@@ -19,6 +20,19 @@ from continuar.noise import KeyedNoise, Purpose
 from continuar.precision import matmul_precision
 
 _LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step of ancestral sampling needs beside the network: x <- a x + b guided + exp(c v) noise."""
+
+    guidance: Tensor
+    """0-d; used where there are two halves."""
+    noise: Tensor
+    """[R, D] float32."""
+    a: float
+    b: float
+    c: float
 
 
 class Kernels:
@@ -57,31 +71,28 @@ class Kernels:
             shift, scale = shift.float(), scale.float()
         return h, torch.addcmul(shift, n.to(dtype), 1 + scale)
 
-    def update(self, x: Tensor, out: Tensor, guidance: Tensor, noise: Tensor, a: float, b: float, c: float) -> Tensor:
-        """One step of ancestral sampling: a x + b guided + exp(c v) noise, [R, D].
+    def add_norm(self, h: Tensor, y: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+        """h <- h + y where there is a y, then LayerNorm: (h, normalised), all [..., W] of one dtype."""
+        h = h if y is None else h + y
+        return h, norm(h)
+
+    def mlp(self, mlp: nn.Sequential, n: Tensor) -> Tensor:
+        """A transformer block's MLP, without dropout: Linear(GELU(Linear(n)))."""
+        return mlp(n)
+
+    def update(self, x: Tensor, out: Tensor, step: Step) -> Tensor:
+        """One step of ancestral sampling, [R, D].
 
         Args:
             x: [R, D] float32.
             out: [G, R, 2 D] float32: the prediction, then v; v is the conditional half's.
-            guidance: 0-d, used where G = 2.
-            noise: [R, D] float32.
         """
         dim = x.shape[-1]
-        guided = out[0, :, :dim] if len(out) == 1 else torch.lerp(out[1, :, :dim], out[0, :, :dim], guidance)
-        return torch.addcmul(torch.add(a * x, guided, alpha=b), (c * out[0, :, dim:]).exp(), noise)
+        guided = out[0, :, :dim] if len(out) == 1 else torch.lerp(out[1, :, :dim], out[0, :, :dim], step.guidance)
+        return torch.addcmul(torch.add(step.a * x, guided, alpha=step.b), (step.c * out[0, :, dim:]).exp(), step.noise)
 
     def small_step(
-        self,
-        net: DenoisingMLP,
-        exact: DenoisingMLP,
-        x: Tensor,
-        h: Tensor,
-        modulation: Tensor,
-        guidance: Tensor,
-        noise: Tensor,
-        a: float,
-        b: float,
-        c: float,
+        self, net: DenoisingMLP, exact: DenoisingMLP, x: Tensor, h: Tensor, modulation: Tensor, step: Step
     ) -> tuple[Tensor, Tensor]:
         """One step of ancestral sampling with its network: (x [R, D], h [1, R, W]), where h is the input layer of x.
 
@@ -89,9 +100,8 @@ class Kernels:
             net: whose blocks compute. exact: the same in float32, whose input and output layers do.
             x, h: as the last step gave them.
             modulation: [G, R, (3 depth + 2) W].
-            guidance, noise, a, b, c: as of `update`.
         """
-        x = self.update(x, self.denoise(net, exact, h, modulation), guidance, noise, a, b, c)
+        x = self.update(x, self.denoise(net, exact, h, modulation), step)
         return x, exact.input(x).unsqueeze(0)
 
     def denoise(self, net: DenoisingMLP, exact: DenoisingMLP, h: Tensor, modulation_GRM: Tensor) -> Tensor:
@@ -136,7 +146,7 @@ def best_kernels(device: torch.device) -> Kernels:
 
 @torch.no_grad()
 def largest_difference(kernels: Kernels, device: torch.device) -> float:
-    """How far some kernels are from the plain ones on small float32 inputs: the whole of a guided step, and noise."""
+    """How far some kernels are from the plain ones on small float32 inputs: LayerNorm, the whole of a guided step, and noise."""
     plain, generator = Kernels(), torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -148,10 +158,11 @@ def largest_difference(kernels: Kernels, device: torch.device) -> float:
         parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
     net.to(device)
     x, noise, modulation, guidance = normal(rows, dim), normal(rows, dim), normal(2, rows, 5 * width), normal(1)[0]
-    numbers = guidance, noise, 0.9, -0.3, 0.2
+    step, norm = Step(guidance, noise, 0.9, -0.3, 0.2), net.blocks[0].norm
     h, rows_noise = net.input(x).unsqueeze(0), KeyedNoise(torch.arange(rows, device=device) - 1, torch.arange(rows, device=device))
     pairs = [
-        (k.update(x, k.denoise(net, net, h, modulation), *numbers), *k.small_step(net, net, x, h, modulation, *numbers),
+        (*k.add_norm(modulation[..., :width], modulation[..., width : 2 * width], cast(nn.LayerNorm, norm)),
+         k.update(x, k.denoise(net, net, h, modulation), step), *k.small_step(net, net, x, h, modulation, step),
          k.normals(rows_noise, Purpose.STEP, 3, dim))
         for k in (kernels, plain)
     ]  # fmt: skip

@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, nn
 
-from continuar.generation.kernels import Kernels
-from continuar.generation.triton_small import MOST_ROWS, small_step
+from continuar.generation.kernels import Kernels, Step
+from continuar.generation.triton_small import MOST_ROWS, Launch, small_step
 from continuar.heads.mlp import LN_EPS, DenoisingMLP
 from continuar.noise import KeyedNoise, Purpose
 
@@ -39,6 +41,25 @@ def _gate_norm_modulate(
     shift = tl.load(shift_ptr + at, inside, 0.0).to(tl.float32)
     n = n * (1.0 + scale) + shift
     tl.store(n_ptr + row * width + column, n.to(n_ptr.dtype.element_ty), inside)
+
+
+@triton.jit
+def _add_norm(
+    h_ptr, y_ptr, weight_ptr, bias_ptr, h_out_ptr, n_ptr, width, eps, ADDED: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    column = tl.arange(0, BLOCK)
+    inside, at = column < width, tl.program_id(0).to(tl.int64) * width + column
+    h = tl.load(h_ptr + at, inside, 0.0)
+    if ADDED:
+        # Rounded as it is kept, so that the norm is of what the next layer adds to.
+        h = (h.to(tl.float32) + tl.load(y_ptr + at, inside, 0.0).to(tl.float32)).to(h_out_ptr.dtype.element_ty)
+        tl.store(h_out_ptr + at, h, inside)
+    h = h.to(tl.float32)
+    centred = tl.where(inside, h - tl.sum(h, 0) / width, 0.0)
+    n = centred * (1.0 / tl.sqrt(tl.sum(centred * centred, 0) / width + eps))
+    weight = tl.load(weight_ptr + column, inside, 0.0).to(tl.float32)
+    n = n * weight + tl.load(bias_ptr + column, inside, 0.0).to(tl.float32)
+    tl.store(n_ptr + at, n.to(n_ptr.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -96,23 +117,33 @@ class TritonKernels(Kernels):
 
     name = "triton"
 
-    def __init__(self, few_rows: int = MOST_ROWS) -> None:
-        self.few_rows = few_rows
+    def __init__(self, few_rows: int = MOST_ROWS, launch: Launch | None = None) -> None:
+        self.few_rows, self._launch = few_rows, launch
+
+    def add_norm(self, h: Tensor, y: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+        h, width = h.contiguous(), h.shape[-1]
+        added = h if y is None else y.contiguous()
+        h_out, n = h if y is None else torch.empty_like(h), torch.empty_like(h)
+        _add_norm[(h.numel() // width,)](
+            h, added, norm.weight, norm.bias, h_out, n, width, norm.eps,
+            ADDED=y is not None, BLOCK=triton.next_power_of_2(width), num_warps=4,
+        )  # fmt: skip
+        return h_out, n
+
+    def mlp(self, mlp: nn.Sequential, n: Tensor) -> Tensor:
+        # The product's own epilogue knows GELU by its tanh form alone, which is off by less than bfloat16 rounds.
+        if n.dtype != torch.bfloat16:
+            return mlp(n)
+        up, down = cast(nn.Linear, mlp[0]), cast(nn.Linear, mlp[3])
+        hidden = torch.ops.aten._addmm_activation(up.bias, n.flatten(0, -2), up.weight.t(), use_gelu=True)
+        return down(hidden).view(*n.shape[:-1], -1)
 
     def small_step(
-        self,
-        net: DenoisingMLP,
-        exact: DenoisingMLP,
-        x: Tensor,
-        h: Tensor,
-        modulation: Tensor,
-        guidance: Tensor,
-        noise: Tensor,
-        a: float,
-        b: float,
-        c: float,
+        self, net: DenoisingMLP, exact: DenoisingMLP, x: Tensor, h: Tensor, modulation: Tensor, step: Step
     ) -> tuple[Tensor, Tensor]:
-        return small_step(net, exact, x, h, modulation, guidance, noise, a, b, c)
+        if self._launch is None:
+            self._launch = Launch.on(x.device)
+        return small_step(net, exact, x, h, modulation, step, self._launch)
 
     def gate_norm_modulate(
         self,
@@ -140,12 +171,13 @@ class TritonKernels(Kernels):
         )  # fmt: skip
         return h_out, n
 
-    def update(self, x: Tensor, out: Tensor, guidance: Tensor, noise: Tensor, a: float, b: float, c: float) -> Tensor:
-        assert all(tensor.is_contiguous() for tensor in (x, out, noise))
+    def update(self, x: Tensor, out: Tensor, step: Step) -> Tensor:
+        assert all(tensor.is_contiguous() for tensor in (x, out, step.noise))
         after, block = torch.empty_like(x), 256
         _update[(triton.cdiv(x.numel(), block),)](
-            x, out, guidance, noise, after, a, b, c, x.numel(), x.shape[-1], GUIDED=len(out) == 2, BLOCK=block
-        )
+            x, out, step.guidance, step.noise, after, step.a, step.b, step.c, x.numel(), x.shape[-1],
+            GUIDED=len(out) == 2, BLOCK=block,
+        )  # fmt: skip
         return after
 
     def normals(self, noise: KeyedNoise, purpose: Purpose, steps: int, dim: int) -> Tensor:
