@@ -36,7 +36,9 @@ from continuar.generation.plan import SamplingOptions, make_plan
 from continuar.heads import DiffusionHeadConfig, DiffusionOptions
 from continuar.model import Model, ModelConfig
 from continuar.orders import MAROrderConfig, RasterOrderConfig
-from continuar.tokenizers import LatentConfig
+from continuar.pipeline import to_uint8
+from continuar.tokenizers import LatentConfig, VAEConfig
+from continuar.tokenizers.named import KL16_MAR
 from continuar.training.flops import generation_flops
 
 SIZES = {
@@ -204,6 +206,23 @@ def equality(device: torch.device) -> list[dict[str, Any]]:
     return rows
 
 
+def decoder_row(batch: int, low: bool, device: torch.device) -> dict[str, Any]:
+    """Decoding by KL-16 of the paper's architecture, which comes on top; 64 images at a time, as the pipeline does it."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        tokenizer = VAEConfig(network=KL16_MAR, image_size=256, scale=0.2325).build().eval().requires_grad_(False)
+    tokens, seconds = torch.randn(batch, 256, 16, device=device), []
+    with torch.autocast(device.type, torch.bfloat16, enabled=low):
+        for _ in range(3):
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            began = time.perf_counter()
+            for part in tokens.split(64):
+                to_uint8(tokenizer.decode(part)).cpu()
+            seconds.append(time.perf_counter() - began)
+    return {"batch": batch, "precision": "bfloat16" if low else "float32", "decoder_seconds_per_image": min(seconds) / batch}
+
+
 def kernel_table(case: Case, kernels: Kernels, precision: Any, device: torch.device, shown: int = 16) -> str:
     """The GPU's kernels by time, over one warm generation."""
     model = case.model(device)
@@ -255,13 +274,16 @@ def markdown(header: dict[str, Any], rows: list[dict[str, Any]], equal: list[dic
     return "\n".join(text) + "\n"
 
 
-def write(out: Path | None, header: dict[str, Any], rows: list[dict[str, Any]], equal: list[dict[str, Any]]) -> None:
+def write(
+    out: Path | None, header: dict[str, Any], rows: list[dict[str, Any]], others: list[dict[str, Any]], what: str = ""
+) -> None:
+    """The speed table, or the rows of another measurement under its name."""
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        name = "sampling_equality" if equal else "sampling"
-        content = {**header, "rows": rows, "equality": equal}
+        name = f"sampling_{what}" if what else "sampling"
+        content = {**header, what or "rows": others if what else rows}
         (out / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        (out / f"{name}.md").write_text(markdown(header, rows, equal), encoding="utf-8")
+        (out / f"{name}.md").write_text(markdown(header, rows, others), encoding="utf-8")
 
 
 def commit() -> str:
@@ -298,6 +320,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--budget", type=float, default=540.0, help="seconds after which no case is begun")
     parser.add_argument("--equality", action="store_true", help="compare images with the eager engine's instead")
+    parser.add_argument("--decoder", action="store_true", help="time KL-16's decoder instead")
     parser.add_argument("--eager", action="store_true", help="time the eager engine too")
     parser.add_argument("--profile", action="store_true", help="also print the kernels that take the time (CUDA)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -310,7 +333,12 @@ def main() -> None:
     header = {"device": name, "torch": torch.__version__, "peak TFLOP/s": round(peak / 1e12, 2), "commit": commit()}
     print(header, flush=True)
     if options.equality:
-        write(options.out, header, [], equality(device))
+        write(options.out, header, [], equality(device), "equality")
+        return
+    if options.decoder:
+        decoded = [decoder_row(batch, low, device) for low in (False, True) for batch in (1, 8, 128, 256)]
+        print("\n".join(map(json.dumps, decoded)), flush=True)
+        write(options.out, header, [], decoded, "decoder")
         return
     rows: list[dict[str, Any]] = []
     for which in options.only:
