@@ -1,12 +1,13 @@
-"""Measures CIFAR-10 models: SqueezeNet Frechet distance, class accuracy, nearest training images.
+"""Measures CIFAR-10 models over guidances: scores in SqueezeNet features, class accuracy, nearest training images.
 
     python benchmarks/evaluate_cifar10.py cifar10 --train cifar10-train.parquet --test cifar10-test.parquet \
         --squeezenet squeezenet1_1_imagenet.safetensors --classifier out/classifier --out out/evaluation
 
 Image i shows class i mod 10 and has seed i. The distance is that of the samples to all training images; beside it stands that of as
-many real test images, which a perfect model would reach. Accuracy is the classifier's, over all samples and over the first 1,000.
-Every MODEL is measured at every --guidance; of the first combination come grid.png (10 x 10) and neighbours.png (16 samples, each
-followed by its 4 nearest training images). result.json holds every row.
+many real test images, which a perfect model would reach; the other scores are against 10,000 training images. Accuracy is the
+classifier's, over all samples and over the first 1,000. Every MODEL is measured at every --guidance; of the first combination come
+grid.png (10 x 10) and neighbours.png (16 samples, each followed by its 4 nearest training images with their distances). result.json
+holds every row.
 """
 
 from __future__ import annotations
@@ -27,18 +28,27 @@ from continuar.data.images import ImageSet, load_images
 from continuar.devices import pick_device
 from continuar.evaluation.classifier import Classifier, class_accuracy
 from continuar.evaluation.features import SqueezeNet, extract
-from continuar.evaluation.moments import Moments, frechet_distance, moments
-from continuar.evaluation.neighbours import nearest_neighbours
+from continuar.evaluation.moments import frechet_distance, moments
+from continuar.evaluation.neighbours import nearest_neighbours, neighbours_picture
+from continuar.evaluation.networks import sha256_of_file
+from continuar.evaluation.reference import REFERENCE_IMAGES, Statistics, reference_indices
+from continuar.evaluation.samples import GeneratedSamples
+from continuar.evaluation.scores import score_samples
+from continuar.generation.engines import ENGINE_NAMES
+from continuar.generation.weights import DTYPES
 from continuar.pictures import grid, save_png
+
+OPTIONAL = ("guidance_schedule", "steps", "diffusion_steps", "temperature")
+"""Settings that are the model's unless given."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What samples are held against."""
+    """What samples are held against, and who judges them."""
 
     train: ImageSet
     train_features: np.ndarray
-    train_moments: Moments
+    statistics: Statistics
     test_features: np.ndarray
     network: SqueezeNet
     judge: Classifier
@@ -48,15 +58,14 @@ class Reference:
 
 def read_reference(options: argparse.Namespace, device: torch.device) -> Reference:
     """Features of the real images, and what the classifier makes of them."""
-    train, test = (load_images(path, size=32) for path in (options.train, options.test))
-    limit = options.limit or None
-    train, test = train.take(limit), test.take(limit)
+    train, test = (load_images(path, size=32).take(options.limit or None) for path in (options.train, options.test))
     network, judge = SqueezeNet.from_file(options.squeezenet, device), Classifier.load(options.classifier, device)
     features = extract(network, train.images, device=device)
+    kept, sha256 = features[reference_indices(len(train), REFERENCE_IMAGES)], sha256_of_file(Path(options.squeezenet))
     return Reference(
         train=train,
         train_features=features,
-        train_moments=moments(features),
+        statistics=Statistics(moments(features), "squeezenet", sha256, (32, 32), kept, source=options.train),
         test_features=extract(network, test.images, device=device),
         network=network,
         judge=judge,
@@ -67,31 +76,29 @@ def read_reference(options: argparse.Namespace, device: torch.device) -> Referen
 
 def measure(options: argparse.Namespace, reference: Reference) -> Iterator[tuple[dict[str, Any], np.ndarray, np.ndarray]]:
     """(row, images, features) of each combination."""
+    given = {name: getattr(options, name) for name in OPTIONAL if getattr(options, name) is not None}
+    size = min(options.batch_size, options.samples)
     for model in options.models:
         pipe = continuar.load(model, weights=options.weights, device=reference.device)
         for guidance in options.guidance or [pipe.defaults.guidance]:
-            settings = pipe.defaults.override(
-                guidance=guidance,
-                guidance_schedule=options.guidance_schedule,
-                steps=options.steps,
-                diffusion_steps=options.diffusion_steps,
-                temperature=options.temperature,
-            )
-            labels = np.arange(options.samples) % len(pipe.classes)
+            settings = {"guidance": guidance, **given}
+            samples = GeneratedSamples(pipe, options.samples, settings=settings, engine=options.engine, precision=options.precision)
             began = time.perf_counter()
-            images = pipe(labels.tolist(), 0, **settings.to_dict(), batch_size=options.batch_size)
+            images = np.concatenate([samples.make(first, size) for first in range(0, samples.count, size)])
             seconds = time.perf_counter() - began
             features = extract(reference.network, images, device=reference.device)
-            predicted, first = reference.judge.predict(images), min(1000, options.samples)
+            scores = score_samples(moments(features), features, None, reference.statistics, device=reference.device)
+            predicted, first = reference.judge.predict(images), min(1000, samples.count)
+            assert samples.labels is not None
             row = {
                 "model": model,
                 "weights": options.weights,
-                **settings.to_dict(),
-                "samples": options.samples,
-                "squeezenet_frechet_distance": frechet_distance(moments(features), reference.train_moments),
-                "class_accuracy": class_accuracy(predicted, labels),
-                "class_accuracy_of_first_1000": class_accuracy(predicted[:first], labels[:first]),
-                "images_per_second": options.samples / seconds,
+                **samples.describe()["settings"],
+                "samples": samples.count,
+                **{f"squeezenet_{name}": value for name, value in scores.values().items()},
+                "class_accuracy": class_accuracy(predicted, samples.labels),
+                "class_accuracy_of_first_1000": class_accuracy(predicted[:first], samples.labels[:first]),
+                "images_per_second": samples.count / seconds,
             }
             yield row, images, features
 
@@ -110,14 +117,18 @@ def main() -> None:
     parser.add_argument("--guidance-schedule", choices=("linear", "constant"), help="default: the model's")
     for name, kind in (("steps", int), ("diffusion-steps", int), ("temperature", float)):
         parser.add_argument(f"--{name}", type=kind, help="default: the model's")
+    parser.add_argument("--engine", choices=ENGINE_NAMES, default="auto", help="who generates")
+    parser.add_argument("--precision", choices=tuple(DTYPES), default="float32", help="of the graphs engine's matrix products")
     parser.add_argument("--tf32", action="store_true", help="sample with TF32 matrix products (NVIDIA GPUs; faster, slightly off)")
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
+    if min(options.samples, options.batch_size) < 1:
+        parser.error(f"--samples is {options.samples}, --batch-size {options.batch_size}; allowed: 1 or more")
     reference = read_reference(options, pick_device(options.device))
     header = {
         "training_images": len(reference.train),
         "squeezenet_frechet_distance_of_as_many_test_images": frechet_distance(
-            moments(reference.test_features[: options.samples]), reference.train_moments
+            moments(reference.test_features[: options.samples]), reference.statistics.moments
         ),
         "class_accuracy_of_test_images": reference.judge_on_test,
         "tf32": options.tf32,
@@ -140,10 +151,8 @@ def draw(out: Path, images: np.ndarray, features: np.ndarray, reference: Referen
     per_class = min(10, len(images) // len(classes))
     order = [c + len(classes) * i for c in range(len(classes)) for i in range(per_class)]
     save_png(grid(images[order], [classes[i % len(classes)] for i in order], columns=per_class), out / "grid.png")
-    _, nearest = nearest_neighbours(features[:16], reference.train_features, k=4)
-    rows = np.concatenate([np.concatenate([images[i : i + 1], reference.train.images[found]]) for i, found in enumerate(nearest)])
-    captions = ["sample", "nearest training images", *["nearest training images"] * 3] * len(nearest)
-    save_png(grid(rows, captions, columns=5), out / "neighbours.png")
+    distances, nearest = nearest_neighbours(features[:16], reference.train_features, k=4)
+    save_png(neighbours_picture(images[:16], reference.train.images[nearest], distances), out / "neighbours.png")
 
 
 if __name__ == "__main__":

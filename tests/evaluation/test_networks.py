@@ -112,7 +112,8 @@ def test_damaged_squeezenet_weights_are_one_line(damage: str, tmp_path: Path) ->
 
 
 def test_inception_of_torch_fidelity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With random weights, so it is not FID; features and logits without bias agree, and other weights are one line."""
+    """With random weights, so it is not FID; features, logits without bias and spatial features agree with the weights, and other
+    weights are one line."""
     module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
     torch.manual_seed(0)
     with monkeypatch.context() as patch:
@@ -121,10 +122,21 @@ def test_inception_of_torch_fidelity(tmp_path: Path, monkeypatch: pytest.MonkeyP
         state = module.FeatureExtractorInceptionV3("i", ["2048"]).state_dict()
     torch.save(state, tmp_path / "w.pth")
     network = load_network("inception", tmp_path / "w.pth")
+    before: list[torch.Tensor] = []
+    network.module.get_submodule("network.Mixed_6c").register_forward_hook(lambda m, i, out: before.append(out))
     found = network(IMAGES)
     assert found.features_ND.shape == (3, 2048)
     assert found.logits_NC is not None
     np.testing.assert_allclose(found.logits_NC, found.features_ND @ state["fc.weight"].numpy().T, rtol=1e-3, atol=1e-4)
+    # sFID's features: convolution, batch norm and ReLU written out; channels last, as ADM's suite flattens them.
+    unit = {k.removeprefix("Mixed_6d.branch1x1."): v[:7] for k, v in state.items() if "Mixed_6d.branch1x1." in k and v.ndim}
+    x = torch.einsum("bcyx,oc->byxo", before[0], unit["conv.weight"][:, :, 0, 0])
+    x = (x - unit["bn.running_mean"]) / (unit["bn.running_var"] + 1e-3).sqrt()
+    expected = (x * unit["bn.weight"] + unit["bn.bias"]).clamp_min(0)
+    assert expected.shape == (3, 17, 17, 7)
+    assert 0 < float((expected == 0).float().mean()) < 1
+    assert found.spatial_NS is not None
+    np.testing.assert_allclose(found.spatial_NS, expected.reshape(3, 2023).numpy(), rtol=1e-3, atol=1e-5)
     assert not network.is_fid
     (tmp_path / "cut.pth").write_bytes((tmp_path / "w.pth").read_bytes()[:1000])
     torch.save({"fc.weight": torch.zeros(2)}, tmp_path / "keys.pth")

@@ -19,7 +19,7 @@ from continuar.evaluation.reference import (
     reference_indices,
     write_statistics,
 )
-from tests.evaluation.tiny_networks import MeanColour, save_classifier, tiny_network
+from tests.evaluation.tiny_networks import Halves, MeanColour, save_classifier, tiny_network
 from tests.tiny import write_images
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), np.uint8)
@@ -47,6 +47,18 @@ def test_statistics_are_those_of_all_images_and_features_of_the_chosen(tmp_path:
     np.testing.assert_allclose(found.features_RD, IMAGES[chosen].mean((1, 2)), rtol=1e-6)
     assert (found.moments.count, found.size) == (20, (8, 8))
     assert measure_images(open_images(tmp_path / "i.npz"), COLOUR, kept=0).features_RD is None
+
+
+def test_spatial_statistics_are_those_of_all_images_and_survive_a_file(tmp_path: Path) -> None:
+    np.savez(tmp_path / "i.npz", IMAGES)
+    network = FeatureNetwork.of(Halves(), "halves")
+    write_statistics(tmp_path / "s.npz", measure_images(open_images(tmp_path / "i.npz"), network, batch_size=7, kept=6))
+    again, _ = read_statistics(tmp_path / "s.npz")
+    expected = moments(np.concatenate([IMAGES[:, :4].mean((1, 2)), IMAGES[:, 4:].mean((1, 2))], 1))
+    assert again is not None
+    assert again.spatial is not None
+    np.testing.assert_allclose(again.spatial.mean, expected.mean, rtol=1e-6)
+    np.testing.assert_allclose(again.spatial.covariance, expected.covariance, rtol=1e-4, atol=1e-3)
 
 
 def test_statistics_survive_a_file_bit_for_bit(tmp_path: Path) -> None:

@@ -17,10 +17,11 @@ from continuar.cli.main import main
 from continuar.errors import UserError
 from continuar.evaluation.images import open_images
 from continuar.evaluation.moments import frechet_distance, moments
+from continuar.evaluation.networks import FID_SHA256, FeatureNetwork
 from continuar.evaluation.run import EvaluationOptions, evaluate
 from continuar.evaluation.samples import GeneratedSamples, GivenSamples
 from continuar.pipeline import Pipeline
-from tests.evaluation.tiny_networks import save_classifier, save_model, tiny_network
+from tests.evaluation.tiny_networks import Halves, save_classifier, save_model, tiny_network
 from tests.tiny import write_images
 
 SETTINGS = {"steps": 2, "diffusion_steps": 2}
@@ -144,6 +145,59 @@ def test_other_settings_are_not_continued(place: Path, done: Path, tmp_path: Pat
     with pytest.raises(UserError, match="full is not empty; choose another directory"):
         evaluate(samples_of(place), place / "data", network, tmp_path / "full")
     assert [p.name for p in (tmp_path / "full").iterdir()] == ["note"]
+
+
+def test_engine_and_precision_are_recorded_and_part_of_the_job(
+    place: Path, done: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    more = ["--save-images", "--neighbours", "3"]
+    assert {"engine": "graphs", "precision": "float32"}.items() <= result(done)["samples"]["settings"].items()  # what auto means
+    assert main(command(place, done, *more, "--engine", "graphs")) == 0
+    assert "engine graphs, precision float32" in capsys.readouterr().out
+    for words, expected in (
+        (["--engine", "eager"], 'settings.engine: "graphs" -> "eager"'),
+        (["--engine", "graphs", "--precision", "bfloat16"], 'settings.precision: "float32" -> "bfloat16"'),
+    ):
+        assert main(command(place, done, *more, *words)) == 2
+        assert expected in capsys.readouterr().err
+    assert main(command(place, tmp_path / "eager", "--save-images", "--engine", "eager")) == 0
+    assert result(tmp_path / "eager")["samples"]["settings"]["engine"] == "eager"
+    pairs = [(np.asarray(Image.open(d / "images" / "000004.png")).astype(int)) for d in (done, tmp_path / "eager")]
+    assert np.abs(pairs[0] - pairs[1]).max() <= 1
+    assert main(command(place, tmp_path / "no", "--engine", "eager", "--precision", "bfloat16")) == 2
+    assert "precision is 'bfloat16' with the eager engine" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+    given = ["evaluate", "--images-from", str(place / "data"), "--reference", str(place / "data"), "--network", "pixels"]
+    assert main([*given, "--engine", "eager", "--out", str(tmp_path / "no")]) == 2
+    assert "sampling settings (engine); those are for a model" in capsys.readouterr().err
+
+
+def test_spatial_distance_is_that_of_the_spatial_features_and_named_sfid_only_with_the_fid_weights(
+    place: Path, tmp_path: Path
+) -> None:
+    network, samples = FeatureNetwork.of(Halves(), "halves"), samples_of(place)
+    report = evaluate(samples, place / "data", network, tmp_path / "a", options=EvaluationOptions(5))
+    assert report is not None
+    images = np.concatenate([samples.make(first, 5) for first in range(0, 21, 5)])
+    real = open_images(place / "data").read(0, 60)
+    ours, theirs = network(images).spatial_NS, network(real).spatial_NS
+    assert ours is not None
+    assert theirs is not None
+    assert report.scores.spatial_frechet_distance == pytest.approx(frechet_distance(moments(ours), moments(theirs)), rel=1e-5)
+    assert report.scores.spatial_frechet_distance != pytest.approx(report.scores.frechet_distance, rel=1e-2)
+    assert report.to_json()["titles"]["spatial_frechet_distance"] == "spatial Frechet distance (halves)"
+    # Against statistics in ADM's layout, which are of the FID weights: the same distance under its name, or a note.
+    fid, mean, both = FeatureNetwork("inception", Halves(), FID_SHA256 + "00"), moments(real.mean((1, 2))), moments(theirs)
+    np.savez(tmp_path / "adm.npz", mu=mean.mean, sigma=mean.covariance, mu_s=both.mean, sigma_s=both.covariance)
+    np.savez(tmp_path / "without.npz", mu=mean.mean, sigma=mean.covariance)
+    found = evaluate(samples, tmp_path / "adm.npz", fid, tmp_path / "b", options=EvaluationOptions(5))
+    assert found is not None
+    assert found.scores.spatial_frechet_distance == pytest.approx(report.scores.spatial_frechet_distance, rel=1e-6)
+    assert "\nsFID " in found.table()
+    lacking = evaluate(samples, tmp_path / "without.npz", fid, tmp_path / "c", options=EvaluationOptions(5))
+    assert lacking is not None
+    assert lacking.scores.spatial_frechet_distance is None
+    assert any("no spatial Frechet distance (sFID)" in note for note in lacking.notes)
 
 
 def test_shards_can_be_discarded(place: Path, tmp_path: Path) -> None:

@@ -75,20 +75,33 @@ def test_a_sweep_continues_and_its_tables_hold_what_was_found(place: Path, tmp_p
         found = json.loads(again[f"steps-{row['steps']}_temperature-{row['temperature']}"])
         assert float(row["frechet_distance"]) == found["scores"]["frechet_distance"]
         asked = {"diffusion_steps": 4, "steps": int(row["steps"]), "temperature": float(row["temperature"])}
+        asked |= {"engine": "graphs", "precision": "float32"}
         assert asked.items() <= found["samples"]["settings"].items()
     assert len({row["frechet_distance"] for row in rows}) == 4
     printed = capsys.readouterr().out
     assert (out / "table.md").read_text() in printed
     assert "| steps | temperature | Frechet distance (classifier) |" in printed
     assert Image.open(out / "plot.png").size[0] > 600
-    assert (out / "plot.svg").read_text().count("Frechet distance (classifier)") >= 1
+    drawn = (out / "plot.svg").read_text()
+    for words in (
+        "Frechet distance (classifier)",
+        "lower is better",
+        "12 images per point, held against 12 of data",
+        "engine graphs",
+    ):
+        assert words in drawn
+    assert "steps 1" not in drawn  # what is swept is no common setting
 
 
-def test_a_sweep_is_the_same_picture_again(place: Path, tmp_path: Path) -> None:
+def test_a_sweep_is_the_same_picture_again_and_not_continued_by_another_engine(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     pytest.importorskip("matplotlib")
     over = ["sampler=ddpm,ddim"]
     for name in ("a", "b"):
         assert main(command(place, tmp_path / name, *over)) == 0
+    assert main([*command(place, tmp_path / "a", *over), "--engine", "eager"]) == 2
+    assert 'settings.engine: "graphs" -> "eager"' in capsys.readouterr().err
     for file in ("plot.svg", "plot.png"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
@@ -106,6 +119,7 @@ def test_a_sweep_is_the_same_picture_again(place: Path, tmp_path: Path) -> None:
         (["flow-steps=3"], [], "at flow steps 3: flow_steps is 3, an option that the diffusion head does not have"),
         (["steps=1"], ["--steps", "2"], "steps is both swept and set; allowed: one of them"),
         (["steps=1"], ["--reference", ""], "--reference is missing"),
+        (["steps=1"], ["--engine", "eager", "--precision", "bfloat16"], "precision is 'bfloat16' with the eager engine"),
     ],
 )
 def test_sweep_refuses_bad_input(

@@ -41,3 +41,11 @@ class MeanColour(nn.Module):
 
     def forward(self, images_BHW3: torch.Tensor) -> torch.Tensor:
         return images_BHW3.float().mean((1, 2))
+
+
+class Halves(nn.Module):
+    """Features: the mean colour. No logits. Spatial features: the mean colours of the upper and of the lower half."""
+
+    def forward(self, images_BHW3: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor]:
+        x = images_BHW3.float()
+        return x.mean((1, 2)), None, torch.cat([half.mean((1, 2)) for half in x.chunk(2, dim=1)], 1)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from continuar.cli.generating import SamplingSettings
+from continuar.cli.generating import RunningSettings
 from continuar.cli.load import load_pipeline
 from continuar.cli.networks import NetworkOptions, local_device
 from continuar.cli.parse import parse
@@ -46,7 +46,7 @@ class Arguments:
     tokenizer: str | None = None
     """For a model of latents: its autoencoder (a saved tokenizer, an LDM-layout file such as kl16.ckpt, a diffusers directory or
     hub id)."""
-    settings: Annotated[SamplingSettings, tyro.conf.arg(name="")] = field(default_factory=SamplingSettings)
+    settings: Annotated[RunningSettings, tyro.conf.arg(name="")] = field(default_factory=RunningSettings)
     options: Annotated[EvaluationOptions, tyro.conf.arg(name="")] = field(default_factory=EvaluationOptions)
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
@@ -73,9 +73,20 @@ def find_samples(options: Arguments) -> Samples:
     given = options.settings.given()
     if options.images_from is not None:
         require(not options.model, f"--images-from is given, and the model '{options.model}'; allowed: one of them")
-        require(not given, f"--images-from is given, and sampling settings ({', '.join(given)}); those are for a model")
+        running, usual = options.settings.running(), RunningSettings().running()
+        named = [*given, *(name for name, value in running.items() if value != usual[name])]
+        require(not named, f"--images-from is given, and sampling settings ({', '.join(named)}); those are for a model")
         return GivenSamples(open_images(options.images_from))
     require(bool(options.model), "neither a model nor --images-from is given; allowed: one of them")
     device = local_device(options.device)
     pipe = load_pipeline(options.model, options.tokenizer, weights=options.weights, device=device)
-    return GeneratedSamples(pipe, options.images, seed=options.seed, settings=given, name=options.model, weights=options.weights)
+    return GeneratedSamples(
+        pipe,
+        options.images,
+        seed=options.seed,
+        settings=given,
+        engine=options.settings.engine,
+        precision=options.settings.precision,
+        name=options.model,
+        weights=options.weights,
+    )

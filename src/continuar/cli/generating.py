@@ -46,15 +46,25 @@ class SamplingSettings:
 
 
 @dataclass(frozen=True)
-class Settings(SamplingSettings):
-    """How to generate, and with what."""
+class RunningSettings(SamplingSettings):
+    """How to generate, and who computes it."""
 
-    batch_size: int = 64
-    """Images generated at once."""
     engine: EngineName = "auto"
     """Who generates: eager, readably; graphs, faster and equal to it; auto, graphs where it can run the model."""
     precision: Precision = "float32"
     """float32, or bfloat16 for the matrix products of the graphs engine: faster on a GPU, images slightly other than float32's."""
+
+    def running(self) -> dict[str, Any]:
+        """How the pipeline is to compute, as it takes it."""
+        return {"engine": self.engine, "precision": self.precision}
+
+
+@dataclass(frozen=True)
+class Settings(RunningSettings):
+    """How to generate, and with what."""
+
+    batch_size: int = 64
+    """Images generated at once."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     weights: Literal["ema", "raw"] = "ema"
@@ -74,7 +84,7 @@ class Settings(SamplingSettings):
 
     def running(self) -> dict[str, Any]:
         """How the pipeline is to compute, as it takes it."""
-        return {"batch_size": self.batch_size, "engine": self.engine, "precision": self.precision}
+        return {"batch_size": self.batch_size, **super().running()}
 
     def options(self, pipe: Pipeline) -> SamplingOptions:
         """The model's own options, overridden by what was given.

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, cast
 
 import tyro
 
-from continuar.cli.generating import SamplingSettings
+from continuar.cli.generating import RunningSettings
 from continuar.cli.load import load_pipeline
 from continuar.cli.networks import NetworkOptions, local_device
 from continuar.cli.parse import parse
@@ -53,7 +53,7 @@ class Arguments:
     tokenizer: str | None = None
     """For a model of latents: its autoencoder (a saved tokenizer, an LDM-layout file such as kl16.ckpt, a diffusers directory or
     hub id)."""
-    settings: Annotated[SamplingSettings, tyro.conf.arg(name="")] = field(default_factory=SamplingSettings)
+    settings: Annotated[RunningSettings, tyro.conf.arg(name="")] = field(default_factory=RunningSettings)
     batch_size: int = 64
     """Images made and measured at once."""
     reference_images: int = REFERENCE_IMAGES
@@ -80,6 +80,8 @@ def main(arguments: list[str]) -> int:
         seed=options.seed,
         weights=options.weights,
         settings=options.settings.given(),
+        engine=options.settings.engine,
+        precision=options.settings.precision,
         evaluation=EvaluationOptions(options.batch_size, options.reference_images, options.split),
     )
     device = local_device(options.device)

@@ -48,6 +48,11 @@ class MomentAccumulator:
     def __init__(self) -> None:
         self._count, self._mean, self._scatter = 0, np.zeros(0), np.zeros((0, 0))
 
+    @property
+    def count(self) -> int:
+        """Features so far."""
+        return self._count
+
     def add(self, features_ND: np.ndarray) -> None:
         """Adds a block of features."""
         x = features_ND.astype(np.float64)

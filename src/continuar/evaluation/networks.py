@@ -1,8 +1,8 @@
 """The networks whose features images are compared by. `NETWORKS` is the closed table of those that the command line knows.
 
-A network is any module from uint8 images [B, H, W, 3] to features [B, D], or to (features, logits [B, C]). Its name and the SHA-256
-of its weights stand in every report: distances in different features, or by different weights, cannot be compared. "FID", "KID" and
-"IS" without more mean the FID Inception weights and nothing else.
+A network is any module from uint8 images [B, H, W, 3] to features [B, D], or to (features, logits [B, C]), or to (features, logits,
+spatial features [B, S]). Its name and the SHA-256 of its weights stand in every report: distances in different features, or by
+different weights, cannot be compared. "FID", "sFID", "KID" and "IS" without more mean the FID Inception weights and nothing else.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from continuar.checkpoints.store import CONFIG, WEIGHTS
 from continuar.errors import UserError, require, unknown_name
 from continuar.evaluation.classifier import Classifier
 from continuar.evaluation.features import SqueezeNet, exact_float32
+from continuar.evaluation.inception import Inception
 
 FID_SHA256 = "6726825d"
 """How the SHA-256 of weights-inception-2015-12-05-6726825d.pth begins, as its publisher writes it into the name."""
@@ -33,10 +34,11 @@ FID_SHA256 = "6726825d"
 
 @dataclass(frozen=True)
 class Extracted:
-    """Features [n, D] and, from networks that judge classes, logits [n, C]; float32."""
+    """Features [n, D]; from networks that judge classes, logits [n, C]; from `inception`, spatial features [n, S]. float32."""
 
     features_ND: np.ndarray
     logits_NC: np.ndarray | None
+    spatial_NS: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ class FeatureNetwork:
 
     name: str
     module: nn.Module
-    """uint8 images [B, H, W, 3] -> features [B, D], or (features, logits [B, C]); in evaluation mode."""
+    """uint8 images [B, H, W, 3] -> features [B, D], (features, logits [B, C]) or (features, logits, spatial features [B, S]); in
+    evaluation mode."""
     sha256: str
     """Of the weights, hexadecimal."""
     classes: tuple[str, ...] = ()
@@ -75,14 +78,16 @@ class FeatureNetwork:
         parameter = next(self.module.parameters(), torch.empty(0))
         with exact_float32():
             out = self.module(torch.from_numpy(np.ascontiguousarray(images_BHW3)).to(parameter.device))
-        features, logits = out if isinstance(out, tuple) else (out, None)
-        for what, value in (("features", features), ("logits", logits)):
+        features, *more = out if isinstance(out, tuple) else (out,)
+        logits, spatial = (*more, None, None)[:2]
+        for what, value in (("features", features), ("logits", logits), ("spatial features", spatial)):
             shape = (len(images_BHW3), 0) if value is None else tuple(value.shape)
             require(
                 len(shape) == 2 and shape[0] == len(images_BHW3),
                 f"the network '{self.name}' gives {what} {shape}; allowed: [{len(images_BHW3)}, any]",
             )
-        return Extracted(features.float().cpu().numpy(), None if logits is None else logits.float().cpu().numpy())
+        logits_NC, spatial_NS = (None if value is None else value.float().cpu().numpy() for value in (logits, spatial))
+        return Extracted(features.float().cpu().numpy(), logits_NC, spatial_NS)
 
 
 def load_network(name: str, weights: str | Path | None, device: torch.device | str = "cpu") -> FeatureNetwork:
@@ -136,18 +141,6 @@ def _classifier(path: Path) -> FeatureNetwork:
     return FeatureNetwork("classifier", _ClassifierFeatures(classifier), sha256_of_file(path / WEIGHTS), classifier.config.classes)
 
 
-class _Inception(nn.Module):
-    """torch-fidelity's port of the FID graph: bilinear resize as in TensorFlow 1, 2,048 features, logits without bias."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, images_BHW3: Tensor) -> tuple[Tensor, Tensor]:
-        features, logits = self.network(images_BHW3.permute(0, 3, 1, 2).contiguous())
-        return features, logits
-
-
 def _inception(path: Path) -> FeatureNetwork:
     try:
         fidelity = import_module("torch_fidelity.feature_extractor_inceptionv3")
@@ -168,7 +161,7 @@ def _inception(path: Path) -> FeatureNetwork:
         )
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, TypeError, ValueError, AttributeError) as problem:
         raise UserError(f"{path} is truncated or not the Inception network's weights: {_one_line(problem)}") from problem
-    return FeatureNetwork("inception", _Inception(network), sha256_of_file(path))
+    return FeatureNetwork("inception", Inception(network), sha256_of_file(path))
 
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

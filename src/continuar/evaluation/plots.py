@@ -1,23 +1,32 @@
-"""A sweep as curves: one panel per score, over the longest axis; a line per combination of the others."""
+"""A sweep as curves: one panel per score, over the longest axis; a line per combination of the others.
+
+Above the panels stands what was measured, for whoever sees the picture without its command.
+"""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from continuar.evaluation.axes import Axis, SweepRow
 
-PANELS = ("frechet_distance", "inception_score", "precision", "recall")
+PANELS = {
+    "frechet_distance": "lower is better",
+    "inception_score": "higher is better",
+    "precision": "higher is better",
+    "recall": "higher is better",
+}
+"""The scores that are drawn, and which way they get better."""
+_CHARACTERS_PER_INCH = 14
 
 
 def plot(axes: Sequence[Axis], rows: Sequence[SweepRow]) -> Any:
     """A matplotlib figure."""
-    from matplotlib.figure import Figure
-
-    first = rows[0].result
+    first, swept = rows[0].result, {axis.name for axis in axes}
     panels = [name for name in PANELS if name in first["scores"]]
-    figure = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")
+    figure = _figure(4.2 * len(panels), rows, swept)
     along = max(axes, key=lambda axis: len(axis.values)).name
     lines: dict[str, list[SweepRow]] = {}
     for row in rows:
@@ -30,8 +39,7 @@ def plot(axes: Sequence[Axis], rows: Sequence[SweepRow]) -> Any:
             x = [row.point[along] for row in members]
             panel.plot(x if numeric else list(map(str, x)), [r.result["scores"][name] for r in members], marker="o", label=label)
         panel.set_xlabel(along.replace("_", " "))
-        panel.set_ylabel(first["titles"][name])
-        panel.grid(alpha=0.3)
+        _describe(panel, name, first)
         if len(lines) > 1:
             panel.legend(fontsize="small")
     return figure
@@ -39,11 +47,9 @@ def plot(axes: Sequence[Axis], rows: Sequence[SweepRow]) -> Any:
 
 def plot_tradeoff(rows: Sequence[SweepRow]) -> Any:
     """Quality over seconds per image, a curve per model whose points are marked with their value."""
-    from matplotlib.figure import Figure
-
     first = rows[0].result
     panels = [name for name in PANELS if all(name in row.result["scores"] for row in rows)]
-    figure = Figure(figsize=(4.8 * len(panels), 3.8), layout="constrained")
+    figure = _figure(4.8 * len(panels), rows, {str(row.point["setting"]) for row in rows})
     curves: dict[str, list[SweepRow]] = {}
     for row in rows:
         setting = str(row.point["setting"]).replace("_", " ")
@@ -57,10 +63,36 @@ def plot_tradeoff(rows: Sequence[SweepRow]) -> Any:
                 panel.annotate(str(row.point["value"]), point, xytext=(3, 4), textcoords="offset points", fontsize="x-small")
         panel.set_xscale("log")
         panel.set_xlabel("seconds per image")
-        panel.set_ylabel(first["titles"][name])
-        panel.grid(alpha=0.3, which="both")
+        _describe(panel, name, first)
         panel.legend(fontsize="x-small")
     return figure
+
+
+def _figure(width: float, rows: Sequence[SweepRow], swept: set[str]) -> Any:
+    """An empty figure under the words of `_heading`, as high as those need."""
+    from matplotlib.figure import Figure
+
+    lines = [part for text in _heading(rows, swept) for part in textwrap.wrap(text, int(width * _CHARACTERS_PER_INCH))]
+    figure = Figure(figsize=(width, 3.4 + 0.18 * len(lines)), layout="constrained")
+    figure.suptitle("\n".join(lines), fontsize="small")
+    return figure
+
+
+def _heading(rows: Sequence[SweepRow], swept: set[str]) -> list[str]:
+    """What was measured; and the settings that are the same at every point and not swept."""
+    first, every = rows[0].result, [row.result["samples"]["settings"] for row in rows]
+    samples, reference = first["samples"], first["reference"]
+    model = f"{samples['model']}: " if "model" not in rows[0].point else ""
+    name = Path(reference["source"]).name
+    what = f"{model}{samples['images']} images per point, held against {reference['images']} of {name}"
+    same = {k: v for k, v in every[0].items() if k not in swept and all(other.get(k) == v for other in every)}
+    return [what, ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in same.items())]
+
+
+def _describe(panel: Any, name: str, result: dict[str, Any]) -> None:
+    panel.set_title(PANELS[name], fontsize="small")
+    panel.set_ylabel(result["titles"][name])
+    panel.grid(alpha=0.3, which="both")
 
 
 def save_plot(figure: Any, out: Path) -> None:

@@ -44,7 +44,7 @@ class Statistics:
     features_RD: np.ndarray | None
     """float32, of the images that precision, recall, density, coverage and the kernel distance take."""
     spatial: Moments | None = None
-    """ADM's mu_s and sigma_s (of the spatial features of sFID), kept from file to file; nothing here computes them."""
+    """mu_s and sigma_s of ADM's layout: of the spatial features of every image, where the network has them (`inception`)."""
     source: str = ""
 
     def is_of(self, network: FeatureNetwork) -> bool:
@@ -80,17 +80,27 @@ def measure_images(
     """
     require(len(images) >= 2, f"{images.name} has {len(images)} images; at least 2 are needed for a covariance")
     require(kept >= 0, f"reference images is {kept}; allowed: 0 or more")
-    chosen, features, sums = set(reference_indices(len(images), kept).tolist()), [], MomentAccumulator()
+    chosen, features = set(reference_indices(len(images), kept).tolist()), []
+    sums, spatial = MomentAccumulator(), MomentAccumulator()
     for first, block in images.blocks(batch_size):
-        found_BD = network(block).features_ND
+        found = network(block)
+        found_BD = found.features_ND
         sums.add(found_BD)
+        if found.spatial_NS is not None:
+            spatial.add(found.spatial_NS)
         features.append(found_BD[[i for i in range(len(block)) if first + i in chosen]])
         if search is not None:
             search.add(found_BD, first)
         if on_progress is not None:
             on_progress(first + len(block), len(images))
     return Statistics(
-        sums.moments(), network.name, network.sha256, images.size, np.concatenate(features) if kept else None, source=images.name
+        moments=sums.moments(),
+        network=network.name,
+        sha256=network.sha256,
+        size=images.size,
+        features_RD=np.concatenate(features) if kept else None,
+        spatial=spatial.moments() if spatial.count else None,
+        source=images.name,
     )
 
 

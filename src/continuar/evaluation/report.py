@@ -98,6 +98,8 @@ class Report:
     def _scores(self) -> list[tuple[str, str]]:
         s, names = self.scores, titles(self)
         lines = [(names["frechet_distance"], f"{s.frechet_distance:.4f}")]
+        if s.spatial_frechet_distance is not None:
+            lines.append((names["spatial_frechet_distance"], f"{s.spatial_frechet_distance:.4f}"))
         if s.inception_score is not None:
             i = s.inception_score
             lines.append((names["inception_score"], f"{i.mean:.3f} ± {i.std:.3f} ({i.splits} splits), {i.whole:.3f} (whole)"))
@@ -124,6 +126,7 @@ def titles(report: Report) -> dict[str, str]:
     score, kernel = report.title("IS", "inception score"), report.title("KID", "kernel distance")
     return {
         "frechet_distance": report.title("FID", "Frechet distance"),
+        "spatial_frechet_distance": report.title("sFID", "spatial Frechet distance"),
         "inception_score": score,
         "inception_score_std": f"{score}, std over splits",
         "inception_score_whole": f"{score}, of all at once",

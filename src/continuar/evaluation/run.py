@@ -124,7 +124,13 @@ def evaluate(
     labels = samples.labels if samples.classes and samples.classes == network.classes else None
     device = next(network.module.parameters(), torch.empty(0)).device
     scores = score_samples(
-        collected.moments, collected.features_MD, collected.logits_MC, statistics, labels_M=labels, device=device
+        collected.moments,
+        collected.features_MD,
+        collected.logits_MC,
+        statistics,
+        labels_M=labels,
+        spatial=collected.spatial,
+        device=device,
     )
     report = Report(
         samples=opened.samples,
@@ -234,6 +240,8 @@ def _make(
         arrays = {"features": found.features_ND}
         if found.logits_NC is not None:
             arrays["logits"] = found.logits_NC
+        if found.spatial_NS is not None:
+            arrays["spatial"] = found.spatial_NS
         if rows.start < PREVIEW:
             arrays["pixels"] = images_BHW3[: PREVIEW - rows.start]
         if save_images:
@@ -251,23 +259,27 @@ class _Collected:
     features_MD: np.ndarray
     logits_MC: np.ndarray | None
     preview_PHW3: np.ndarray
+    spatial: Moments | None
     seconds: float
 
 
 def _collect(shards: Shards, samples: Samples) -> _Collected:
     """All shards, in their order."""
-    sums, seconds, preview = MomentAccumulator(), 0.0, []
+    sums, spatial, seconds, preview = MomentAccumulator(), MomentAccumulator(), 0.0, []
     whole: dict[str, np.ndarray] = {}
     for number in range(len(shards)):
         arrays, took = shards.load(number)
         for name, values in arrays.items():
             if name == "pixels":
                 preview.append(values)
+            elif name == "spatial":
+                spatial.add(values)
             else:
                 whole.setdefault(name, np.empty((samples.count, values.shape[1]), np.float32))[shards.rows(number)] = values
         sums.add(arrays["features"])
         seconds += took
-    return _Collected(sums.moments(), whole["features"], whole.get("logits"), np.concatenate(preview), seconds)
+    located = spatial.moments() if spatial.count else None
+    return _Collected(sums.moments(), whole["features"], whole.get("logits"), np.concatenate(preview), located, seconds)
 
 
 def _describe(opened: Reference, statistics: Statistics) -> dict[str, object]:

@@ -12,7 +12,9 @@ from continuar.configs import to_json
 from continuar.errors import require
 from continuar.evaluation.images import Images
 from continuar.evaluation.networks import sha256_of_state
+from continuar.generation.engines import EngineName, chosen
 from continuar.generation.plan import make_plan
+from continuar.generation.weights import Precision
 from continuar.pipeline import Pipeline
 
 
@@ -50,10 +52,11 @@ class GeneratedSamples(Samples):
         count: a multiple of the number of classes, so that they are balanced.
         seed: of the first image.
         settings: sampling options by name that are not the model's defaults.
+        engine, precision: who computes, as `Pipeline.engine` takes it; what "auto" means for the model is what the report names.
         name, weights: what the report calls the model.
 
     Raises:
-        UserError: no images, a count that the classes do not divide, or settings that the model cannot take.
+        UserError: no images, a count that the classes do not divide, or settings or an engine that the model cannot take.
     """
 
     def __init__(
@@ -63,6 +66,8 @@ class GeneratedSamples(Samples):
         *,
         seed: int = 0,
         settings: Mapping[str, Any] | None = None,
+        engine: EngineName = "auto",
+        precision: Precision = "float32",
         name: str = "",
         weights: str = "",
     ) -> None:
@@ -74,6 +79,8 @@ class GeneratedSamples(Samples):
         options = pipe.defaults.override(**dict(settings or {}))
         make_plan(pipe.model.order, options, pipe.model.order.positions)  # refuses steps that the model cannot take
         self._pipe, self._seed, self._settings = pipe, seed, options.to_dict()
+        pipe.engine(engine, precision)  # refuses what cannot run the model
+        self._running = {"engine": chosen(pipe.model, engine), "precision": precision}
         self._name, self._weights = name, weights
         side = int(pipe.tokenizer.config.image_size)
         self.count, self.size, self.classes = count, (side, side), pipe.classes
@@ -82,7 +89,8 @@ class GeneratedSamples(Samples):
     def make(self, first: int, number: int) -> np.ndarray:
         index = range(first, first + number)
         labels = [i % len(self.classes) for i in index] if self.classes else None
-        return self._pipe(labels, [self._seed + i for i in index], batch_size=number, **self._settings)[: self.count - first]
+        seeds = [self._seed + i for i in index]
+        return self._pipe(labels, seeds, batch_size=number, **self._running, **self._settings)[: self.count - first]
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -93,7 +101,7 @@ class GeneratedSamples(Samples):
             "tokenizer_sha256": sha256_of_state(self._pipe.tokenizer),
             "model_config": to_json(self._pipe.file.model),
             "tokenizer_config": to_json(self._pipe.tokenizer.config),
-            "settings": self._settings,
+            "settings": {**self._settings, **self._running},
             "seed": self._seed,
             "images": self.count,
             "size": list(self.size),

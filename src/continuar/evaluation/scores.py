@@ -26,10 +26,14 @@ class Scores:
     class_accuracy: float | None
     """The share of samples that the network takes for what was asked for."""
     notes: tuple[str, ...]
+    spatial_frechet_distance: float | None = None
+    """sFID, in the FID network's spatial features; see `inception`."""
 
     def values(self) -> dict[str, float]:
         """Every number by name, for tables and plots."""
         found: dict[str, float] = {"frechet_distance": self.frechet_distance}
+        if self.spatial_frechet_distance is not None:
+            found["spatial_frechet_distance"] = self.spatial_frechet_distance
         if self.inception_score is not None:
             score = self.inception_score
             found |= {"inception_score": score.mean, "inception_score_std": score.std, "inception_score_whole": score.whole}
@@ -51,12 +55,14 @@ def score_samples(
     reference: Statistics,
     *,
     labels_M: np.ndarray | None = None,
+    spatial: Moments | None = None,
     device: torch.device | str = "cpu",
 ) -> Scores:
     """The scores of samples whose moments, features and logits are given.
 
     Args:
         labels_M: what was asked for, where the logits are of the same classes.
+        spatial: the moments of the samples' spatial features, where the network has them.
         device: where distances are computed.
 
     Raises:
@@ -65,7 +71,11 @@ def score_samples(
     count, dimensions = features_MD.shape
     notes = [f"samples: {n}" for n in few_images(count, dimensions)]
     notes += [f"reference: {n}" for n in few_images(reference.moments.count, dimensions)]
-    score = kernel = manifolds = None
+    score = kernel = manifolds = located = None
+    if spatial is not None and reference.spatial is not None:
+        located = frechet_distance(spatial, reference.spatial)
+    elif spatial is not None:
+        notes.append("no spatial Frechet distance (sFID): the reference has no spatial statistics (mu_s, sigma_s)")
     if logits_MC is None:
         notes.append("no inception score: the network judges no classes")
     elif count < SPLITS:
@@ -83,4 +93,4 @@ def score_samples(
         kernel = kernel_distance(features_MD, known_RD, subset_size=min(SUBSET_SIZE, fewest // 2), device=device)
         manifolds = precision_recall(features_MD, known_RD, device=device)
     accuracy = class_accuracy(logits_MC.argmax(1), labels_M) if logits_MC is not None and labels_M is not None else None
-    return Scores(frechet_distance(moments, reference.moments), score, kernel, manifolds, accuracy, tuple(notes))
+    return Scores(frechet_distance(moments, reference.moments), score, kernel, manifolds, accuracy, tuple(notes), located)

@@ -24,6 +24,8 @@ from continuar.evaluation.reference import open_reference
 from continuar.evaluation.run import Bar, EvaluationOptions, OnProgress, evaluate, finished, measured, no_bar
 from continuar.evaluation.samples import GeneratedSamples
 from continuar.evaluation.tables import write_tables
+from continuar.generation.engines import EngineName
+from continuar.generation.weights import Precision
 from continuar.pipeline import Pipeline
 
 
@@ -38,6 +40,8 @@ class SweepOptions:
     """Where ``weights`` is not an axis."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Settings that are neither swept nor the model's own."""
+    engine: EngineName = "auto"
+    precision: Precision = "float32"
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
 
 
@@ -110,7 +114,16 @@ def samples_at(pipe: Pipeline, model: str, weights: str, point: Point, options: 
     """
     settings = {**options.settings, **{name: value for name, value in point.items() if name != "weights"}}
     try:
-        return GeneratedSamples(pipe, options.images, seed=options.seed, settings=settings, name=model, weights=weights)
+        return GeneratedSamples(
+            pipe,
+            options.images,
+            seed=options.seed,
+            settings=settings,
+            engine=options.engine,
+            precision=options.precision,
+            name=model,
+            weights=weights,
+        )
     except UserError as problem:
         raise UserError(f"at {named(point)}: {problem}") from problem
 
