@@ -1,6 +1,6 @@
 """Dropout for compiled code: what is kept is a hash of the element's number and a seed, computed where it is needed.
 
-1. Once per block, two seeds s, t of 32 bits are drawn on the device from torch's default generator, so that a draw is a function of
+1. Once per block, two seeds s, t are drawn on the device from torch's default generator, so that a draw is a function of
    the generator's seed, also where a CUDA graph replays it. The elements of all dropouts of the block are numbered through.
 2. Element i becomes h(i, s, t), a number of 32 bits: x = (i ^ s) A, then x = (x ^ (x >> 16) ^ t) B and x = (x ^ (x >> 15)) C, the
    steps of what finishes hash functions such as MurmurHash3. Every bit of i, s and t acts on the upper bits of h.
@@ -25,8 +25,8 @@ _A, _B, _C = 0x9E3779B1 - 2**32, 0x7FEB352D, 0x846CA68B - 2**32
 
 
 def draw_seed(device: torch.device) -> Tensor:
-    """s and t, int32 [2]."""
-    return torch.randint(-(2**31), 2**31, (2,), dtype=torch.int32, device=device)
+    """s and t, int32 [2], each of 31 bits: bounds that do not fit int32 are not safe in compiled code."""
+    return torch.randint(2**31 - 1, (2,), dtype=torch.int32, device=device)
 
 
 def kept(shape: torch.Size, p: float, seed_2: Tensor, first: int) -> Tensor:
