@@ -4,6 +4,9 @@
 
 Random tokens of the recipe's shape, already on the device, so that the step alone is measured; the model FLOPs are those of
 `continuar train RECIPE --dry-run`. The peak is an 8192^3 bf16 matrix product on random data, measured in the same run.
+
+Memory is what tensors had in use at most, and what the allocator held at most. Engines with CUDA graphs use their activations
+while they warm up and capture, before the optimizer has moments, and then only hold them: there the second number is what it takes.
 """
 
 from __future__ import annotations
@@ -59,6 +62,7 @@ def measure(run: Run, device: torch.device, steps: int, profile: bool = False) -
         return tokens[: batch // run.train.micro_batches], labels[: batch // run.train.micro_batches]
 
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         torch.set_float32_matmul_precision("high")
     began = time.perf_counter()
@@ -91,6 +95,7 @@ def measure(run: Run, device: torch.device, steps: int, profile: bool = False) -
         "spread": abs(halves[0] - halves[1]) / seconds,
         "model_tflops_per_second": training_flops(config) * batch / seconds / 1e12,
         "peak_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else float("nan"),
+        "held_memory_gib": torch.cuda.max_memory_reserved(device) / 2**30 if device.type == "cuda" else float("nan"),
         "warmup_seconds": warmup,
         "loss": averages.loss,
         "skipped_steps": averages.skipped,
@@ -125,7 +130,8 @@ def main() -> None:
             print(
                 f"{recipe:<28} batch {batch:<5} {engine:<8} {result['images_per_second']:>9,.0f} images/s "
                 f"{result['milliseconds_per_step']:8.2f} ms/step ±{result['spread']:.1%}  {share:6.1%} of peak "
-                f"{result['peak_memory_gib']:6.2f} GiB  warm-up {result['warmup_seconds']:.0f} s",
+                f"{result['peak_memory_gib']:6.2f} GiB used, {result['held_memory_gib']:.2f} held  "
+                f"warm-up {result['warmup_seconds']:.0f} s",
                 flush=True,
             )
             if device.type == "cuda":

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from continuar.backbones.dropout import draw_seed, hashed_dropout, hashed_gelu_dropout
 from continuar.backbones.rotary import Rotation, turn
 from continuar.errors import require
 
@@ -44,14 +46,21 @@ class Attention(nn.Module):
         self.heads, self.attention_dropout = heads, attention_dropout
         self.qkv = nn.Linear(width, 3 * width)
         self.projection = nn.Linear(width, width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(
-        self, x_BLE: Tensor, *, causal: bool = False, cache: KVCache | None = None, at: int = 0, rotation: Rotation | None = None
+        self,
+        x_BLE: Tensor,
+        seed_2: Tensor | None = None,
+        *,
+        causal: bool = False,
+        cache: KVCache | None = None,
+        at: int = 0,
+        rotation: Rotation | None = None,
     ) -> Tensor:
         """Attention within x, triangular if ``causal``; with a cache, also to its first ``at`` slots, behind which x is written.
 
-        A cache holds keys that are turned already.
+        A cache holds keys that are turned already. For the seed see `Block`.
         """
         batch, length, width = x_BLE.shape
         q, k, v = self.qkv(x_BLE).view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
@@ -64,11 +73,37 @@ class Attention(nn.Module):
             mask = torch.ones(length, at + length, dtype=torch.bool, device=x_BLE.device).tril(at) if length > 1 else None
         dropout = self.attention_dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
-        return self.dropout(self.projection(y.transpose(1, 2).reshape(batch, length, width)))
+        return self.dropout(self.projection(y.transpose(1, 2).reshape(batch, length, width)), seed_2)
+
+
+class Dropout(nn.Dropout):
+    """torch's own; with a seed, that of `continuar.backbones.dropout`, whose elements are numbered from ``first`` on."""
+
+    def forward(self, input: Tensor, seed_2: Tensor | None = None, first: int = 0) -> Tensor:
+        return super().forward(input) if seed_2 is None else hashed_dropout(input, self.p, seed_2, first)
+
+
+class MLP(nn.Sequential):
+    """Linear, GELU, dropout, Linear, dropout; ratio 4."""
+
+    def __init__(self, width: int, dropout: float) -> None:
+        wide = 4 * width
+        super().__init__(nn.Linear(width, wide), nn.GELU(), Dropout(dropout), nn.Linear(wide, width), Dropout(dropout))
+        self.p = dropout
+
+    def forward(self, input: Tensor, seed_2: Tensor | None = None) -> Tensor:
+        """For the seed see `Block`: elements are numbered behind those of the attention's dropout, as many as ``input`` has."""
+        if seed_2 is None:
+            return super().forward(input)
+        up, _, _, down, outer = self
+        count = input.numel()
+        return outer(down(hashed_gelu_dropout(up(input), self.p, seed_2, 2 * count)), seed_2, count)
 
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); GELU MLP of ratio 4.
+
+    Compiled training draws one seed for its three dropouts (`continuar.backbones.dropout`); torch drops attention's weights.
 
     Attributes:
         recomputed: where gradients are wanted, keep the block's input alone and compute it again in backward, with the same dropout
@@ -82,13 +117,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(width, eps=LN_EPS)
         self.attention = Attention(width, heads, attention_dropout, dropout)
         self.norm2 = nn.LayerNorm(width, eps=LN_EPS)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width),
-            nn.GELU(),
-            nn.Dropout(dropout),
-            nn.Linear(4 * width, width),
-            nn.Dropout(dropout),
-        )
+        self.mlp = MLP(width, dropout)
 
     def forward(
         self, x_BLE: Tensor, *, causal: bool = False, cache: KVCache | None = None, at: int = 0, rotation: Rotation | None = None
@@ -100,8 +129,15 @@ class Block(nn.Module):
         return self._forward(x_BLE, causal=causal, cache=cache, at=at, rotation=rotation)
 
     def _forward(self, x_BLE: Tensor, *, causal: bool, cache: KVCache | None, at: int, rotation: Rotation | None) -> Tensor:
-        x_BLE = x_BLE + self.attention(self.norm1(x_BLE), causal=causal, cache=cache, at=at, rotation=rotation)
-        return x_BLE + self.mlp(self.norm2(x_BLE))
+        seed = self._seed(x_BLE)
+        x_BLE = x_BLE + self.attention(self.norm1(x_BLE), seed, causal=causal, cache=cache, at=at, rotation=rotation)
+        return x_BLE + self.mlp(self.norm2(x_BLE), seed)
+
+    def _seed(self, x_BLE: Tensor) -> Tensor | None:
+        """Of the dropouts, where hashes decide: in compiled training, but for blocks that are recomputed anyway."""
+        hashed = is_compiling() and self.training and self.attention.dropout.p > 0 and not self.recomputed
+        numbered = 6 * x_BLE.numel() < 2**31  # one width of attention, four and one of the MLP
+        return draw_seed(x_BLE.device) if hashed and numbered else None
 
 
 def init_transformer(module: nn.Module) -> None:

@@ -72,9 +72,6 @@ def report(run: BaseRun, machine: Machine, plan: Plan, dataset_images: int) -> s
     rows["total"] = [m.total(plan.micro_batch) for m in memory]
     rows["sent per step, and received"] = [plan.network[kind] for kind in _KINDS]
     lines += [f"  {name:<30}" + "".join(f"{value / GIB:>10.2f}" for value in values) for name, values in rows.items()]
-    if loop.engine.endswith("graphs"):
-        twice = "where several graphs are captured, activations count twice: the graphs' own, and a warm-up's beside them"
-        lines += ["", twice]
     if loop.engine.startswith("compile"):
         lines += ["", "activations are those of the uncompiled step; compiled ones need less"]
     lines += [""] + [_advice(kind, plan, machine, loop.batch_size // gpus) for kind in _KINDS]

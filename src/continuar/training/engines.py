@@ -74,10 +74,13 @@ class EagerEngine:
             return self._forward_backward(tokens, labels_B, view)
 
     def _forward_backward(self, tokens: Tensor, labels_B: Tensor, view: View) -> Tensor:
-        with torch.autocast(self._device_type, torch.bfloat16, enabled=self._bf16):
-            loss = self._objective(tokens, labels_B, view)
+        loss = self._forward(tokens, labels_B, view)
         loss.backward(self._share)
         return loss.detach()
+
+    def _forward(self, tokens: Tensor, labels_B: Tensor, view: View) -> Tensor:
+        with torch.autocast(self._device_type, torch.bfloat16, enabled=self._bf16):
+            return self._objective(tokens, labels_B, view)
 
 
 class CompiledEngine(EagerEngine):
@@ -97,6 +100,9 @@ class CompiledEngine(EagerEngine):
 class GraphEngine(EagerEngine):
     """See the module's docstring. All graphs share one memory pool, and all gradients one buffer. Where gradients are accumulated,
     a masked count has two graphs: one that begins with zeros and one that adds.
+
+    The first call warms up all of the model's masked counts and then captures them all, so that there is one set of activations at
+    any time: that of the step that warms up, whose memory is given back, and then the pool's.
 
     Several processes average that buffer after the replay of the last micro-batch, in one piece: nothing of it overlaps with
     backward, which costs little while a step is long beside sending 4 bytes per parameter.
@@ -130,43 +136,65 @@ class GraphEngine(EagerEngine):
             static.copy_(given)
         for parameter, gradient in zip(self._model.parameters(), self._gradients, strict=True):
             parameter.grad = gradient
-        key = view.known, number == 0
-        if key not in self._captured:
-            self._captured[key] = self._capture(*key)
-        graph, loss = self._captured[key]
+        if not self._captured:
+            self._capture_all()
+        graph, loss = self._captured[view.known, number == 0]
         graph.replay()
         if number == self._last:
             self._together.average(self._flat)
         return loss
 
-    def _capture(self, known: int, fresh: bool) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        assert self._inputs is not None
-        tokens, labels, order = self._inputs
-        view = View(order, known)
-        # Capturing draws nothing, but warming up does: leave the generator as this step found it.
-        state = torch.cuda.get_rng_state(tokens.device)
-        side = torch.cuda.Stream(tokens.device)
-        side.wait_stream(torch.cuda.current_stream(tokens.device))
-        kept = self._flat.clone()
+    def _capture_all(self) -> None:
+        device = self._flat.device
+        state = torch.cuda.get_rng_state(device)  # capturing draws nothing, but warming up does: leave it as this step found it
+        needs = self._warm_up()
+        # What the largest leaves in the pool has room for the others.
+        for known in sorted(needs, key=lambda known: needs[known], reverse=True):
+            for fresh in (True, False) if self._last else (True,):
+                self._captured[known, fresh] = self._capture(known, fresh)
+        torch.cuda.set_rng_state(state, device)
+
+    def _warm_up(self) -> dict[int, int]:
+        """Runs some steps of every number of known tokens and gives their memory back; bytes that each leaves for backward."""
+        counts = [self._model.order.positions - queried for queried in self._model.queried_counts()]
+        added_to = [x for x in (self._flat, self._model.timed.time_losses) if x is not None]
+        kept = [x.clone() for x in added_to]
+        needs: dict[int, int] = {}
+        side = torch.cuda.Stream(self._flat.device)
+        side.wait_stream(torch.cuda.current_stream(self._flat.device))
         with torch.cuda.stream(side):
-            for _ in range(WARMUP_STEPS):
-                self._run(tokens, labels, view, fresh)
-        torch.cuda.current_stream(tokens.device).wait_stream(side)
+            for known in counts:
+                for _ in range(WARMUP_STEPS):
+                    needs[known] = self._warm_up_once(known)
+                torch.cuda.empty_cache()
+        torch.cuda.current_stream(self._flat.device).wait_stream(side)
+        for x, found in zip(added_to, kept, strict=True):
+            x.copy_(found)
+        return needs
+
+    def _warm_up_once(self, known: int) -> int:
+        before = torch.cuda.memory_allocated(self._flat.device)
+        loss = self._forward(*self._given(known))
+        held = torch.cuda.memory_allocated(self._flat.device) - before
+        loss.backward(self._share)
+        return held
+
+    def _capture(self, known: int, fresh: bool) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            loss = self._run(tokens, labels, view, fresh)
-        torch.cuda.set_rng_state(state, tokens.device)
-        self._flat.copy_(kept)
+            if fresh:
+                self._flat.zero_()
+            loss = self._forward_backward(*self._given(known))
         return graph, loss
 
-    def _run(self, tokens: Tensor, labels_B: Tensor, view: View, fresh: bool) -> Tensor:
-        if fresh:
-            self._flat.zero_()
-        return self._forward_backward(tokens, labels_B, view)
+    def _given(self, known: int) -> tuple[Tensor, Tensor, View]:
+        assert self._inputs is not None
+        tokens, labels_B, order_BN = self._inputs
+        return tokens, labels_B, View(order_BN, known)
 
 
 class CompiledGraphEngine(GraphEngine):
-    """See the module's docstring. Compilation happens while the first steps of each masked count warm up."""
+    """See the module's docstring. Compilation happens while the masked counts warm up."""
 
     def __init__(
         self, model: TokenModel, label_dropout: float, bf16: bool, parallel: Single | None = None, micro_batches: int = 1

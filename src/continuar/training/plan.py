@@ -3,9 +3,9 @@
 Per GPU, of P parameters on W GPUs, in bytes:
 
 * weights 4P, gradients 4P, the optimizer's moments 8P, every average 4P; a W-th of each under FSDP.
-* Engines that capture CUDA graphs replay them in a memory pool that all graphs share: one set of activations, the largest. While a
-  further masked count warms up, its eager steps need a second set beside the pool. Inputs have places of their own, and
-  gradients are set aside during a capture.
+* Engines that capture CUDA graphs replay them in a memory pool that all graphs share: one set of activations, the largest. Before
+  they are captured all masked counts warm up, one after another, in memory that is given back. Inputs have places of their own, and
+  gradients are set aside while that lasts.
 * Under FSDP also what is gathered while it is used: the head and what lies outside of blocks, and the matrices of two blocks, one
   in use and one on its way, with their gradients.
 * Network: DDP sends and receives 2 (W - 1)/W of the gradients per step (ring all-reduce). FSDP gathers weights for forward and for
@@ -115,7 +115,7 @@ def make_plan(run: BaseRun, classes: int, machine: Machine) -> Plan:
         micro_batch=micro_batch,
         accumulated=share // micro_batch,
         days=seconds / 86_400,
-        memory=_memory(run, model, gpus, micro_batch, share // micro_batch, bf16),
+        memory=_memory(run, model, gpus, micro_batch, bf16),
         network=_network(model, gpus, share // micro_batch, bf16),
         cached=cached,
         data_per_image=data_per_image,
@@ -141,12 +141,7 @@ class _Groups:
         return cls(blocks, head, _count(model) - sum(blocks) - head)
 
 
-def activation_sets(engine: str, captures: int) -> int:
-    """How many sets of activations are there at once while an engine begins; ``captures`` graphs are captured in all."""
-    return 2 if engine.endswith("graphs") and captures > 1 else 1
-
-
-def _memory(run: BaseRun, model: TokenModel, gpus: int, micro_batch: int, accumulated: int, bf16: bool) -> dict[Kind, Memory]:
+def _memory(run: BaseRun, model: TokenModel, gpus: int, micro_batch: int, bf16: bool) -> dict[Kind, Memory]:
     size, groups, low = 4.0 * _count(model), _Groups.of(model), 2 if bf16 else 4
     found = activations(model, bf16, run.train.recompute)
     averages = 1 + (len(run.ema.lengths) if run.ema.snapshot_images else 0)
@@ -154,12 +149,10 @@ def _memory(run: BaseRun, model: TokenModel, gpus: int, micro_batch: int, accumu
     gathered = 4 * (groups.head + groups.rest) + 2 * max(groups.blocks, default=0) * (low + 4) + (2 * groups.head if bf16 else 0)
     per_image = found.per_image + found.largest
     fsdp = Memory({**{name: x / gpus for name, x in kept.items()}, "copies of weights": gathered}, per_image)
-    captures = len(model.queried_counts()) * min(accumulated, 2)
-    sets = activation_sets(run.train.engine, captures)
-    ddp = {**kept, "copies of weights": sets * found.copies}
+    ddp = {**kept, "copies of weights": found.copies}
     if run.train.engine.endswith("graphs"):
         ddp["inputs and gradients of graphs"] = size + micro_batch * _input_bytes(model)
-    return {"ddp": Memory(ddp, sets * per_image), "fsdp": fsdp}
+    return {"ddp": Memory(ddp, per_image), "fsdp": fsdp}
 
 
 def _input_bytes(model: TokenModel) -> int:
