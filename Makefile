@@ -8,13 +8,14 @@ WORKERS ?= 2
 # Whether the package holds the model that `continuar sample cifar10` generates from.
 SHIPPED := $(wildcard src/continuar/models/cifar10/config.json)
 
-.PHONY: help demo digits cifar10 test test-slow check format clean
+.PHONY: help demo digits cifar10 test test-slow test-kernels check format clean
 
 help:
 	@echo "make demo       set up, then as $(if $(SHIPPED),make cifar10,make digits)"
 	@echo "make digits     train on handwritten digits, write a grid to out/ (a few minutes on a CPU)"
 	@echo "make test       set up with the test extras, then the test suite"
 	@echo "make test-slow  the tests that train real models"
+	@echo "make test-kernels  the Triton kernels, interpreted on the CPU (Linux; fetches Triton)"
 	@echo "make check      lint, format, types, import layering"
 	@echo "make format     apply the formatter"
 	@echo "make clean      remove .venv, out and caches"
@@ -49,6 +50,14 @@ test: $(VENV)/dev.stamp
 
 test-slow: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -m slow -q
+
+# Triton lies apart: a CPU build of PyTorch neither needs it nor should find it elsewhere.
+$(VENV)/triton.stamp: $(VENV)/dev.stamp
+	$(PIP) --no-deps --target $(VENV)/triton triton==3.6.0
+	@touch $@
+
+test-kernels: $(VENV)/triton.stamp
+	TRITON_INTERPRET=1 PYTHONPATH=$(VENV)/triton $(BIN)/python -m pytest -q tests/generation/test_triton_kernels.py
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

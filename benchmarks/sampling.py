@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kernel_times import kernel_table
 
 from continuar.backbones import BackboneConfig, CausalConfig, MAEConfig
 from continuar.generation import eager
@@ -37,8 +38,8 @@ from continuar.heads import DiffusionHeadConfig, DiffusionOptions
 from continuar.model import Model, ModelConfig
 from continuar.orders import MAROrderConfig, RasterOrderConfig
 from continuar.pipeline import to_uint8
-from continuar.tokenizers import LatentConfig, VAEConfig
-from continuar.tokenizers.named import KL16_MAR
+from continuar.tokenizers import LatentConfig
+from continuar.tokenizers.named import NAMED
 from continuar.training.flops import generation_flops
 
 SIZES = {
@@ -105,7 +106,6 @@ KERNELS: dict[str, Callable[[], Kernels]] = {
     "triton-rows": lambda: triton_kernels(0),
     "triton-apart": lambda: triton_kernels(dependent=False),
     "triton-8": lambda: triton_kernels(dependent=True, columns=8),
-    "triton-8-apart": lambda: triton_kernels(dependent=False, columns=8),
 }
 """Plain; fused, as the engine chooses; without the step for few rows; with it, each launch waiting for the one before to end; with
 programs of 8 columns instead of 16."""
@@ -130,13 +130,11 @@ def start_of(model: Model, batch: int, device: torch.device, known: int = 0) -> 
     return start
 
 
-def run_case(
-    case: Case, kind: str, kernels: Kernels, precision: Any, peak: float, device: torch.device, repeats: int
-) -> dict[str, Any]:
+def run_case(case: Case, kind: str, precision: Any, peak: float, device: torch.device, repeats: int) -> dict[str, Any]:
     """One case as a row of the results."""
     model, options = case.model(device), case.options()
     start = start_of(model, case.batch, device)
-    engine = GraphEngine(model, precision, kernels=kernels, strict=True)
+    engine = GraphEngine(model, precision, kernels=KERNELS[kind](), strict=True)
     speed = measure(engine, start, options, repeats)
     floor = generation_flops(model.config, options) / peak
     assert options.head is not None
@@ -210,7 +208,7 @@ def decoder_row(batch: int, low: bool, device: torch.device) -> dict[str, Any]:
     """Decoding by KL-16 of the paper's architecture, which comes on top; 64 images at a time, as the pipeline does it."""
     torch.manual_seed(0)
     with torch.device(device):
-        tokenizer = VAEConfig(network=KL16_MAR, image_size=256, scale=0.2325).build().eval().requires_grad_(False)
+        tokenizer = NAMED["kl16_mar"].build().eval().requires_grad_(False)
     tokens, seconds = torch.randn(batch, 256, 16, device=device), []
     with torch.autocast(device.type, torch.bfloat16, enabled=low):
         for _ in range(3):
@@ -223,25 +221,16 @@ def decoder_row(batch: int, low: bool, device: torch.device) -> dict[str, Any]:
     return {"batch": batch, "precision": "bfloat16" if low else "float32", "decoder_seconds_per_image": min(seconds) / batch}
 
 
-def kernel_table(case: Case, kernels: Kernels, precision: Any, device: torch.device, shown: int = 16) -> str:
-    """The GPU's kernels by time, over one warm generation."""
+def profile_case(case: Case, kind: str, precision: Any, device: torch.device) -> str:
+    """The kernels of one warm generation, per image."""
     model = case.model(device)
     engine, start, options = (
-        GraphEngine(model, precision, kernels=kernels, strict=True),
+        GraphEngine(model, precision, kernels=KERNELS[kind](), strict=True),
         start_of(model, case.batch, device),
         case.options(),
     )
     engine.generate(start, options)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        engine.generate(start, options)
-        torch.cuda.synchronize()
-    events = sorted(profile.key_averages(), key=lambda e: -e.self_device_time_total)
-    total = sum(e.self_device_time_total for e in events) or 1
-    lines = [f"{case.title}: {total / 1e3 / case.batch:.2f} ms of kernels per image, {sum(e.count for e in events)} launches"]
-    for e in events[:shown]:
-        each = e.self_device_time_total / e.count
-        lines.append(f"  {e.self_device_time_total / total:6.1%} {e.count:8d} x {each:9.1f} us  {e.key[:90]}")
-    return "\n".join(lines)
+    return f"{case.title}: {kernel_table(lambda: engine.generate(start, options), case.batch, 'image')}"
 
 
 def line(row: dict[str, Any]) -> str:
@@ -254,36 +243,26 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
-def markdown(header: dict[str, Any], rows: list[dict[str, Any]], equal: list[dict[str, Any]]) -> str:
+def markdown(header: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """A table of all that the rows hold."""
     text = ["# Sampling", "", ", ".join(f"{k} {v}" for k, v in header.items()), ""]
     if rows:
-        text += [
-            "| model | precision | kernels | s/image | required | aim | floor | head | transformer | peak GiB | warm-up s |",
-            "|---|---|---|---|---|---|---|---|---|---|---|",
-        ]
-        text += [
-            f"| {r['case']} | {r['precision']} | {r['kernels']} | {r['seconds_per_image']:.4f} "
-            f"| {r['required'] or ''} | {r['aim'] or ''} | {r['floor']:.4f} | {r['head']:.0%} | {r['transformer']:.0%} "
-            f"| {r['peak_gib']:.1f} | {r['warmup_seconds']:.0f} |"
-            for r in rows
-        ]
-    if equal:
-        keys = list(equal[0])
-        text += ["", "| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
-        text += ["| " + " | ".join(f"{r[k]:.2g}" if isinstance(r[k], float) else str(r[k]) for k in keys) + " |" for r in equal]
+        keys = list(rows[0])
+        text += ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
+        text += ["| " + " | ".join(_cell(r[k]) for k in keys) + " |" for r in rows]
     return "\n".join(text) + "\n"
 
 
-def write(
-    out: Path | None, header: dict[str, Any], rows: list[dict[str, Any]], others: list[dict[str, Any]], what: str = ""
-) -> None:
-    """The speed table, or the rows of another measurement under its name."""
+def _cell(value: Any) -> str:
+    return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def write(out: Path | None, header: dict[str, Any], name: str, rows: list[dict[str, Any]]) -> None:
+    """OUT/NAME.json and OUT/NAME.md."""
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        name = f"sampling_{what}" if what else "sampling"
-        content = {**header, what or "rows": others if what else rows}
-        (out / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        (out / f"{name}.md").write_text(markdown(header, rows, others), encoding="utf-8")
+        (out / f"{name}.json").write_text(json.dumps({**header, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        (out / f"{name}.md").write_text(markdown(header, rows), encoding="utf-8")
 
 
 def commit() -> str:
@@ -312,6 +291,39 @@ def eager_row(case: Case, device: torch.device) -> str:
     return f"{case.title:<38} eager engine {(time.perf_counter() - began) / case.batch:.3f} s/image"
 
 
+def speed_table(options: argparse.Namespace, header: dict[str, Any], peak: float, began: float) -> list[str]:
+    """Measures the cases, as many as there is time for; returns those that failed."""
+    device = torch.device(options.device)
+    rows: list[dict[str, Any]] = []
+    failed: list[str] = []
+    for which in options.only:
+        case = CASES[which]
+        for kind in options.kernels:
+            left = options.budget - (time.perf_counter() - began)
+            if left < case.about:
+                print(f"{case.title}: not begun, {left:.0f} s are left and it may take {case.about:.0f}", flush=True)
+                continue
+            try:
+                rows.append(run_case(case, kind, options.precision, peak, device, options.repeats))
+                print(line(rows[-1]), flush=True)
+                write(options.out, header, "sampling", rows)
+                free()
+                if options.profile and device.type == "cuda":
+                    print(profile_case(case, kind, options.precision, device), flush=True)
+            except Exception:  # shown, and said at the end; the next case may work
+                traceback.print_exc()
+                failed.append(f"{which} with {kind}")
+            free()
+        try:
+            if options.eager and options.budget - (time.perf_counter() - began) > case.about:
+                print(eager_row(case, device), flush=True)
+        except Exception:
+            traceback.print_exc()
+            failed.append(f"{which} with the eager engine")
+        free()
+    return failed
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", nargs="+", choices=list(CASES), default=TABLE)
@@ -333,38 +345,16 @@ def main() -> None:
     header = {"device": name, "torch": torch.__version__, "peak TFLOP/s": round(peak / 1e12, 2), "commit": commit()}
     print(header, flush=True)
     if options.equality:
-        write(options.out, header, [], equality(device), "equality")
+        write(options.out, header, "sampling_equality", equality(device))
         return
     if options.decoder:
         decoded = [decoder_row(batch, low, device) for low in (False, True) for batch in (1, 8, 128, 256)]
         print("\n".join(map(json.dumps, decoded)), flush=True)
-        write(options.out, header, [], decoded, "decoder")
+        write(options.out, header, "sampling_decoder", decoded)
         return
-    rows: list[dict[str, Any]] = []
-    for which in options.only:
-        case = CASES[which]
-        for kind in options.kernels:
-            left = options.budget - (time.perf_counter() - began)
-            if left < case.about:
-                print(f"{case.title}: not begun, {left:.0f} s are left and it may take {case.about:.0f}", flush=True)
-                continue
-            try:
-                kernels = KERNELS[kind]()
-                rows.append(run_case(case, kind, kernels, options.precision, peak, device, options.repeats))
-                print(line(rows[-1]), flush=True)
-                write(options.out, header, rows, [])
-                free()
-                if options.profile and device.type == "cuda":
-                    print(kernel_table(case, kernels, options.precision, device), flush=True)
-            except Exception:
-                traceback.print_exc()
-            free()
-        try:
-            if options.eager and options.budget - (time.perf_counter() - began) > case.about:
-                print(eager_row(case, device), flush=True)
-        except Exception:
-            traceback.print_exc()
-        free()
+    failed = speed_table(options, header, peak, began)
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -18,33 +18,22 @@ import time
 from pathlib import Path
 
 import torch
+from kernel_times import kernel_table
 
 from continuar.devices import pick_device
 from continuar.generation.measure import matmul_peak
 from continuar.recipes import find_recipe
 from continuar.training.config import Run
 from continuar.training.flops import training_flops
-from continuar.training.step import Stream, TrainStep
+from continuar.training.step import TrainStep
+
+PROFILED = 5
+"""Steps over which --profile looks."""
 
 
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def kernel_table(trainer: TrainStep, stream: Stream, rows: int = 15, steps: int = 5) -> str:
-    """Where the GPU's time goes: kernels by their share, over a few steps."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for step in range(steps):
-            trainer(step, stream)
-        torch.cuda.synchronize()
-    kernels = sorted(profile.key_averages(), key=lambda k: -k.self_device_time_total)
-    total = sum(k.self_device_time_total for k in kernels)
-    lines = [f"{total / steps / 1e3:.2f} ms of kernels per step, {sum(k.count for k in kernels) // steps} launches"]
-    for k in kernels[:rows]:
-        share, each = k.self_device_time_total / total, k.self_device_time_total / k.count
-        lines.append(f"  {share:6.1%} {k.count // steps:5d} x {each:8.1f} us  {k.key[:100]}")
-    return "\n".join(lines)
 
 
 def measure(run: Run, device: torch.device, steps: int, profile: bool = False) -> dict[str, float]:
@@ -87,7 +76,8 @@ def measure(run: Run, device: torch.device, steps: int, profile: bool = False) -
         halves.append((time.perf_counter() - began) / (steps // 2))
     averages = trainer.meter.read()
     if profile:
-        print(kernel_table(trainer, stream))
+        steps = range(PROFILED)
+        print(kernel_table(lambda: [trainer(step, stream) for step in steps], PROFILED, "step"))
     seconds = sum(halves) / 2
     return {
         "images_per_second": batch / seconds,

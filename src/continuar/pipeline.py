@@ -78,7 +78,7 @@ class Pipeline:
         """
         key = chosen(self.model, name), precision
         if key not in self._engines:
-            self._engines[key] = make_engine(self.model, name, precision)
+            self._engines[key] = make_engine(self.model, *key)
         return self._engines[key]
 
     def label(self, name: int | str) -> int:

@@ -1,4 +1,4 @@
-"""The fused operations equal their plain twins: on a GPU, or on a CPU with Triton installed and TRITON_INTERPRET=1."""
+"""The fused operations equal their plain twins: on a GPU, or on a CPU with Triton and TRITON_INTERPRET=1, `make test-kernels`."""
 
 import itertools
 import os
@@ -14,7 +14,7 @@ from continuar.noise import KeyedNoise, Purpose
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1", allow_module_level=True)
+    pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1: make test-kernels", allow_module_level=True)
 PLAIN = Kernels()
 FUSED = pytest.importorskip("continuar.generation.triton_kernels").TritonKernels()
 

@@ -10,7 +10,7 @@ from torch.compiler import is_compiling
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from continuar.backbones.dropout import draw_seed, hashed_dropout, hashed_gelu_dropout
+from continuar.backbones.dropout import Dropout, draw_seed, hashed_gelu_dropout
 from continuar.backbones.rotary import Rotation, turn
 from continuar.errors import require
 
@@ -74,13 +74,6 @@ class Attention(nn.Module):
         dropout = self.attention_dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
         return self.dropout(self.projection(y.transpose(1, 2).reshape(batch, length, width)), seed_2)
-
-
-class Dropout(nn.Dropout):
-    """torch's own; with a seed, that of `continuar.backbones.dropout`, whose elements are numbered from ``first`` on."""
-
-    def forward(self, input: Tensor, seed_2: Tensor | None = None, first: int = 0) -> Tensor:
-        return super().forward(input) if seed_2 is None else hashed_dropout(input, self.p, seed_2, first)
 
 
 class MLP(nn.Sequential):

@@ -16,12 +16,19 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 # Odd numbers whose bits look random, in two's complement.
 _A, _B, _C = 0x9E3779B1 - 2**32, 0x7FEB352D, 0x846CA68B - 2**32
+
+
+class Dropout(nn.Dropout):
+    """torch's own; with a seed, `hashed_dropout`, whose elements are numbered from ``first`` on."""
+
+    def forward(self, input: Tensor, seed_2: Tensor | None = None, first: int = 0) -> Tensor:
+        return super().forward(input) if seed_2 is None else hashed_dropout(input, self.p, seed_2, first)
 
 
 def draw_seed(device: torch.device) -> Tensor:

@@ -12,16 +12,14 @@ import tyro
 
 from continuar.checkpoints.store import ModelFile
 from continuar.checkpoints.tokenizers import for_model
-from continuar.cli.generating import SamplingSettings
+from continuar.cli.generating import RunningSettings
 from continuar.cli.load import load_official
 from continuar.cli.parse import parse
 from continuar.devices import pick_device
 from continuar.errors import require, unknown_name
 from continuar.generation.eager import Start
-from continuar.generation.engines import EngineName
 from continuar.generation.measure import Speed, matmul_peak, measure
 from continuar.generation.plan import make_plan
-from continuar.generation.weights import Precision
 from continuar.pipeline import Pipeline, load, shipped_models
 from continuar.recipes import RECIPES
 from continuar.tokenizers import LatentConfig, LatentTokenizer, PixelConfig
@@ -48,11 +46,7 @@ class Arguments:
     """A run directory, a saved model, a shipped name, an official MAR checkpoint file, or the name of a recipe."""
     batch: tuple[int, ...] = (1, 8)
     """Batch sizes, one row each."""
-    settings: Annotated[SamplingSettings, tyro.conf.arg(name="")] = field(default_factory=SamplingSettings)
-    engine: EngineName = "auto"
-    """Who generates: eager, graphs, or auto."""
-    precision: Precision = "float32"
-    """float32, or bfloat16 for the matrix products of the graphs engine."""
+    settings: Annotated[RunningSettings, tyro.conf.arg(name="")] = field(default_factory=RunningSettings)
     tokenizer: str | None = None
     """For a model of latents: its autoencoder; without it, decoding is not measured."""
     repeats: int = 2
@@ -75,7 +69,7 @@ def main(arguments: list[str]) -> int:
     pipe = _pipeline(options.model, options.tokenizer, options.device)
     settings = pipe.defaults.override(**options.settings.given())
     plan = make_plan(pipe.model.order, settings, pipe.model.order.positions)
-    engine = pipe.engine(options.engine, options.precision)
+    engine = pipe.engine(options.settings.engine, options.settings.precision)
     guided = bool(pipe.classes) and settings.guidance != 1.0
     peak = matmul_peak(pipe.device)
     floor = generation_flops(pipe.file.model, settings if guided else settings.override(guidance=1.0)) / peak

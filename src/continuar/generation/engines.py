@@ -19,9 +19,9 @@ from continuar.model import Model
 from continuar.token_model import TokenModel
 
 EngineName = Literal["auto", "eager", "graphs"]
+ENGINE_NAMES: tuple[EngineName, ...] = ("auto", "eager", "graphs")
 TESTED = ("cpu", "cuda")
 """Devices on which the fast engine was seen to equal the eager one."""
-ENGINE_NAMES: tuple[EngineName, ...] = ("auto", "eager", "graphs")
 
 
 class Engine(Protocol):
