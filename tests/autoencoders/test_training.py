@@ -12,11 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
+from torch.nn import functional
 
 from continuar.autoencoders.config import CodebookLearning, DiscriminatorConfig, ImagesConfig, LossConfig, TokenizerRun
 from continuar.autoencoders.images import DecodedBatches, MemoryBatches, open_images
 from continuar.autoencoders.loop import train_tokenizer
+from continuar.autoencoders.perceptual import Perceptual
 from continuar.autoencoders.state import newest_checkpoints
 from continuar.autoencoders.step import TokenizerStep
 from continuar.checkpoints.store import read_tensors
@@ -49,6 +52,17 @@ def trainer_of(run: TokenizerRun, seed: int = 0) -> TokenizerStep:
     return TokenizerStep(run.tokenizer.build(), run, None)
 
 
+class Flat(Perceptual):
+    """A perceptual network of one layer, which is a pooling."""
+
+    def features(self, images_B3HW: Tensor) -> list[Tensor]:
+        return [functional.avg_pool2d(images_B3HW, 4) + 2]
+
+
+def parts_of(trainer: TokenizerStep) -> list[nn.Module]:
+    return [m for m in (trainer.tokenizer, trainer.discriminator, trainer.codebook) if m is not None]
+
+
 def metrics_of(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
@@ -78,11 +92,59 @@ def test_the_kl_is_that_of_gaussians_and_is_weighted_per_value() -> None:
     trainer = trainer_of(run)
     batch = images(4)
     torch.manual_seed(0)
-    decoded, losses, _ = trainer.reconstruct(batch)
+    decoded = trainer.autoencode(batch)
     mean, log_variance = trainer.network.encode(batch).latent_dist.parameters.chunk(2, 1)
     divergence = kl_divergence(Normal(mean, (log_variance / 2).exp()), Normal(0.0, 1.0)).flatten(1).sum(1).mean()
-    torch.testing.assert_close(losses.regularisation, divergence)
-    torch.testing.assert_close(losses.total, (decoded - batch).abs().mean() + 0.5 * divergence / (3 * 8 * 8))
+    torch.testing.assert_close(decoded.regularisation, divergence)
+    torch.testing.assert_close(decoded.penalty, 0.5 * divergence / (3 * 8 * 8))
+
+
+@every_variant
+@pytest.mark.parametrize("joined", [False, True])
+def test_gradients_are_those_of_one_sum(kind: str, codebook: CodebookLearning | None, joined: bool) -> None:
+    """The loss as LDM writes it, differentiated at once, against the step's way through the images."""
+    judged = DiscriminatorConfig(weight=0.3, start_images=0 if joined else 10**6, width=8, layers=1)
+    run = tiny_run("", kind, codebook=codebook, discriminator=judged, optim=OptimConfig(clip=0.0))
+    perceptual = Flat()
+    torch.manual_seed(0)
+    trainer, truth = (TokenizerStep(run.tokenizer.build(), run, perceptual) for _ in range(2))
+    for module, other in zip(parts_of(truth), parts_of(trainer), strict=True):
+        module.load_state_dict(other.state_dict())
+    batch = images(8)
+    trainer.seed(0)
+    trainer(0, batch)
+
+    truth.seed(0)
+    decoded = truth.autoencode(batch)
+    made = decoded.images_B3HW
+    others = (made - batch).abs().mean() + run.loss.perceptual_weight * perceptual(made, batch).mean()
+    loss = others + decoded.penalty
+    if joined:
+        assert truth.discriminator is not None
+        adversarial = -truth.discriminator(made).mean()
+        last = truth.network.decoder.conv_out.weight
+        a, b = (torch.autograd.grad(term, last, retain_graph=True)[0].norm() for term in (others, adversarial))
+        loss = loss + 0.3 * (a / (b + 1e-4)).detach() * adversarial
+    loss.backward()
+    for (name, ours), theirs in zip(trainer.tokenizer.named_parameters(), truth.tokenizer.parameters(), strict=True):
+        if ours.requires_grad and "embedding" not in name:  # codes that moved lose their gradient's meaning
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-7)
+
+
+@every_variant
+def test_a_compiled_step_equals_the_plain_one(kind: str, codebook: CodebookLearning | None) -> None:
+    judged = DiscriminatorConfig(weight=0.3, start_images=0, width=8, layers=1)
+    run = tiny_run("", kind, codebook=codebook, discriminator=judged)
+    plain = trainer_of(run)
+    compiled = trainer_of(replace(run, train=replace(run.train, engine="compile")))
+    for trainer in (plain, compiled):
+        trainer.seed(0)
+        trainer(0, images(8))
+    assert compiled.meter.read()[0] == pytest.approx(plain.meter.read()[0], rel=1e-3)
+    for module, other in zip(parts_of(compiled), parts_of(plain), strict=True):
+        assert [*module.state_dict()] == [*other.state_dict()]
+        for ours, theirs in zip(module.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-6)
 
 
 @every_variant
@@ -91,7 +153,7 @@ def test_a_step_that_is_not_finite_changes_nothing(kind: str, codebook: Codebook
     for step in range(3):
         trainer.seed(step)
         trainer(step, images(8))
-    kept = [m for m in (trainer.tokenizer, trainer.discriminator, trainer.codebook) if m is not None]
+    kept = parts_of(trainer)
     before = [{k: v.clone() for k, v in m.state_dict().items() if k != "seen_V"} for m in kept]
     trainer.meter.read()
     bad = images(8)

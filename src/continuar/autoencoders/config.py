@@ -105,6 +105,8 @@ class TokenizerLoopConfig:
     """Images per step."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """"auto": bfloat16 autocast on CUDA, float32 elsewhere."""
+    engine: Literal["auto", "eager", "compile"] = "auto"
+    """"compile": the networks' blocks through torch.compile, which takes a minute and pays within some; "auto": that on CUDA."""
     log_images: int = 10_000
     """Write metrics every so many images."""
     sample_images: int = 200_000

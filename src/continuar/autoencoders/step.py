@@ -1,7 +1,7 @@
 """One training step of a tokenizer (LDM, Rombach et al. 2022; VQGAN, Esser et al. 2021).
 
 1. Images through encoder, posterior or codebook, and decoder.
-2. Reconstruction: L1 of pixels and a perceptual distance. Regularisation: KL, or commitment to codes.
+2. Errors: L1 of pixels and a perceptual distance. Regularisation: KL, or commitment to codes.
 3. From ``discriminator.start_images`` on, the decoder also learns to pass for real, with the adaptive weight; then the
    discriminator takes a step of its own on the same images.
 4. Codes move.
@@ -12,7 +12,8 @@ A step whose loss or gradient norm is not finite changes nothing, and nothing is
 from __future__ import annotations
 
 import hashlib
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,16 +29,25 @@ from continuar.training.optim import learning_rate
 
 
 @dataclass(frozen=True)
-class Losses:
-    """The terms of one batch; scalars."""
+class Decoded:
+    """A batch that went through the autoencoder, with the terms that do not look at its images."""
+
+    images_B3HW: Tensor
+    regularisation: Tensor
+    """KL per image, or the commitment (and codebook) loss."""
+    penalty: Tensor
+    """The same, weighted."""
+    quantised: Quantised | None
+
+
+@dataclass(frozen=True)
+class Errors:
+    """How far decoded images are from the real ones; scalars."""
 
     l1: Tensor
     perceptual: Tensor
-    regularisation: Tensor
-    """KL per image, or the commitment (and codebook) loss."""
-    total: Tensor
-    """What the autoencoder minimises, but for the adversarial term."""
-    squared_error: Tensor
+    """Weighted."""
+    squared: Tensor
     """Mean squared error of pixels in [-1, 1]."""
 
 
@@ -94,8 +104,11 @@ class TokenizerStep:
         self.discriminator = PatchDiscriminator(run.discriminator).to(self.device) if run.discriminator.weight > 0 else None
         self.discriminator_optimizer = None if self.discriminator is None else self._adamw(self.discriminator)
         self.meter = Meter(self.device)
-        precision = run.train.precision
-        self._bf16 = precision == "bfloat16" or (precision == "auto" and self.device.type == "cuda")
+        cuda = self.device.type == "cuda"
+        self._bf16 = run.train.precision == "bfloat16" or (run.train.precision == "auto" and cuda)
+        if run.train.engine == "compile" or (run.train.engine == "auto" and cuda):
+            for part in self._compiled_parts():
+                part.compile(dynamic=False)
 
     def _adamw(self, module: nn.Module) -> torch.optim.AdamW:
         optim = self.run.optim
@@ -109,52 +122,74 @@ class TokenizerStep:
         torch.manual_seed(int.from_bytes(digest, "little") >> 1)
 
     def __call__(self, step: int, images_B3HW: Tensor) -> None:
-        """Step ``step`` on one batch in [-1, 1]; call `seed` before the batch is drawn."""
+        """Step ``step`` on one batch in [-1, 1]; call `seed` before the batch is drawn.
+
+        What judges images is differentiated by the images first, each judge once; the sum of these gradients then goes through
+        the autoencoder. So the adaptive weight costs two gradients of one layer, and none of the judges.
+        """
         self._set_rate(step)
-        with torch.autocast(self.device.type, torch.bfloat16) if self._bf16 else nullcontext():
-            decoded, losses, quantised = self.reconstruct(images_B3HW)
-            judge = self._judge(step)
-            adversarial = losses.total.new_zeros(()) if judge is None else -judge(decoded).mean()
-        loss, weight = losses.total, losses.total.new_zeros(())
+        judge = self._judge(step)
+        with self._autocast():
+            decoded = self.autoencode(images_B3HW)
+            images = decoded.images_B3HW.detach().requires_grad_()
+            errors = self.compare(images, images_B3HW)
+            adversarial = errors.l1.new_zeros(()) if judge is None else -judge(images).mean()
+        (gradient,) = torch.autograd.grad(errors.l1 + errors.perceptual, images)
+        loss, weight = errors.l1 + errors.perceptual + decoded.penalty, errors.l1.new_zeros(())
         if judge is not None:
-            weight = adaptive_weight(losses.l1 + losses.perceptual, adversarial, self.network.decoder.conv_out.weight)
+            (pull,) = torch.autograd.grad(adversarial, images)
+            weight = adaptive_weight(decoded.images_B3HW, gradient, pull, self.network.decoder.conv_out.weight)
+            gradient = gradient + self.run.discriminator.weight * weight * pull
             loss = loss + self.run.discriminator.weight * weight * adversarial
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward((decoded.images_B3HW, decoded.penalty), (gradient.to(decoded.images_B3HW.dtype), None))
         bad = self._update(self.optimizer, loss)
-        values = {"l1": losses.l1, "mse": losses.squared_error, "regularisation": losses.regularisation}
+        values = {"l1": errors.l1, "mse": errors.squared, "regularisation": decoded.regularisation}
         if self.perceptual is not None:
-            values["perceptual"] = losses.perceptual
-        if self.codebook is not None and quantised is not None:
-            self.codebook.update(quantised, ~bad, self.optimizer)
+            values["perceptual"] = errors.perceptual
+        if self.codebook is not None and decoded.quantised is not None:
+            self.codebook.update(decoded.quantised, ~bad, self.optimizer)
         if judge is not None:
             values |= {"adaptive_weight": weight, "adversarial": adversarial}
-            values["discriminator"], worse = self._train_discriminator(judge, images_B3HW, decoded.detach())
+            values["discriminator"], worse = self._train_discriminator(judge, images_B3HW, images.detach())
             bad = bad | worse
         self.meter.add(bad, **values)
 
-    def reconstruct(self, images_B3HW: Tensor) -> tuple[Tensor, Losses, Quantised | None]:
-        """Images through the autoencoder, with the terms that they are held to."""
-        network, quantised = self.tokenizer.config.network, None
+    def autoencode(self, images_B3HW: Tensor) -> Decoded:
+        """Images through encoder, posterior or codebook, and decoder."""
+        network = self.tokenizer.config.network
         encoded = network.encode(self.network, images_B3HW)
         if self.codebook is not None:
             quantised = self.codebook(encoded)
-            decoded = self.network.decode(quantised.codes_BCHW, force_not_quantize=True, return_dict=False)[0]
-            regularisation = penalty = quantised.loss
-        else:
-            mean, log_variance = encoded.float().chunk(2, 1)
-            log_variance = log_variance.clamp(-30, 20)
-            decoded = network.decode(self.network, mean + (log_variance / 2).exp() * torch.randn_like(mean))
-            divergence = (mean.square() + log_variance.exp() - 1 - log_variance).flatten(1).sum(1) / 2
-            regularisation = divergence.mean()
-            # Per value of an image, as the other terms are means over values.
-            penalty = self.run.loss.kl_weight * regularisation / images_B3HW[0].numel()
-        difference = decoded.float() - images_B3HW
+            made = self.network.decode(quantised.codes_BCHW, force_not_quantize=True, return_dict=False)[0]
+            return Decoded(made, quantised.loss, quantised.loss, quantised)
+        mean, log_variance = encoded.float().chunk(2, 1)
+        log_variance = log_variance.clamp(-30, 20)
+        made = network.decode(self.network, mean + (log_variance / 2).exp() * torch.randn_like(mean))
+        divergence = (mean.square() + log_variance.exp() - 1 - log_variance).flatten(1).sum(1) / 2
+        regularisation = divergence.mean()
+        # Per value of an image, as the errors are means over values.
+        return Decoded(made, regularisation, self.run.loss.kl_weight * regularisation / images_B3HW[0].numel(), None)
+
+    def compare(self, made_B3HW: Tensor, images_B3HW: Tensor) -> Errors:
+        """What decoded images are held to, but for the discriminator."""
+        difference = made_B3HW.float() - images_B3HW
         l1, squared = difference.abs().mean(), difference.detach().square().mean()
         perceptual = l1.new_zeros(())
         if self.perceptual is not None:
-            perceptual = self.run.loss.perceptual_weight * self.perceptual(decoded, images_B3HW).mean()
-        return decoded, Losses(l1, perceptual, regularisation, l1 + perceptual + penalty, squared), quantised
+            perceptual = self.run.loss.perceptual_weight * self.perceptual(made_B3HW, images_B3HW).mean()
+        return Errors(l1, perceptual, squared)
+
+    def _compiled_parts(self) -> Iterator[nn.Module]:
+        """Whatever repeats and holds the time. The decoder's last layer, which is differentiated alone, stays apart, and so does
+        enlarging: Inductor of torch 2.13 gets its gradient wrong between convolutions (layout optimisation, on a CPU)."""
+        encoder, decoder = self.network.encoder, self.network.decoder
+        yield from (*encoder.down_blocks, encoder.mid_block, decoder.mid_block)
+        yield from (resnet for block in decoder.up_blocks for resnet in block.resnets)
+        yield from (part for part in (self.perceptual, self.discriminator) if part is not None)
+
+    def _autocast(self) -> AbstractContextManager:
+        return torch.autocast(self.device.type, torch.bfloat16) if self._bf16 else nullcontext()
 
     def _judge(self, step: int) -> PatchDiscriminator | None:
         """The discriminator, once it has joined; its parameters get no gradient from the autoencoder's loss."""
@@ -165,7 +200,7 @@ class TokenizerStep:
         """Its own step; returns its loss, and whether that was not finite."""
         assert self.discriminator_optimizer is not None
         judge.requires_grad_(True)
-        with torch.autocast(self.device.type, torch.bfloat16) if self._bf16 else nullcontext():
+        with self._autocast():
             loss = hinge(judge(real_B3HW).float(), judge(made_B3HW).float())
         self.discriminator_optimizer.zero_grad(set_to_none=True)
         loss.backward()
