@@ -18,7 +18,7 @@ import logging
 import subprocess
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,7 +167,7 @@ def _per_call(case: Case, speed: Speed) -> dict[str, float]:
     }
 
 
-def equality(device: torch.device) -> list[dict[str, Any]]:
+def equality(device: torch.device) -> Iterator[dict[str, Any]]:
     """Largest differences between the engines on a model of middling size; bf16 on one autoregressive step, as chains amplify."""
     head = DiffusionHeadConfig(width=512, depth=3, prediction="velocity")
     mae = MAEConfig(width=256, encoder_depth=4, heads=8, decoder_depth=4)
@@ -175,7 +175,6 @@ def equality(device: torch.device) -> list[dict[str, Any]]:
         ("MAR", mae, MAROrderConfig(), 16),
         ("AR, kv-cache", CausalConfig(width=256, depth=8, heads=8), RasterOrderConfig(), None),
     )
-    rows = []
     for name, backbone, order, steps in families:
         model = build(backbone, order, head, device)
         exact, low = (GraphEngine(model, precision, strict=True) for precision in ("float32", "bfloat16"))
@@ -189,7 +188,7 @@ def equality(device: torch.device) -> list[dict[str, Any]]:
                     # After one step from the same known tokens: what bf16 does to z, seen in the tokens drawn from it.
                     step, coarse = (next(iter(e.stream(start, options))).tokens for e in (exact, low))
                     drawn = step.ne(start.tokens) & step.ne(0)
-                    row = {
+                    yield {
                         "model": name,
                         "batch": batch,
                         "guidance": guidance,
@@ -199,9 +198,6 @@ def equality(device: torch.device) -> list[dict[str, Any]]:
                         "equal": bool(max((first - truth).abs().max(), (again - truth).abs().max()) < 1 / 255),
                         "bf16_step_relative": ((coarse - step)[drawn].norm() / step[drawn].norm()).item(),
                     }
-                    rows.append(row)
-                    print(json.dumps(row), flush=True)
-    return rows
 
 
 def decoder_row(batch: int, low: bool, device: torch.device) -> dict[str, Any]:
@@ -345,7 +341,14 @@ def main() -> None:
     header = {"device": name, "torch": torch.__version__, "peak TFLOP/s": round(peak / 1e12, 2), "commit": commit()}
     print(header, flush=True)
     if options.equality:
-        write(options.out, header, "sampling_equality", equality(device))
+        compared: list[dict[str, Any]] = []
+        for row in equality(device):
+            compared.append(row)
+            print(json.dumps(row), flush=True)
+            write(options.out, header, "sampling_equality", compared)
+        unequal = [row for row in compared if not row["equal"]]
+        if unequal:
+            raise SystemExit(f"{len(unequal)} of {len(compared)} are not equal")
         return
     if options.decoder:
         decoded = [decoder_row(batch, low, device) for low in (False, True) for batch in (1, 8, 128, 256)]
