@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from kernel_times import kernel_table
 
-from continuar.devices import pick_device
+from continuar.devices import expandable_segments, pick_device
 from continuar.generation.measure import matmul_peak
 from continuar.recipes import find_recipe
 from continuar.training.config import Run
@@ -103,6 +103,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    expandable_segments()
     device = pick_device(options.device)
     peak = matmul_peak(device) if device.type == "cuda" else float("nan")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

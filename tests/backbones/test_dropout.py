@@ -83,9 +83,17 @@ def test_the_gradient_is_the_mask_over_the_probability() -> None:
     torch.testing.assert_close(y, x * factor, rtol=1e-6, atol=0)
     torch.testing.assert_close(torch.autograd.grad(y, x, upstream)[0], upstream * factor, rtol=1e-6, atol=0)
     z, wanted = hashed_gelu_dropout(x, 0.3, seed, 11), F.gelu(x) * factor
-    torch.testing.assert_close(z, wanted, rtol=1e-6, atol=0)
+    torch.testing.assert_close(z, wanted, rtol=1e-6, atol=1e-6)
     (found,), (expected,) = (torch.autograd.grad(out, x, upstream) for out in (z, wanted))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_gelu_and_its_gradient_are_right_to_float32() -> None:
+    x = torch.linspace(-12, 12, 20_001, requires_grad=True)
+    y, wanted = hashed_gelu_dropout(x, 0.0, seeds(1)[0], 0), F.gelu(x.double())
+    torch.testing.assert_close(y.double(), wanted, rtol=2e-7, atol=4e-7)
+    found, expected = (torch.autograd.grad(out.sum(), x)[0] for out in (y, wanted))
+    torch.testing.assert_close(found, expected, rtol=5e-7, atol=1e-6)
 
 
 def with_masks(block: Block, x: Tensor, p: float, seed_2: Tensor) -> Tensor:

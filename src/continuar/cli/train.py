@@ -20,7 +20,7 @@ from continuar.cli.parse import parse
 from continuar.cli.recipes import split_recipe
 from continuar.configs import to_json
 from continuar.data.images import class_names
-from continuar.devices import pick_device
+from continuar.devices import expandable_segments, pick_device
 from continuar.errors import require
 from continuar.recipes import RECIPES, find_recipe
 from continuar.token_model import parameter_counts
@@ -79,6 +79,7 @@ def main(arguments: list[str]) -> int:
     minutes = options.max_minutes
     require(0 <= minutes < math.inf, f"--max-minutes is {minutes}; allowed: 0 or more")
     directory = options.out or Path("runs") / name
+    expandable_segments()
     device = pick_device(options.device)
     device = local_device(device) if processes() else device
     end = time.monotonic() + 60 * minutes if minutes else math.inf

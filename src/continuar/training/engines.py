@@ -176,16 +176,26 @@ class GraphEngine(EagerEngine):
         before = torch.cuda.memory_allocated(self._flat.device)
         loss = self._forward(*self._given(known))
         held = torch.cuda.memory_allocated(self._flat.device) - before
-        loss.backward(self._share)
+        self._backward(loss, fresh=False)
         return held
 
     def _capture(self, known: int, fresh: bool) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            if fresh:
-                self._flat.zero_()
-            loss = self._forward_backward(*self._given(known))
-        return graph, loss
+            loss = self._forward(*self._given(known))
+            self._backward(loss, fresh)
+        return graph, loss.detach()
+
+    def _backward(self, loss: Tensor, fresh: bool) -> None:
+        """Gradients into the buffer, or onto it, by a few launches for all; autograd would add each to zeros by one of its own."""
+        found = torch.autograd.grad(loss, tuple(self._model.parameters()), self._share, allow_unused=True)
+        used = [(place, gradient) for place, gradient in zip(self._gradients, found, strict=True) if gradient is not None]
+        places, gradients = zip(*used, strict=True)
+        if fresh:
+            # What no loss depends on keeps the zeros it began with.
+            torch._foreach_copy_(places, gradients)  # pyright: ignore[reportPrivateImportUsage]
+        else:
+            torch._foreach_add_(places, gradients)  # pyright: ignore[reportPrivateImportUsage]
 
     def _given(self, known: int) -> tuple[Tensor, Tensor, View]:
         assert self._inputs is not None
