@@ -30,8 +30,8 @@ def tiny_run(**train) -> Run:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@inductor.patch(fallback_random=True)
 def test_compiled_loss_equals_the_plain_one_in_value_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inductor, "fallback_random", True)
     monkeypatch.setattr(blocks, "is_compiling", lambda: True)  # the plain one is to draw as the compiled one does
     torch.manual_seed(0)
     run = tiny_run(engine="compile")
