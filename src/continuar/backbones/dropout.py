@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,28 +68,23 @@ def _dropout(x: Tensor, p: float, seed_2: Tensor, first: int) -> Tensor:
 
 
 def _gelu_dropout(x: Tensor, p: float, seed_2: Tensor, first: int) -> Tensor:
-    return _dropout(_GELU.apply(x), p, seed_2, first)
+    return _dropout(_gelu(x), p, seed_2, first)
 
 
-class _GELU(torch.autograd.Function):
-    """x Phi(x), and its derivative Phi(x) + x phi(x), where one exponential serves both Phi and phi: kernels that hold a GELU and a
-    hash wait for arithmetic, not for memory."""
+def _gelu(x: Tensor) -> Tensor:
+    """x Phi(x), with its derivative Phi(x) + x phi(x) written out, so that one exponential serves both: kernels that hold
+    a GELU and a hash wait for arithmetic, not for memory.
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return (x.float() * _normal(x)[0]).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        cumulative, density = _normal(x)
-        return (gradients[0].float() * (cumulative + x.float() * density)).to(x.dtype)
+    The term whose value is 0 carries the derivative; torch 2.11 gets an autograd.Function wrong in what is computed again.
+    """
+    exact = x.float()
+    fixed = exact.detach()
+    cumulative, density = _normal(fixed)
+    return (fixed * cumulative + (exact - fixed) * (cumulative + fixed * density)).to(x.dtype)
 
 
 def _normal(x: Tensor) -> tuple[Tensor, Tensor]:
     """Phi and phi of the standard normal, in float32; Phi by Abramowitz & Stegun 7.1.26, at most 1e-7 off."""
-    x = x.float()
     bell = torch.exp(x * x * -0.5)
     t = 1 / (1 + 0.3275911 / math.sqrt(2) * x.abs())
     polynomial = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
