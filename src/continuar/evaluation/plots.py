@@ -47,13 +47,18 @@ def plot(axes: Sequence[Axis], rows: Sequence[SweepRow]) -> Any:
 
 def plot_tradeoff(rows: Sequence[SweepRow]) -> Any:
     """Quality over seconds per image, a curve per model whose points are marked with their value."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     first = rows[0].result
     panels = [name for name in PANELS if all(name in row.result["scores"] for row in rows)]
     figure = _figure(4.8 * len(panels), rows, {str(row.point["setting"]) for row in rows})
+    models = {str(row.point["model"]) for row in rows}
+    short = {model: Path(model).name for model in models}
+    names = short if len(set(short.values())) == len(models) else {model: model for model in models}
     curves: dict[str, list[SweepRow]] = {}
     for row in rows:
         setting = str(row.point["setting"]).replace("_", " ")
-        curves.setdefault(f"{row.point['model']} ({setting})", []).append(row)
+        curves.setdefault(f"{names[str(row.point['model'])]} ({setting})", []).append(row)
     for number, name in enumerate(panels, 1):
         panel = figure.add_subplot(1, len(panels), number)
         for label, members in curves.items():
@@ -62,6 +67,11 @@ def plot_tradeoff(rows: Sequence[SweepRow]) -> Any:
             for row, point in zip(members, points, strict=True):
                 panel.annotate(str(row.point["value"]), point, xytext=(3, 4), textcoords="offset points", fontsize="x-small")
         panel.set_xscale("log")
+        # Room for the values beside the points, and figures that a curve of less than a decade has, too.
+        panel.margins(x=0.12, y=0.1)
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.xaxis.set_minor_formatter(NullFormatter())
         panel.set_xlabel("seconds per image")
         _describe(panel, name, first)
         panel.legend(fontsize="x-small")
