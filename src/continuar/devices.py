@@ -17,7 +17,9 @@ DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 
 def expandable_segments() -> None:
     """Lets torch's allocator on CUDA grow its segments rather than keep one per size, unless the user's environment says otherwise;
-    before the first tensor there. Graphs of several masked counts that share one pool then hold a fifth less (docs/scaling.md)."""
+    before the first tensor there. Graphs of several masked counts that share one pool hold an eighth to a fifth less
+    (docs/scaling.md).
+    """
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 

@@ -221,6 +221,19 @@ def test_a_finished_kl_run_has_a_scale_that_gives_tokens_of_unit_deviation(root:
     assert last["psnr"] == pytest.approx(10 * math.log10(4 / last["mse"]))
 
 
+def test_a_compiled_run_draws_and_measures_uncompiled(root: Path, tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    run = tiny_run(root, engine="compile", sample_images=24)
+    train_tokenizer(run, tmp_path / "run", device=CPU)
+    assert len(list((tmp_path / "run" / "samples").glob("*.png"))) == 2
+    first = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    train_tokenizer(replace(run, train=replace(run.train, sample_images=0)), tmp_path / "other", device=CPU)
+    assert first == torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
 def test_a_vq_run_reports_the_codebooks_usage(root: Path, tmp_path: Path) -> None:
     train_tokenizer(tiny_run(root, "vq"), tmp_path / "run", device=CPU)
     last = metrics_of(tmp_path / "run")[-1]

@@ -77,7 +77,9 @@ def train_tokenizer(
     tokenizer = trainer.tokenizer.eval().requires_grad_(False)
     config = tokenizer.config
     if isinstance(tokenizer, VAETokenizer):
-        found = measure(_latents(tokenizer, images, loop.measure_images, loop.batch_size), tokenizer.config.network.has_variance)
+        with torch.compiler.set_stance("force_eager"):
+            latents = _latents(tokenizer, images, loop.measure_images, loop.batch_size)
+            found = measure(latents, tokenizer.config.network.has_variance)
         config = replace(config, scale=found.scale)
     save_tokenizer(config, tokenizer.state_dict(), directory / "tokenizer")
     finished = config.build().to(device)
@@ -169,7 +171,8 @@ class _Loop:
         began = time.monotonic()
         tokenizer = self.trainer.tokenizer.eval()
         images = self.images.first(_SHOWN)
-        both = torch.cat((images, tokenizer.reconstruct(tokenizer.encode(images))))
+        with torch.compiler.set_stance("force_eager"):  # nothing is compiled for one picture
+            both = torch.cat((images, tokenizer.reconstruct(tokenizer.encode(images))))
         tokenizer.train()
         picture = grid(to_uint8(both).cpu().numpy(), None, columns=len(images))
         folder = self.directory / "samples"

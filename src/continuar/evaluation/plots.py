@@ -53,7 +53,7 @@ def plot_tradeoff(rows: Sequence[SweepRow]) -> Any:
     panels = [name for name in PANELS if all(name in row.result["scores"] for row in rows)]
     figure = _figure(4.8 * len(panels), rows, {str(row.point["setting"]) for row in rows})
     models = {str(row.point["model"]) for row in rows}
-    short = {model: Path(model).name for model in models}
+    short = {model: Path(model).name or model for model in models}
     names = short if len(set(short.values())) == len(models) else {model: model for model in models}
     curves: dict[str, list[SweepRow]] = {}
     for row in rows:
@@ -67,7 +67,7 @@ def plot_tradeoff(rows: Sequence[SweepRow]) -> Any:
             for row, point in zip(members, points, strict=True):
                 panel.annotate(str(row.point["value"]), point, xytext=(3, 4), textcoords="offset points", fontsize="x-small")
         panel.set_xscale("log")
-        # Room for the values beside the points, and figures that a curve of less than a decade has, too.
+        # Room for the values beside the points; numbers on the axis even where curves span less than a decade.
         panel.margins(x=0.12, y=0.1)
         panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         panel.xaxis.set_major_formatter("{x:g}")

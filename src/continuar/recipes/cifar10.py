@@ -12,7 +12,7 @@ def cifar10() -> Run:
 
     continuar train cifar10 --data.path DIR_OR_PARQUET
 
-    Training hides 20% to 100%: where there are 64 tokens, most are generated with less than the paper's 70% hidden
+    Training hides 16 to 64 tokens: by the cosine schedule most are generated with less than the paper's 70% hidden
     (docs/results.md: Frechet distance 338, and 376 with the paper's range).
     """
     return Run(

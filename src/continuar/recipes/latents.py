@@ -1,7 +1,7 @@
 """CIFAR-10 as latents of tokenizers that are trained here: continuous ones for a MAR, ids for an AR model.
 
 Each takes three commands: a tokenizer, a cache of its latents, and the model, which takes its tokenizer from the cache. Both
-have run end to end on 1.6 million images, not yet at their full length (docs/results.md).
+have run end to end on 2 million images, not yet at their full length (docs/results.md).
 """
 
 from __future__ import annotations

@@ -192,7 +192,9 @@ class GraphEngine(EagerEngine):
         used = [(place, gradient) for place, gradient in zip(self._gradients, found, strict=True) if gradient is not None]
         places, gradients = zip(*used, strict=True)
         if fresh:
-            # What no loss depends on keeps the zeros it began with.
+            for place, gradient in zip(self._gradients, found, strict=True):
+                if gradient is None:
+                    place.zero_()
             torch._foreach_copy_(places, gradients)  # pyright: ignore[reportPrivateImportUsage]
         else:
             torch._foreach_add_(places, gradients)  # pyright: ignore[reportPrivateImportUsage]
