@@ -87,5 +87,5 @@ def check_temperature(name: str, temperature: float) -> None:
     """Refuses a temperature with a sampler that adds no noise."""
     require(
         SAMPLERS[name].has_temperature or temperature == 1.0,
-        f"temperature is {temperature} with the sampler '{name}', which adds no noise; allowed: 1.0",
+        f"temperature is {temperature} with the sampler '{name}', which adds no noise; allowed: 1.0, or the sampler 'ddpm'",
     )
