@@ -26,6 +26,7 @@ import torch
 import continuar
 from continuar.data.images import ImageSet, load_images
 from continuar.devices import pick_device
+from continuar.diffusion.samplers import SAMPLERS
 from continuar.evaluation.classifier import Classifier, class_accuracy
 from continuar.evaluation.features import SqueezeNet, extract
 from continuar.evaluation.moments import frechet_distance, moments
@@ -38,7 +39,7 @@ from continuar.generation.engines import ENGINE_NAMES
 from continuar.generation.weights import DTYPES
 from continuar.pictures import grid, save_png
 
-OPTIONAL = ("guidance_schedule", "steps", "diffusion_steps", "temperature")
+OPTIONAL = ("guidance_schedule", "steps", "sampler", "diffusion_steps", "temperature")
 """Settings that are the model's unless given."""
 
 
@@ -115,6 +116,7 @@ def main() -> None:
     parser.add_argument("--weights", default="ema", choices=("ema", "raw"))
     parser.add_argument("--guidance", type=float, nargs="+", help="default: the model's")
     parser.add_argument("--guidance-schedule", choices=("linear", "constant"), help="default: the model's")
+    parser.add_argument("--sampler", choices=list(SAMPLERS), help="default: the model's")
     for name, kind in (("steps", int), ("diffusion-steps", int), ("temperature", float)):
         parser.add_argument(f"--{name}", type=kind, help="default: the model's")
     parser.add_argument("--engine", choices=ENGINE_NAMES, default="auto", help="who generates")
