@@ -19,7 +19,7 @@ from torch.nn import functional
 from continuar.autoencoders.config import CodebookLearning, DiscriminatorConfig, ImagesConfig, LossConfig, TokenizerRun
 from continuar.autoencoders.images import DecodedBatches, MemoryBatches, open_images
 from continuar.autoencoders.loop import train_tokenizer
-from continuar.autoencoders.perceptual import Perceptual
+from continuar.autoencoders.perceptual import Perceptual, SqueezeNetPerceptual
 from continuar.autoencoders.state import newest_checkpoints
 from continuar.autoencoders.step import TokenizerStep
 from continuar.checkpoints.store import read_tensors
@@ -28,6 +28,7 @@ from continuar.configs import from_json, to_json
 from continuar.data.find import find_source
 from continuar.data.images import load_images
 from continuar.errors import UserError
+from continuar.evaluation.features import SqueezeNet
 from continuar.recipes.tokenizers import TOKENIZER_RECIPES
 from continuar.training.config import OptimConfig
 from tests.tiny import write_images
@@ -145,6 +146,18 @@ def test_a_compiled_step_equals_the_plain_one(kind: str, codebook: CodebookLearn
         assert [*module.state_dict()] == [*other.state_dict()]
         for ours, theirs in zip(module.parameters(), other.parameters(), strict=True):
             torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_a_compiled_perceptual_distance_has_the_plain_ones_gradient() -> None:
+    """Small images are enlarged before they are convolved, which compilers may get wrong."""
+    torch.manual_seed(0)
+    network = SqueezeNetPerceptual(SqueezeNet()).eval().requires_grad_(False)
+    made, real = images(2).requires_grad_(), images(2, seed=1)
+    (wanted,) = torch.autograd.grad(network(made, real).sum(), made)
+    network.compile(dynamic=False)
+    (found,) = torch.autograd.grad(network(made, real).sum(), made)
+    assert wanted.abs().max() > 0
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4 * wanted.abs().max().item())
 
 
 @every_variant

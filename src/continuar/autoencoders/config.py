@@ -106,8 +106,8 @@ class TokenizerLoopConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """"auto": bfloat16 autocast on CUDA, float32 elsewhere."""
     engine: Literal["auto", "eager", "compile"] = "auto"
-    """"compile": the networks' blocks through torch.compile, which takes about a minute, twice where a discriminator joins; "auto":
-    that on CUDA."""
+    """"compile": the networks' blocks through torch.compile, when training begins and when a discriminator joins; "auto": that on
+    CUDA."""
     log_images: int = 10_000
     """Write metrics every so many images."""
     sample_images: int = 200_000

@@ -13,12 +13,13 @@ operation by operation it would be slower than `torch.nn.functional.dropout`, wh
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from continuar.backbones.gelu import gelu
 
 # Odd numbers whose bits look random, in two's complement.
 _A, _B, _C = 0x9E3779B1 - 2**32, 0x7FEB352D, 0x846CA68B - 2**32
@@ -68,28 +69,7 @@ def _dropout(x: Tensor, p: float, seed_2: Tensor, first: int) -> Tensor:
 
 
 def _gelu_dropout(x: Tensor, p: float, seed_2: Tensor, first: int) -> Tensor:
-    return _dropout(_gelu(x), p, seed_2, first)
-
-
-def _gelu(x: Tensor) -> Tensor:
-    """x Phi(x), with its derivative Phi(x) + x phi(x) written out, so that one exponential serves both: kernels that hold
-    a GELU and a hash wait for arithmetic, not for memory.
-
-    The term whose value is 0 carries the derivative; torch 2.11 gets an autograd.Function wrong in what is computed again.
-    """
-    exact = x.float()
-    fixed = exact.detach()
-    cumulative, density = _normal(fixed)
-    return (fixed * cumulative + (exact - fixed) * (cumulative + fixed * density)).to(x.dtype)
-
-
-def _normal(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Phi and phi of the standard normal, in float32; Phi by Abramowitz & Stegun 7.1.26, at most 1e-7 off."""
-    bell = torch.exp(x * x * -0.5)
-    t = 1 / (1 + 0.3275911 / math.sqrt(2) * x.abs())
-    polynomial = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
-    tail = 0.5 * polynomial * bell
-    return torch.where(x < 0, tail, 1 - tail), bell * (1 / math.sqrt(2 * math.pi))
+    return _dropout(gelu(x), p, seed_2, first)
 
 
 def _again(function: Callable[[Tensor, float, Tensor, int], Tensor], x: Tensor, p: float, seed_2: Tensor, first: int) -> Tensor:

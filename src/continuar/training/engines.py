@@ -71,11 +71,8 @@ class EagerEngine:
         if number == 0:
             self._model.zero_grad(set_to_none=True)
         with self._parallel.syncing(self._objective, number == self._last):
-            return self._forward_backward(tokens, labels_B, view)
-
-    def _forward_backward(self, tokens: Tensor, labels_B: Tensor, view: View) -> Tensor:
-        loss = self._forward(tokens, labels_B, view)
-        loss.backward(self._share)
+            loss = self._forward(tokens, labels_B, view)
+            loss.backward(self._share)
         return loss.detach()
 
     def _forward(self, tokens: Tensor, labels_B: Tensor, view: View) -> Tensor:
@@ -189,12 +186,11 @@ class GraphEngine(EagerEngine):
     def _backward(self, loss: Tensor, fresh: bool) -> None:
         """Gradients into the buffer, or onto it, by a few launches for all; autograd would add each to zeros by one of its own."""
         found = torch.autograd.grad(loss, tuple(self._model.parameters()), self._share, allow_unused=True)
-        used = [(place, gradient) for place, gradient in zip(self._gradients, found, strict=True) if gradient is not None]
-        places, gradients = zip(*used, strict=True)
+        pairs = list(zip(self._gradients, found, strict=True))
+        places, gradients = zip(*((place, gradient) for place, gradient in pairs if gradient is not None), strict=True)
         if fresh:
-            for place, gradient in zip(self._gradients, found, strict=True):
-                if gradient is None:
-                    place.zero_()
+            for place in (place for place, gradient in pairs if gradient is None):
+                place.zero_()
             torch._foreach_copy_(places, gradients)  # pyright: ignore[reportPrivateImportUsage]
         else:
             torch._foreach_add_(places, gradients)  # pyright: ignore[reportPrivateImportUsage]
