@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 
-def kernel_table(work: Callable[[], object], count: int, unit: str, shown: int = 16) -> str:
+def kernel_table(work: Callable[[], object], count: int, unit: str, shown: int = 30) -> str:
     """Kernels by time over ``work``, which is warm and does ``count`` units such as "step"."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         work()

@@ -148,6 +148,35 @@ def test_a_compiled_step_equals_the_plain_one(kind: str, codebook: CodebookLearn
             torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA device")
+@every_variant
+def test_captured_steps_are_the_plain_ones_while_the_rate_changes_and_a_discriminator_joins(
+    kind: str, codebook: CodebookLearning | None
+) -> None:
+    judged = DiscriminatorConfig(weight=0.3, start_images=8 * 8, width=8, layers=1)
+    optim = OptimConfig(lr=3e-3, warmup_images=8 * 10, weight_decay=0.0)
+    run = tiny_run("", kind, codebook=codebook, discriminator=judged, optim=optim, images=8 * 16, precision="float32")
+    measured = []
+    for engine in ("eager", "graphs"):
+        torch.manual_seed(0)
+        trainer = TokenizerStep(run.tokenizer.build().cuda(), replace(run, train=replace(run.train, engine=engine)), None)
+        measured.append([])
+        for step in range(16):
+            trainer.seed(step)
+            trainer(step, images(8, seed=step).cuda())
+            means, bad, _ = trainer.meter.read()
+            assert bad == 0
+            measured[-1].append(means)
+    for plain, captured in zip(*measured, strict=True):
+        assert captured == pytest.approx(plain, rel=1e-2, abs=1e-5)
+
+
+def test_graphs_are_refused_on_a_cpu() -> None:
+    run = tiny_run("", engine="graphs")
+    with pytest.raises(UserError, match="train.engine is 'graphs', CUDA graphs, which a cpu device does not have"):
+        trainer_of(run)
+
+
 def test_a_compiled_perceptual_distance_has_the_plain_ones_gradient() -> None:
     """Small images are enlarged before they are convolved, which compilers may get wrong."""
     torch.manual_seed(0)

@@ -229,7 +229,7 @@ def check_mar(meta: dict, g: dict[str, Tensor]) -> Errors:
     backbone = model.backbone
     encoded = backbone.encode(x.gather(1, view.known_BK.unsqueeze(-1).expand(-1, -1, x.shape[-1])), view.known_BK, cond)
     yield "encoder_out", error(encoded, g["encoder_out"])
-    z = backbone.decode(encoded, view.known_BK, view.query_BQ)
+    z = backbone.decode(encoded, view, view.order_BN.shape[1])
     z = torch.empty_like(z).scatter_(1, order.unsqueeze(-1).expand_as(z), z)
     yield "z", error(z, g["z"])
     queried = view.query_BQ.unsqueeze(-1).expand(-1, -1, z.shape[-1])

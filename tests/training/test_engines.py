@@ -4,6 +4,8 @@ import dataclasses
 
 import pytest
 import torch
+from torch import nn
+from torch._dynamo import config as dynamo
 from torch._inductor import config as inductor
 
 from continuar.backbones import MAEConfig, blocks
@@ -13,7 +15,7 @@ from continuar.heads import DiffusionHeadConfig
 from continuar.orders import View
 from continuar.tokenizers import PixelConfig
 from continuar.training.config import LoopConfig, Run
-from continuar.training.engines import CompiledEngine, EagerEngine, GraphEngine, flat_gradients
+from continuar.training.engines import MAX_COMPILED, CompiledEngine, EagerEngine, GraphEngine, flat_gradients
 from continuar.training.parallel import joined, local_device
 from continuar.training.step import TrainStep
 from tests.processes import group
@@ -92,6 +94,19 @@ def test_recomputing_is_refused_where_graphs_are_captured() -> None:
     for engine in ("graphs", "compile-graphs"):
         with pytest.raises(UserError, match=f"train.engine {engine} cannot capture; allowed: eager, compile"):
             LoopConfig(recompute=True, engine=engine)
+
+
+def test_no_shape_of_as_many_masked_counts_as_are_allowed_falls_back_to_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = nn.Module.compile  # traced and counted as always, but no code is generated
+    monkeypatch.setattr(nn.Module, "compile", lambda part, **given: compiler(part, backend="eager", **given))
+    run = tiny_run(engine="compile")
+    run = dataclasses.replace(run, backbone=dataclasses.replace(run.backbone, decoder_depth=2, mask_ratio_min=0.15, mask_granularity=2))
+    model = run.model_config(3).build().train()
+    assert len(model.queried_counts()) == MAX_COMPILED
+    engine = CompiledEngine(model, 0.1, False)
+    with dynamo.patch(fail_on_recompile_limit_hit=True):
+        for queried in model.queried_counts():
+            engine(torch.randn(4, 16, 12), torch.tensor([0, 1, 2, 0]), model.training_view(4, torch.device("cpu"), queried))
 
 
 def test_compiling_too_many_shapes_is_refused() -> None:

@@ -77,7 +77,8 @@ class CodebookLearner(nn.Module):
         """
         (codebook,) = self._codebook
         codes, decay, even = len(codebook), self.config.decay, len(done.ids_M) / len(codebook)
-        counts_V = torch.bincount(done.ids_M, minlength=codes).float()
+        # Not `bincount`, which reads the largest id on the host.
+        counts_V = torch.zeros_like(self.uses_V).index_add_(0, done.ids_M, torch.ones_like(done.ids_M, dtype=torch.float32))
         uses_V = decay * self.uses_V + (1 - decay) * counts_V
         batch_sums_VC = torch.zeros_like(self.sums_VC).index_add_(0, done.ids_M, done.vectors_MC)
         sums_VC = decay * self.sums_VC + (1 - decay) * batch_sums_VC

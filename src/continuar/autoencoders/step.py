@@ -20,10 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from continuar.autoencoders.captured import Captured
 from continuar.autoencoders.codebook import CodebookLearner, Quantised
 from continuar.autoencoders.config import TokenizerRun
 from continuar.autoencoders.discriminator import PatchDiscriminator, adaptive_weight, hinge
 from continuar.autoencoders.perceptual import Perceptual
+from continuar.errors import require
 from continuar.tokenizers import VAETokenizer, VQTokenizer
 from continuar.training.optim import learning_rate
 
@@ -97,24 +99,29 @@ class TokenizerStep:
         self.tokenizer, self.run, self.perceptual = tokenizer.train().requires_grad_(True), run, perceptual
         self.network: Any = tokenizer.network
         self.device = next(tokenizer.parameters()).device
+        engine = self._engine()
+        graphs = engine.endswith("graphs")
         self.codebook = (
             CodebookLearner(self.network.quantize.embedding.weight, run.codebook) if isinstance(tokenizer, VQTokenizer) else None
         )
-        self.optimizer = self._adamw(tokenizer)
+        self.optimizer = self._adamw(tokenizer, graphs)
         self.discriminator = PatchDiscriminator(run.discriminator).to(self.device) if run.discriminator.weight > 0 else None
-        self.discriminator_optimizer = None if self.discriminator is None else self._adamw(self.discriminator)
+        self.discriminator_optimizer = None if self.discriminator is None else self._adamw(self.discriminator, graphs)
         self.meter = Meter(self.device)
-        cuda = self.device.type == "cuda"
-        self._bf16 = run.train.precision == "bfloat16" or (run.train.precision == "auto" and cuda)
-        if run.train.engine == "compile" or (run.train.engine == "auto" and cuda):
+        self._bf16 = run.train.precision == "bfloat16" or (run.train.precision == "auto" and self.device.type == "cuda")
+        if engine.startswith("compile"):
             for part in self._compiled_parts():
                 part.compile(dynamic=False)
+        self._run = Captured(self._step) if graphs else self._step
 
-    def _adamw(self, module: nn.Module) -> torch.optim.AdamW:
+    def _adamw(self, module: nn.Module, graphs: bool) -> torch.optim.AdamW:
         optim = self.run.optim
         trained = [p for p in module.parameters() if p.requires_grad]
+        lr = torch.tensor(optim.lr, device=self.device) if graphs else optim.lr  # what a graph reads has a place on the device
         # Fused: it can skip a step on the device, without a host read.
-        return torch.optim.AdamW(trained, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True)
+        return torch.optim.AdamW(
+            trained, lr=lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True, capturable=graphs
+        )
 
     def seed(self, step: int) -> None:
         """Makes every draw of a step (mirror images, posterior, revival) a function of (seed, step)."""
@@ -128,7 +135,12 @@ class TokenizerStep:
         the autoencoder. So the adaptive weight costs two gradients of one layer, and none of the judges.
         """
         self._set_rate(step)
-        judge = self._judge(step)
+        bad, values = self._run(images_B3HW, self._judged(step))
+        self.meter.add(bad, **values)
+
+    def _step(self, images_B3HW: Tensor, judged: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """All that happens on the device: (whether something was not finite, what is measured)."""
+        judge = self._judge() if judged else None
         with self._autocast():
             decoded = self.autoencode(images_B3HW)
             images = decoded.images_B3HW.detach().requires_grad_()
@@ -153,7 +165,7 @@ class TokenizerStep:
             values |= {"adaptive_weight": weight, "adversarial": adversarial}
             values["discriminator"], worse = self._train_discriminator(judge, images_B3HW, images.detach())
             bad = bad | worse
-        self.meter.add(bad, **values)
+        return bad, values
 
     def autoencode(self, images_B3HW: Tensor) -> Decoded:
         """Images through encoder, posterior or codebook, and decoder."""
@@ -161,7 +173,7 @@ class TokenizerStep:
         encoded = network.encode(self.network, images_B3HW)
         if self.codebook is not None:
             quantised = self.codebook(encoded)
-            made = self.network.decode(quantised.codes_BCHW, force_not_quantize=True, return_dict=False)[0]
+            made = network.decode_codes(self.network, quantised.codes_BCHW)
             return Decoded(made, quantised.loss, quantised.loss, quantised)
         mean, log_variance = encoded.float().chunk(2, 1)
         log_variance = log_variance.clamp(-30, 20)
@@ -191,10 +203,14 @@ class TokenizerStep:
     def _autocast(self) -> AbstractContextManager:
         return torch.autocast(self.device.type, torch.bfloat16) if self._bf16 else nullcontext()
 
-    def _judge(self, step: int) -> PatchDiscriminator | None:
-        """The discriminator, once it has joined; its parameters get no gradient from the autoencoder's loss."""
-        begun = step * self.run.train.batch_size >= self.run.discriminator.start_images
-        return None if self.discriminator is None or not begun else self.discriminator.requires_grad_(False)
+    def _judged(self, step: int) -> bool:
+        """Whether the discriminator has joined."""
+        return self.discriminator is not None and step * self.run.train.batch_size >= self.run.discriminator.start_images
+
+    def _judge(self) -> PatchDiscriminator:
+        """The discriminator, whose parameters get no gradient from the autoencoder's loss."""
+        assert self.discriminator is not None
+        return self.discriminator.requires_grad_(False)
 
     def _train_discriminator(self, judge: PatchDiscriminator, real_B3HW: Tensor, made_B3HW: Tensor) -> tuple[Tensor, Tensor]:
         """Its own step; returns its loss, and whether that was not finite."""
@@ -221,4 +237,20 @@ class TokenizerStep:
         lr = learning_rate(self.run.optim, step * loop.batch_size, loop.steps * loop.batch_size)
         for optimizer in (self.optimizer, self.discriminator_optimizer):
             for group in optimizer.param_groups if optimizer is not None else ():
-                group["lr"] = lr
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(lr)
+                else:
+                    group["lr"] = lr
+
+    def _engine(self) -> str:
+        """Which one "auto" is here.
+
+        Raises:
+            UserError: graphs without a CUDA device.
+        """
+        chosen, cuda = self.run.train.engine, self.device.type == "cuda"
+        require(
+            cuda or not chosen.endswith("graphs"),
+            f"train.engine is '{chosen}', CUDA graphs, which a {self.device.type} device does not have; allowed: eager, compile",
+        )
+        return ("compile-graphs" if cuda else "eager") if chosen == "auto" else chosen

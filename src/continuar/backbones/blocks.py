@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,13 +58,21 @@ class Attention(nn.Module):
         cache: KVCache | None = None,
         at: int = 0,
         rotation: Rotation | None = None,
+        last: int | None = None,
     ) -> Tensor:
         """Attention within x, triangular if ``causal``; with a cache, also to its first ``at`` slots, behind which x is written.
 
         A cache holds keys that are turned already. For the seed see `Block`.
+
+        Args:
+            last: attention of the last so many rows to all of x, [B, last, E]; a rotation has as many queries.
         """
         batch, length, width = x_BLE.shape
-        q, k, v = self.qkv(x_BLE).view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        if last is None:
+            q, k, v = self._heads(self.qkv(x_BLE), 3)
+        else:
+            (q,) = self._heads(F.linear(x_BLE[:, -last:], self.qkv.weight[:width], self.qkv.bias[:width]), 1)
+            k, v = self._heads(F.linear(x_BLE, self.qkv.weight[width:], self.qkv.bias[width:]), 2)
         if rotation is not None:
             q, k = turn(q, rotation.query), turn(k, rotation.key)
         mask = None
@@ -73,7 +82,11 @@ class Attention(nn.Module):
             mask = torch.ones(length, at + length, dtype=torch.bool, device=x_BLE.device).tril(at) if length > 1 else None
         dropout = self.attention_dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
-        return self.dropout(self.projection(y.transpose(1, 2).reshape(batch, length, width)), seed_2)
+        return self.dropout(self.projection(y.transpose(1, 2).flatten(2)), seed_2)
+
+    def _heads(self, x_BLF: Tensor, parts: int) -> Tensor:
+        """[B, L, parts E] -> [parts, B, heads, L, E/heads]."""
+        return x_BLF.unflatten(-1, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4)
 
 
 class MLP(nn.Sequential):
@@ -116,21 +129,36 @@ class Block(nn.Module):
         self, x_BLE: Tensor, *, causal: bool = False, cache: KVCache | None = None, at: int = 0, rotation: Rotation | None = None
     ) -> Tensor:
         """See `Attention.forward`."""
-        if self.recomputed and torch.is_grad_enabled():
-            given = {"causal": causal, "cache": cache, "at": at, "rotation": rotation}
-            return checkpoint(self._forward, x_BLE, use_reentrant=False, **given)
-        return self._forward(x_BLE, causal=causal, cache=cache, at=at, rotation=rotation)
+        return self._perhaps_again(x_BLE, causal=causal, cache=cache, at=at, rotation=rotation)
 
-    def _forward(self, x_BLE: Tensor, *, causal: bool, cache: KVCache | None, at: int, rotation: Rotation | None) -> Tensor:
+    def _perhaps_again(self, x_BLE: Tensor, **given: Any) -> Tensor:
+        """`_forward`, computed again in backward if that is wanted."""
+        if self.recomputed and torch.is_grad_enabled():
+            return checkpoint(self._forward, x_BLE, use_reentrant=False, **given)
+        return self._forward(x_BLE, **given)
+
+    def _forward(self, x_BLE: Tensor, *, last: int | None = None, **given: Any) -> Tensor:
         seed = self._seed(x_BLE)
-        x_BLE = x_BLE + self.attention(self.norm1(x_BLE), seed, causal=causal, cache=cache, at=at, rotation=rotation)
-        return x_BLE + self.mlp(self.norm2(x_BLE), seed)
+        rows_BLE = x_BLE if last is None else x_BLE[:, -last:]
+        rows_BLE = rows_BLE + self.attention(self.norm1(x_BLE), seed, last=last, **given)
+        return rows_BLE + self.mlp(self.norm2(rows_BLE), seed)
 
     def _seed(self, x_BLE: Tensor) -> Tensor | None:
         """Of the dropouts, where hashes decide: in compiled training, but for blocks that are recomputed anyway."""
         hashed = is_compiling() and self.training and self.attention.dropout.p > 0 and not self.recomputed
         numbered = 6 * x_BLE.numel() < 2**31  # one width of attention, four and one of the MLP
         return draw_seed(x_BLE.device) if hashed and numbered else None
+
+
+class QueryBlock(Block):
+    """`Block` of a stack's end, of which only the last rows are asked for: they attend to all, and of the others keys and values are
+    all that is computed. A class, because torch.compile counts the shapes of a forward."""
+
+    def forward(self, x_BLE: Tensor, last: int, *, rotation: Rotation | None = None) -> Tensor:
+        """[B, L, E] -> the last rows [B, last, E]."""
+        if rotation is not None:
+            rotation = rotation._replace(query=rotation.query[..., -last:, :])
+        return self._perhaps_again(x_BLE, last=last, rotation=rotation)
 
 
 def init_transformer(module: nn.Module) -> None:

@@ -2,9 +2,10 @@
 
 1. Encoder: [buffer filled with the condition, known tokens] + positions -> LayerNorm -> blocks -> LayerNorm.
 2. Decoder: [encoded buffer, encoded known tokens, one mask token per unknown position] + positions -> blocks -> LayerNorm.
-3. z = decoder output at the queried positions + one more learned position embedding.
+3. z = decoder output at the masked positions + one more learned position embedding.
 
-Attention has no order of its own, so known and masked rows are kept as two runs instead of being scattered back to their places.
+Attention has no order of its own, so known and masked rows are kept as two runs instead of being scattered back to their places; and
+of the decoder's last block the masked rows alone are asked for.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from continuar.backbones.base import Backbone
-from continuar.backbones.blocks import LN_EPS, Block, check_dropout, init_transformer
+from continuar.backbones.blocks import LN_EPS, Block, QueryBlock, check_dropout, init_transformer
 from continuar.backbones.grids import Grid
 from continuar.backbones.masking import MaskCount
 from continuar.backbones.rotary import Positions, Rotary, Rotation, check_rotary, nowhere
@@ -110,7 +111,8 @@ class MAE(Backbone[MAEState]):
         self.decoder_positions = nn.Parameter(torch.empty(rows, z_dim))
         heads = config.decoder_heads or config.heads
         self.encoder_rotary, self.decoder_rotary = Rotary(grid, width // config.heads), Rotary(grid, z_dim // heads)
-        self.decoder = nn.ModuleList(Block(z_dim, heads, *rates) for _ in range(config.decoder_depth))
+        self.decoder = nn.ModuleList(Block(z_dim, heads, *rates) for _ in range(config.decoder_depth - 1))
+        self.decoder.append(QueryBlock(z_dim, heads, *rates))
         self.decoder_norm = nn.LayerNorm(z_dim, eps=LN_EPS)
         self.z_positions = nn.Parameter(torch.empty(positions, z_dim))
         init_transformer(self)
@@ -136,19 +138,20 @@ class MAE(Backbone[MAEState]):
         require(1 <= count <= self.buffer, f"{count} condition tokens; allowed: 1 to {self.buffer}, the buffer")
         return cond_BCE.repeat(1, -(-self.buffer // count), 1)[:, : self.buffer]
 
-    def decode(self, encoded_BLE: Tensor, known_BK: Tensor, masked_BM: Tensor) -> Tensor:
-        """Encoder output and all masked positions -> z [B, K + M, Z]: known positions first, then masked ones."""
-        index = torch.cat((known_BK, masked_BM), 1)
-        h = torch.cat((self.decoder_input(encoded_BLE), self.mask_token.expand(*masked_BM.shape, -1)), 1)
+    def decode(self, encoded_BLE: Tensor, view: View, count: int) -> Tensor:
+        """Encoder output -> z [B, count, Z] of the last ``count`` positions of the view's order: the masked ones are the last."""
+        index = view.order_BN
+        h = torch.cat((self.decoder_input(encoded_BLE), self.mask_token.expand(*view.query_BQ.shape, -1)), 1)
         buffer = self.decoder_positions[: self.buffer].expand(len(h), -1, -1)
         if self.learned:
             h = h + torch.cat((buffer, take(self.decoder_positions[None, self.buffer :], index)), 1)
         else:
             h = torch.cat((h[:, : self.buffer] + buffer, h[:, self.buffer :]), 1)
         rotation = self._rotation(self.decoder_rotary, index)
-        for block in self.decoder:
+        for block in self.decoder[:-1]:
             h = block(h, rotation=rotation)
-        return self.decoder_norm(h[:, self.buffer :]) + take(self.z_positions[None], index)
+        h = self.decoder[-1](h, count, rotation=rotation)
+        return self.decoder_norm(h) + take(self.z_positions[None], index[:, -count:])
 
     def _rotation(self, rotary: Rotary, index_BL: Tensor) -> Rotation | None:
         """Of the buffer, which is nowhere, and the tokens at these positions behind it."""
@@ -159,7 +162,7 @@ class MAE(Backbone[MAEState]):
 
     def forward(self, x_BNE: Tensor, cond_BCE: Tensor, view: View) -> Tensor:
         encoded = self.encode(take(x_BNE, view.known_BK), view.known_BK, cond_BCE)
-        return self.decode(encoded, view.known_BK, view.query_BQ)[:, view.known :]
+        return self.decode(encoded, view, view.query_BQ.shape[1])
 
     def draw_queried(self) -> int:
         return self.mask_count.draw()

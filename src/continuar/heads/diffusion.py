@@ -126,12 +126,12 @@ class DiffusionHead(Head):
         k = self.timesteps_per_token
         t = torch.randint(TRAIN_STEPS, (k, *z.shape[:-1]), device=z.device)
         noise = torch.randn(k, *target.shape, device=z.device)
-        loss = self.loss_terms(z.expand(k, *z.shape), target.expand(k, *target.shape), t, noise).total
+        loss = self.loss_terms(z, target, t, noise).total
         self.note_times(t / TRAIN_STEPS, loss)
         return loss.mean(0)
 
     def loss_terms(self, z: Tensor, x0: Tensor, t: Tensor, noise: Tensor) -> LossTerms:
-        """Both terms for given timesteps t [...] in 0..999 and noise [..., D]; z [..., Z], x0 [..., D]."""
+        """Both terms for given timesteps t [...] in 0..999 and noise [..., D]; z [..., Z] and x0 [..., D] are broadcast."""
         return loss_terms(lambda x: self.net(x, t, z), self.prediction, x0, t, noise)
 
     def draw(

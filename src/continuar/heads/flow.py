@@ -99,7 +99,7 @@ class FlowHead(Head):
         x = target.float()
         with without_autocast(z):
             point = torch.lerp(noise, x.expand_as(noise), t.unsqueeze(-1))
-        (velocity,) = self.net(point, TIME_SCALE * t, z.expand(k, *z.shape))
+        (velocity,) = self.net(point, TIME_SCALE * t, z)
         loss = (velocity.float() - (x - noise)).square().mean(-1)
         self.note_times(t, loss)
         return loss.mean(0)

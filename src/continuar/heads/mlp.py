@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from continuar.diffusion.schedule import TRAIN_STEPS
 from continuar.precision import without_autocast
 
 LN_EPS = 1e-6
@@ -90,6 +91,12 @@ class DenoisingMLP(nn.Module):
             return self.output(h).chunk(self.outputs, dim=-1)
 
     def forward(self, x: Tensor, t: Tensor, z: Tensor) -> tuple[Tensor, ...]:
-        """(x_t [M, D], t [M] or 0-d, z [M, Z]) -> the outputs, [M, D] each."""
+        """(x_t [..., D], t [...] in 0..999 or 0-d, z [..., Z]) -> the outputs, [..., D] each; leading dimensions are broadcast."""
         condition = self.condition(z)
-        return self.denoise(x, self.modulate(self.time_embedding(t).to(condition.dtype) + condition))
+        return self.denoise(x, self.modulate(self._times(t).to(condition.dtype) + condition))
+
+    def _times(self, t: Tensor) -> Tensor:
+        """`time_embedding`, once for each different timestep where whole ones are given and there are more rows than timesteps."""
+        if t.is_floating_point() or t.numel() <= TRAIN_STEPS:
+            return self.time_embedding(t)
+        return F.embedding(t, self.time_embedding(torch.arange(TRAIN_STEPS, device=t.device)))

@@ -155,7 +155,9 @@ class VQNetwork(_Stages):
 
     def decode_codes(self, network: Any, codes_BCHW: Tensor) -> Tensor:
         """Entries of the codebook [B, C, h, w] -> images, without looking for nearer ones."""
-        return network.decode(codes_BCHW, force_not_quantize=True, return_dict=False)[0]
+        # Not `network.decode`, which also copies a loss of zeros to the device: nothing that a CUDA graph could hold.
+        conditions = codes_BCHW if self.norm_type == "spatial" else None
+        return network.decoder(network.post_quant_conv(codes_BCHW), conditions)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ share added to those of the step before it, and returns the micro-batch's mean l
 * `CompiledEngine`: torch.compile of the parts that repeat, transformer block and head, per number of masked tokens: blocks
   of equal shape share one compilation, where compiling the whole model would compile each of them again.
 * `GraphEngine`: forward and backward captured once per number of masked tokens and replayed as one launch; no compilation. It pays
-  where a step is many small kernels. Random numbers stay functions of the generator's seed: a replay reads the state it finds.
+  where a step is many small kernels. Matrices are rounded to bfloat16 once per step (`RoundedMatrices`). Random numbers stay functions of the generator's seed: a replay reads the state it finds.
 * `CompiledGraphEngine`: both, the compiled step captured.
 """
 
@@ -20,6 +20,7 @@ from continuar.errors import UserError, require
 from continuar.orders import View
 from continuar.token_model import TokenModel
 from continuar.training.parallel import Single
+from continuar.training.rounded import RoundedMatrices
 
 MAX_COMPILED = 7
 """Masked counts that can be compiled. torch.compile keeps 8 shapes of one function; the decoder's blocks use one of them."""
@@ -122,6 +123,7 @@ class GraphEngine(EagerEngine):
         )
         self._together.share([*(p.detach() for p in model.parameters()), *model.buffers()])
         self._flat, self._gradients = flat_gradients(model)
+        self._rounded = RoundedMatrices(self._objective, bf16)
         self._inputs: tuple[Tensor, Tensor, Tensor] | None = None
         self._captured: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._pool = torch.cuda.graph_pool_handle()
@@ -183,17 +185,22 @@ class GraphEngine(EagerEngine):
             self._backward(loss, fresh)
         return graph, loss.detach()
 
+    def _forward(self, tokens: Tensor, labels_B: Tensor, view: View) -> Tensor:
+        self._rounded.round()
+        with torch.autocast(self._device_type, torch.bfloat16, enabled=self._bf16):
+            return self._rounded(tokens, labels_B, view)
+
     def _backward(self, loss: Tensor, fresh: bool) -> None:
         """Gradients into the buffer, or onto it, by a few launches for all; autograd would add each to zeros by one of its own."""
-        found = torch.autograd.grad(loss, tuple(self._model.parameters()), self._share, allow_unused=True)
+        found = torch.autograd.grad(loss, self._rounded.leaves, self._share, allow_unused=True)
         pairs = list(zip(self._gradients, found, strict=True))
-        places, gradients = zip(*((place, gradient) for place, gradient in pairs if gradient is not None), strict=True)
         if fresh:
             for place in (place for place, gradient in pairs if gradient is None):
                 place.zero_()
-            torch._foreach_copy_(places, gradients)  # pyright: ignore[reportPrivateImportUsage]
-        else:
-            torch._foreach_add_(places, gradients)  # pyright: ignore[reportPrivateImportUsage]
+        put = torch._foreach_copy_ if fresh else torch._foreach_add_  # pyright: ignore[reportPrivateImportUsage]
+        for dtype in {gradient.dtype for gradient in found if gradient is not None}:  # one type per launch
+            places, gradients = zip(*((p, g) for p, g in pairs if g is not None and g.dtype == dtype), strict=True)
+            put(places, gradients)
 
     def _given(self, known: int) -> tuple[Tensor, Tensor, View]:
         assert self._inputs is not None
