@@ -19,6 +19,10 @@ from continuar.noise import KeyedNoise
 from continuar.orders import View
 
 
+_COUNTED = 16
+"""Images of a batch whose training is counted: what a batch has in common, such as embedded timesteps, is shared."""
+
+
 def training_flops(config: ModelConfig | DiTConfig, recompute: bool = False) -> float:
     """Per image and step: forward and backward (twice the forward) at the mean number of masked tokens.
 
@@ -29,7 +33,7 @@ def training_flops(config: ModelConfig | DiTConfig, recompute: bool = False) -> 
         model = config.build()
         spec = config.tokens
         queried = min(spec.positions, round(model.mean_queried()))
-        view = View(torch.zeros(1, spec.positions, dtype=torch.int64), spec.positions - queried)
+        view = View(torch.zeros(_COUNTED, spec.positions, dtype=torch.int64), spec.positions - queried)
         again = 0
         with FlopCounterMode(display=False) as counter:
 
@@ -44,8 +48,8 @@ def training_flops(config: ModelConfig | DiTConfig, recompute: bool = False) -> 
             for block in (m for m in model.modules() if isinstance(m, Block) and recompute):
                 block.register_forward_pre_hook(enter)
                 block.register_forward_hook(leave)
-            model.loss(spec.blank(1), None, view)
-    return 3.0 * counter.get_total_flops() + again
+            model.loss(spec.blank(_COUNTED), None, view)
+    return (3.0 * counter.get_total_flops() + again) / _COUNTED
 
 
 def generation_flops(config: ModelConfig | DiTConfig, options: SamplingOptions) -> float:
