@@ -173,7 +173,7 @@ def test_captured_steps_are_the_plain_ones_while_the_rate_changes_and_a_discrimi
 
 def test_graphs_are_refused_on_a_cpu() -> None:
     run = tiny_run("", engine="graphs")
-    with pytest.raises(UserError, match="train.engine is 'graphs', CUDA graphs, which a cpu device does not have"):
+    with pytest.raises(UserError, match=r"train\.engine is 'graphs', CUDA graphs, which a cpu device does not have"):
         trainer_of(run)
 
 

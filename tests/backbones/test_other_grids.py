@@ -26,7 +26,7 @@ from continuar.tokenizers import CodebookConfig, LatentConfig, PixelConfig
 from continuar.training.config import Run
 from continuar.training.initial import begin_from
 from continuar.training.loop import train
-from tests.tiny import SMALL, model_configs, options_of, random_tokens, shaken, tiny_run, write_images
+from tests.tiny import SMALL, TOKENIZER, model_configs, options_of, pipeline, random_tokens, shaken, tiny_run, write_images
 
 CPU = torch.device("cpu")
 grids = st.tuples(st.integers(2, 9), st.integers(2, 9))
@@ -128,7 +128,7 @@ def test_a_run_begins_with_the_weights_of_another_grid_and_resumes_to_the_same_b
 def test_the_first_weights_are_the_averaged_ones_of_the_source(small: Path) -> None:
     run, source = larger_run(small), Pipeline.from_pretrained(small / "small", device="cpu").model
     model = run.model_config(2).build()
-    begin_from(model, run.init)
+    begin_from(model, run.init, TOKENIZER.build())
     expected = at_grid(source, (4, 4)).state_dict()
     assert all(torch.equal(v, expected[k]) for k, v in model.state_dict().items())
 
@@ -136,7 +136,7 @@ def test_the_first_weights_are_the_averaged_ones_of_the_source(small: Path) -> N
 def test_other_classes_begin_anew_and_no_class_is_kept(small: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run, source = larger_run(small, "three"), Pipeline.from_pretrained(small / "small", device="cpu").model
     model = run.model_config(3).build()
-    begin_from(model, run.init)
+    begin_from(model, run.init, TOKENIZER.build())
     assert "has 2 classes, the data 3: embeddings of classes begin anew" in caplog.text
     torch.testing.assert_close(model.condition.null(1), source.condition.null(1), rtol=0, atol=0)
     assert train(run, tmp_path / "r", device=CPU)(["cat"], [0]).shape == (1, 16, 16, 3)
@@ -194,6 +194,18 @@ def test_the_command_line_fine_tunes_at_twice_the_size(small: Path, tmp_path: Pa
     assert np.asarray(Pipeline.from_pretrained(tmp_path / "r", device="cpu")(["ant"], [0], steps=2, diffusion_steps=2)).any()
 
 
+def test_ids_of_another_codebook_are_refused(tmp_path: Path) -> None:
+    config = next(c for c in model_configs() if c.tokens.kind == "id")
+    pipe = pipeline(config, shaken(config))
+    saved, new = pipe.save_pretrained(tmp_path / "m"), config.build()
+    begin_from(new, str(saved), pipe.tokenizer)
+    assert all(torch.equal(v, pipe.model.state_dict()[k]) for k, v in new.state_dict().items())
+    with torch.no_grad():
+        pipe.tokenizer.state_dict()["codebook"][3] += 0.1
+    with pytest.raises(UserError, match="was trained on ids of another codebook"):
+        begin_from(config.build(), str(saved), pipe.tokenizer)
+
+
 def test_an_official_checkpoint_begins_a_run_at_another_grid(tmp_path: Path) -> None:
     config = next(c for c in model_configs() if c.head.kind == "diffusion" and c.order.kind == "mar" and c.head.prediction == "eps")
     config = replace(config, tokens=replace(config.tokens, dim=16))
@@ -201,7 +213,7 @@ def test_an_official_checkpoint_begins_a_run_at_another_grid(tmp_path: Path) -> 
     file = ModelFile(config, LatentConfig(image_size=64), ("a", "b", "c"), options_of(config))
     write_official(tmp_path / "m.pth", file, model.state_dict(), model.state_dict())
     new = replace(config, tokens=replace(config.tokens, grid=(8, 8))).build()
-    begin_from(new, str(tmp_path / "m.pth"))
+    begin_from(new, str(tmp_path / "m.pth"), TOKENIZER.build())
     expected = at_grid(model, (8, 8)).state_dict()
     assert all(torch.equal(v, expected[k]) for k, v in new.state_dict().items())
     loss = new.loss(random_tokens(new.config, 2, 0), torch.tensor([0, 1]), new.training_view(2, CPU))

@@ -22,7 +22,7 @@ from continuar.errors import UserError
 from continuar.orders import View
 from continuar.training.engines import EagerEngine
 from continuar.training.initial import begin_from
-from tests.tiny import SMALL, model_configs, name, pipeline, random_tokens, shaken
+from tests.tiny import SMALL, TOKENIZER, model_configs, name, pipeline, random_tokens, shaken
 
 ROTARY = [c for c in model_configs() if c.backbone.positions == "rotary"]
 every_rotary = pytest.mark.parametrize("config", ROTARY, ids=name)
@@ -156,4 +156,4 @@ def test_the_official_layout_has_no_place_for_it(tmp_path: Path) -> None:
     assert not (tmp_path / "m.pth").exists()
     learned = replace(config, backbone=replace(config.backbone, positions="learned")).build()
     with pytest.raises(UserError, match=r'another model \(backbone.positions: "rotary" -> "learned"\)'):
-        begin_from(learned, str(saved))
+        begin_from(learned, str(saved), TOKENIZER.build())

@@ -100,7 +100,8 @@ def test_no_shape_of_as_many_masked_counts_as_are_allowed_falls_back_to_eager(mo
     compiler = nn.Module.compile  # traced and counted as always, but no code is generated
     monkeypatch.setattr(nn.Module, "compile", lambda part, **given: compiler(part, backend="eager", **given))
     run = tiny_run(engine="compile")
-    run = dataclasses.replace(run, backbone=dataclasses.replace(run.backbone, decoder_depth=2, mask_ratio_min=0.15, mask_granularity=2))
+    backbone = dataclasses.replace(run.backbone, decoder_depth=2, mask_ratio_min=0.15, mask_granularity=2)
+    run = dataclasses.replace(run, backbone=backbone)
     model = run.model_config(3).build().train()
     assert len(model.queried_counts()) == MAX_COMPILED
     engine = CompiledEngine(model, 0.1, False)

@@ -106,8 +106,8 @@ class TokenizerLoopConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """"auto": bfloat16 autocast on CUDA, float32 elsewhere."""
     engine: Literal["auto", "eager", "compile", "graphs", "compile-graphs"] = "auto"
-    """"compile": the networks' blocks through torch.compile, when training begins and when a discriminator joins; "graphs": all of a
-    step as one CUDA graph; "compile-graphs": both; "auto": both on CUDA, "eager" elsewhere."""
+    """"compile": the networks' blocks through torch.compile, when training begins and when a discriminator joins; "graphs": a step
+    as one CUDA graph; "compile-graphs": both; "auto": both on CUDA, "eager" elsewhere."""
     log_images: int = 10_000
     """Write metrics every so many images."""
     sample_images: int = 200_000

@@ -119,9 +119,7 @@ class TokenizerStep:
         trained = [p for p in module.parameters() if p.requires_grad]
         lr = torch.tensor(optim.lr, device=self.device) if graphs else optim.lr  # what a graph reads has a place on the device
         # Fused: it can skip a step on the device, without a host read.
-        return torch.optim.AdamW(
-            trained, lr=lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True, capturable=graphs
-        )
+        return torch.optim.AdamW(trained, lr=lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True, capturable=graphs)
 
     def seed(self, step: int) -> None:
         """Makes every draw of a step (mirror images, posterior, revival) a function of (seed, step)."""

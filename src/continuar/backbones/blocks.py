@@ -67,7 +67,7 @@ class Attention(nn.Module):
         Args:
             last: attention of the last so many rows to all of x, [B, last, E]; a rotation has as many queries.
         """
-        batch, length, width = x_BLE.shape
+        length, width = x_BLE.shape[1:]
         if last is None:
             q, k, v = self._heads(self.qkv(x_BLE), 3)
         else:
@@ -151,10 +151,12 @@ class Block(nn.Module):
 
 
 class QueryBlock(Block):
-    """`Block` of a stack's end, of which only the last rows are asked for: they attend to all, and of the others keys and values are
-    all that is computed. A class, because torch.compile counts the shapes of a forward."""
+    """`Block` at a stack's end, where only the last rows are asked for: they attend to all, and of the others keys and values are
+    all that is computed. A class of its own, because torch.compile counts the shapes of a forward."""
 
-    def forward(self, x_BLE: Tensor, last: int, *, rotation: Rotation | None = None) -> Tensor:
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride] (it stands where no other block does)
+        self, x_BLE: Tensor, last: int, *, rotation: Rotation | None = None
+    ) -> Tensor:
         """[B, L, E] -> the last rows [B, last, E]."""
         if rotation is not None:
             rotation = rotation._replace(query=rotation.query[..., -last:, :])

@@ -4,8 +4,8 @@
 2. Decoder: [encoded buffer, encoded known tokens, one mask token per unknown position] + positions -> blocks -> LayerNorm.
 3. z = decoder output at the masked positions + one more learned position embedding.
 
-Attention has no order of its own, so known and masked rows are kept as two runs instead of being scattered back to their places; and
-of the decoder's last block the masked rows alone are asked for.
+Attention has no order of its own, so known and masked rows are kept as two runs instead of being scattered back to their places. Of
+the decoder's last block the masked rows alone are computed.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ share added to those of the step before it, and returns the micro-batch's mean l
 * `CompiledEngine`: torch.compile of the parts that repeat, transformer block and head, per number of masked tokens: blocks
   of equal shape share one compilation, where compiling the whole model would compile each of them again.
 * `GraphEngine`: forward and backward captured once per number of masked tokens and replayed as one launch; no compilation. It pays
-  where a step is many small kernels. Matrices are rounded to bfloat16 once per step (`RoundedMatrices`). Random numbers stay functions of the generator's seed: a replay reads the state it finds.
+  where a step is many small kernels. Random numbers stay functions of the generator's seed: a replay reads the state it finds.
+  Matrices are rounded to bfloat16 once per step (`RoundedMatrices`).
 * `CompiledGraphEngine`: both, the compiled step captured.
 """
 

@@ -18,7 +18,6 @@ from continuar.model import Model, ModelConfig
 from continuar.noise import KeyedNoise
 from continuar.orders import View
 
-
 _COUNTED = 16
 """Images of a batch whose training is counted: what a batch has in common, such as embedded timesteps, is shared."""
 

@@ -2,6 +2,7 @@
 
 1. Networks must be the same: everything in the configs of backbone, head and condition that decides what weights mean, and the
    kind of the tokens. What only decides how they are trained may differ: dropout, masks, timesteps per token, the order.
+   Ids must be those of the same codebook.
 2. Position embeddings are interpolated from grid to grid.
 3. With another number of classes their embeddings begin anew; that of "no class" is kept.
 """
@@ -20,12 +21,14 @@ from continuar.checkpoints.grids import resized
 from continuar.checkpoints.mar import to_continuar
 from continuar.checkpoints.official import read_official
 from continuar.checkpoints.official_args import model_file
-from continuar.checkpoints.store import current_names, load_state, read_model_file
+from continuar.checkpoints.store import current_names, load_state, read_model_file, read_tokenizer
+from continuar.checkpoints.tokenizers import fingerprint
 from continuar.conditions import LabelsConfig
 from continuar.configs import differences, to_json
 from continuar.errors import UserError, require
 from continuar.model import Model, ModelConfig
 from continuar.pipeline import find_model, read_weights
+from continuar.tokenizers import Tokenizer
 
 _LOG = logging.getLogger("continuar")
 _HOW_TRAINED = {"attention_dropout", "dropout", "mask_ratio_min", "mask_granularity", "timesteps_per_token", "label_smoothing"}
@@ -33,17 +36,25 @@ _HOW_TRAINED = {"attention_dropout", "dropout", "mask_ratio_min", "mask_granular
 _CLASSES = "condition.embedding"
 
 
-def begin_from(model: Model, source: str) -> None:
+def begin_from(model: Model, source: str, tokenizer: Tokenizer) -> None:
     """Overwrites a model's weights by those of another, averaged ones where there are two sets.
 
     Args:
+        tokenizer: what makes the model's tokens.
         source: a run, a saved model, a checkpoint, a shipped name, or an official MAR file (.pth).
 
     Raises:
         UserError: not found or unreadable; what does not fit, by name.
     """
-    config, state = _read(source)
+    config, state, before = _read(source)
     check_same_network(config, model.config, source)
+    if before is not None and config.tokens.kind == "id":
+        was, now = fingerprint(before), fingerprint(tokenizer)
+        require(
+            was == now,
+            f"{source} was trained on ids of another codebook (fingerprint {was[:12]}, not {now[:12]}), where the same ids mean "
+            "something else; allowed: the tokenizer it was trained with",
+        )
     own = model.state_dict()
     if config.classes != model.config.classes and isinstance(config.condition, LabelsConfig):
         counts = f"{source} has {config.classes} classes, the data {model.config.classes}"
@@ -78,15 +89,18 @@ def _meaning(config: ModelConfig) -> dict[str, dict[str, Any]]:
     return {"tokens": {"dim": config.tokens.dim, "vocabulary": config.tokens.vocabulary}, **parts}
 
 
-def _read(source: str) -> tuple[ModelConfig, dict[str, Tensor]]:
+def _read(source: str) -> tuple[ModelConfig, dict[str, Tensor], Tokenizer | None]:
+    """Config, weights and, of a saved model, its tokenizer."""
+    tokenizer = None
     if Path(source).suffix == ".pth" and Path(source).is_file():
         official = read_official(Path(source))
         config, state = model_file(official)[0].model, official.state
         converted = to_continuar(state, config, source)
     else:
         directory = find_model(source)
-        config, state = read_model_file(directory).model, read_weights(directory, "ema")[0]
+        file, state = read_model_file(directory), read_weights(directory, "ema")[0]
+        config, tokenizer = file.model, read_tokenizer(directory, file.tokenizer)
         converted = current_names(state)
     if isinstance(config, DiTConfig):
         raise UserError(f"{source} is a DiT; allowed: a model of order, backbone and head")
-    return config, converted
+    return config, converted, tokenizer

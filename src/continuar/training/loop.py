@@ -84,7 +84,7 @@ def train(
     with together(parallel):
         if run.init and not (resume and newest_checkpoints(directory)):
             assert isinstance(model, Model)  # a DiT's run refuses it
-            begin_from(model, run.init)
+            begin_from(model, run.init, tokenizer)
     trainer = TrainStep(model, run, parallel)
     first = load_newest(directory, trainer) if resume else 0
     file = ModelFile(model.config, run.tokenizer, data.classes, run.sampling)

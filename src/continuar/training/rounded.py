@@ -1,7 +1,7 @@
 """bfloat16 copies of the blocks' matrices, made once per step.
 
-Autocast rounds a weight where it is used: compiled parts each do so in kernels of their own, and turn its gradient back into float32
-in another before anything reads it. With copies, one launch rounds all matrices, and gradients are widened where they are collected
+Autocast rounds a weight where it is used: compiled parts do so in kernels of their own, and turn its gradient back into float32 in
+others before anything reads it. With copies, one launch rounds all matrices, and gradients are widened where they are collected
 anyway. The numbers are the same.
 """
 
