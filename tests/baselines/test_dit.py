@@ -259,7 +259,7 @@ def test_configs_that_cannot_work_are_refused(values: dict, message: str) -> Non
     ("options", "message"),
     [
         ({"seeds_B": SEEDS[:2]}, r"labels are \(4,\) and seeds \(2,\); allowed: \[B\] and \[B\]"),
-        ({"sampler": "euler"}, "sampler is 'euler'; allowed: ddpm, ddim, dpmpp"),
+        ({"sampler": "euler"}, "sampler is 'euler'; allowed: ddpm, ddim, dpmpp, dpmpp-sde"),
         ({"steps": 0}, "diffusion steps is 0; allowed: 1 to 1000"),
         ({"steps": 981, "sampler": "dpmpp"}, "diffusion steps is 981; allowed: 1 to 980"),
         ({"temperature": 0.9, "sampler": "dpmpp"}, "temperature is 0.9 with the sampler 'dpmpp', which adds no noise"),

@@ -39,13 +39,13 @@ def scheduler_of(kind: str, **options: Any) -> Any:
     return scheduler
 
 
-def theirs(scheduler: Any, learned_variance: bool = False) -> Tensor:
+def theirs(scheduler: Any, learned_variance: bool = False, stochastic: bool = False) -> Tensor:
     x = noise(1000)
     for i, t in zip(reversed(range(len(scheduler.timesteps))), scheduler.timesteps, strict=True):
         eps, v = network(x, t)
         out = torch.cat((eps, v), 1) if learned_variance else eps
         # They draw the step's noise from the generator, as `noise` does.
-        extra = {"generator": torch.Generator().manual_seed(i)} if learned_variance else {}
+        extra = {"generator": torch.Generator().manual_seed(i)} if learned_variance or stochastic else {}
         x = scheduler.step(out, t, x, **extra).prev_sample
     return x
 
@@ -69,9 +69,10 @@ def test_ddpm_with_a_learned_variance(steps: int) -> None:
 
 
 @pytest.mark.parametrize("steps", [3, 20, 100])
+@pytest.mark.parametrize(("name", "kind"), [("dpmpp", "dpmsolver++"), ("dpmpp-sde", "sde-dpmsolver++")])
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-def test_dpmpp(steps: int) -> None:
-    scheduler = scheduler_of("DPMSolverMultistepScheduler", algorithm_type="dpmsolver++", solver_order=2, solver_type="midpoint")
-    schedule = SAMPLERS["dpmpp"].schedule(steps)
+def test_dpmpp(name: str, kind: str, steps: int) -> None:
+    scheduler = scheduler_of("DPMSolverMultistepScheduler", algorithm_type=kind, solver_order=2, solver_type="midpoint")
+    schedule = SAMPLERS[name].schedule(steps)
     scheduler.set_timesteps(timesteps=list(reversed(schedule.timesteps)))
-    torch.testing.assert_close(ours("dpmpp", schedule), theirs(scheduler), rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(ours(name, schedule), theirs(scheduler, stochastic=name != "dpmpp"), rtol=2e-5, atol=2e-5)

@@ -20,6 +20,7 @@ CORRELATED = Gaussian(
 INDEPENDENT = Gaussian(torch.tensor([0.5, -1.0], dtype=torch.float64), torch.diag(torch.tensor([0.36, 1.5], dtype=torch.float64)))
 STANDARD = Gaussian(torch.zeros(1, dtype=torch.float64), torch.eye(1, dtype=torch.float64))
 DETERMINISTIC = [name for name, entry in SAMPLERS.items() if not entry.has_temperature]
+STOCHASTIC = [name for name in SAMPLERS if name not in DETERMINISTIC]
 
 
 def solver_error(name: str, steps: int, grid: Grid) -> float:
@@ -71,9 +72,31 @@ def test_ddpm_with_the_exact_variance_is_exact_at_any_number_of_steps(steps: int
     assert (found.covariance - INDEPENDENT.covariance).abs().max() < 1e-3
 
 
-def test_temperature_scales_the_added_noise_alone() -> None:
-    schedule = SAMPLERS["ddpm"].schedule(20)
-    one, half = (push(SAMPLERS["ddpm"].run, INDEPENDENT.denoise(schedule), schedule, 2, t) for t in (1.0, 0.5))
+def test_dpmpp_sde_is_of_second_order_in_the_covariance() -> None:
+    errors = []
+    for steps in (20, 40, 80):
+        schedule = SAMPLERS["dpmpp-sde"].schedule(steps)
+        found = push(SAMPLERS["dpmpp-sde"].run, CORRELATED.denoise(schedule), schedule, 3)
+        errors.append((found.covariance - CORRELATED.covariance).abs().max())
+        assert (found.mean - CORRELATED.mean).abs().max() < 0.01
+        assert found.noise[1:].abs().amax((1, 2)).min() > 0
+    assert errors[0] < 0.07
+    assert errors[1] < 0.3 * errors[0]
+    assert errors[2] < 0.3 * errors[1]
+
+
+def test_dpmpp_sde_forgets_where_it_began() -> None:
+    """What one step does to an error, later steps undo: x_T has next to no say in x_0, of which the deterministic solver is a function."""
+    schedule = SAMPLERS["dpmpp-sde"].schedule(20)
+    pushed = [push(SAMPLERS[name].run, CORRELATED.denoise(schedule), schedule, 3) for name in ("dpmpp-sde", "dpmpp")]
+    assert pushed[0].matrix.abs().max() < 0.05
+    assert pushed[1].matrix.abs().max() > 0.5
+
+
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_temperature_scales_the_added_noise_alone(name: str) -> None:
+    schedule = SAMPLERS[name].schedule(20)
+    one, half = (push(SAMPLERS[name].run, INDEPENDENT.denoise(schedule), schedule, 2, t) for t in (1.0, 0.5))
     assert distance(one, half) == 0
     torch.testing.assert_close(half.noise, 0.5 * one.noise, rtol=1e-6, atol=1e-9)
     assert one.noise[0].abs().max() == 0
@@ -140,7 +163,7 @@ def test_the_table_has_every_name() -> None:
 @pytest.mark.parametrize(
     ("name", "steps", "message"),
     [
-        ("euler", 10, "sampler is 'euler'; allowed: ddpm, ddim, dpmpp"),
+        ("euler", 10, "sampler is 'euler'; allowed: ddpm, ddim, dpmpp, dpmpp-sde"),
         ("ddpm", 1001, "diffusion steps is 1001; allowed: 1 to 1000"),
         ("dpmpp", 981, "diffusion steps is 981; allowed: 1 to 980"),
         ("dpmpp", 0, "diffusion steps is 0; allowed: 1 to 980"),
@@ -155,5 +178,5 @@ def test_names_and_counts_outside_the_table_are_refused(name: str, steps: int, m
 def test_temperature_is_refused_where_no_noise_is_added(name: str) -> None:
     check_temperature(name, 1.0)
     check_temperature("ddpm", 0.9)
-    with pytest.raises(UserError, match=f"temperature is 0.9 with the sampler '{name}', which adds no noise; allowed: 1.0"):
+    with pytest.raises(UserError, match=f"temperature is 0.9 with the sampler '{name}', which adds no noise; allowed: 1.0, or ddpm or dpmpp-sde"):
         check_temperature(name, 0.9)

@@ -61,7 +61,7 @@ def test_graphs_equals_eager(config: ModelConfig, guidance: float, known: int, d
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp"])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp", "dpmpp-sde"])
 @pytest.mark.parametrize("prediction", ["eps", "velocity"])
 def test_every_sampler_equals_eager(sampler: str, prediction: str, device: str) -> None:
     config = dataclasses.replace(DIFFUSION[0], head=dataclasses.replace(DIFFUSION[0].head, prediction=prediction))

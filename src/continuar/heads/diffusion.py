@@ -37,9 +37,10 @@ class DiffusionOptions(Options):
 
     kind: Literal["diffusion"] = "diffusion"
     diffusion_steps: int = 100
-    """Denoising steps per token, 1 to 1000, to 980 with "ddim" and "dpmpp"; 100 suffice (paper, Figure 4)."""
+    """Denoising steps per token, 1 to 1000, to 980 with the others but "ddpm"; 100 suffice (paper, Figure 4)."""
     sampler: SamplerName = "ddpm"
-    """"ddpm" is the paper's; "ddim" and "dpmpp" are deterministic given x_T and have no temperature; "dpmpp" needs fewest steps."""
+    """"ddpm" is the paper's; "ddim" and "dpmpp" are deterministic given x_T and have no temperature; "dpmpp" needs fewest steps;
+    "dpmpp-sde" is its stochastic form."""
 
     def __post_init__(self) -> None:
         check_sampler(self.sampler, self.diffusion_steps)

@@ -16,10 +16,11 @@ from continuar.diffusion.process import Coefficients
 from continuar.diffusion.samplers.ddim import ddim
 from continuar.diffusion.samplers.ddpm import ddpm
 from continuar.diffusion.samplers.dpmpp import LAST, dpmpp
+from continuar.diffusion.samplers.dpmpp_sde import dpmpp_sde
 from continuar.diffusion.schedule import Grid, Schedule, sampling_schedule, uniform_log_snr, uniform_t
 from continuar.errors import UserError, require
 
-SamplerName = Literal["ddpm", "ddim", "dpmpp"]
+SamplerName = Literal["ddpm", "ddim", "dpmpp", "dpmpp-sde"]
 
 
 class Sampler(Protocol):
@@ -71,6 +72,7 @@ SAMPLERS: dict[str, SamplerEntry] = {
     "ddpm": SamplerEntry(ddpm, uniform_t, has_temperature=True),
     "ddim": SamplerEntry(ddim, partial(uniform_t, last=LAST), has_temperature=False),
     "dpmpp": SamplerEntry(dpmpp, partial(uniform_log_snr, last=LAST), has_temperature=False),
+    "dpmpp-sde": SamplerEntry(dpmpp_sde, partial(uniform_log_snr, last=LAST), has_temperature=True),
 }
 
 
@@ -87,5 +89,5 @@ def check_temperature(name: str, temperature: float) -> None:
     """Refuses a temperature with a sampler that adds no noise."""
     require(
         SAMPLERS[name].has_temperature or temperature == 1.0,
-        f"temperature is {temperature} with the sampler '{name}', which adds no noise; allowed: 1.0, or the sampler 'ddpm'",
+        f"temperature is {temperature} with the sampler '{name}', which adds no noise; allowed: 1.0, or {' or '.join(n for n, s in SAMPLERS.items() if s.has_temperature)}",
     )
