@@ -86,7 +86,7 @@ def test_dpmpp_sde_is_of_second_order_in_the_covariance() -> None:
 
 
 def test_dpmpp_sde_forgets_where_it_began() -> None:
-    """What one step does to an error, later steps undo: x_T has next to no say in x_0, of which the deterministic solver is a function."""
+    """x_T has next to no say in x_0, which in the deterministic solver is a function of it."""
     schedule = SAMPLERS["dpmpp-sde"].schedule(20)
     pushed = [push(SAMPLERS[name].run, CORRELATED.denoise(schedule), schedule, 3) for name in ("dpmpp-sde", "dpmpp")]
     assert pushed[0].matrix.abs().max() < 0.05
@@ -178,5 +178,7 @@ def test_names_and_counts_outside_the_table_are_refused(name: str, steps: int, m
 def test_temperature_is_refused_where_no_noise_is_added(name: str) -> None:
     check_temperature(name, 1.0)
     check_temperature("ddpm", 0.9)
-    with pytest.raises(UserError, match=f"temperature is 0.9 with the sampler '{name}', which adds no noise; allowed: 1.0, or ddpm or dpmpp-sde"):
+    with pytest.raises(
+        UserError, match=f"temperature is 0.9 with the sampler '{name}', which adds no noise; allowed: 1.0, or the sampler ddpm"
+    ):
         check_temperature(name, 0.9)

@@ -87,7 +87,8 @@ def check_sampler(name: str, steps: int) -> None:
 
 def check_temperature(name: str, temperature: float) -> None:
     """Refuses a temperature with a sampler that adds no noise."""
+    noisy = " or ".join(other for other, entry in SAMPLERS.items() if entry.has_temperature)
     require(
         SAMPLERS[name].has_temperature or temperature == 1.0,
-        f"temperature is {temperature} with the sampler '{name}', which adds no noise; allowed: 1.0, or {' or '.join(n for n, s in SAMPLERS.items() if s.has_temperature)}",
+        f"temperature is {temperature} with the sampler '{name}', which adds no noise; allowed: 1.0, or the sampler {noisy}",
     )
