@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from continuar.backbones import blocks
-from continuar.backbones.blocks import Block
+from continuar.backbones.blocks import Block, QueryBlock
 from continuar.backbones.dropout import draw_seed, hashed_dropout, hashed_gelu_dropout, kept
 
 COUNT = 2**20
@@ -96,37 +96,41 @@ def test_gelu_and_its_gradient_are_right_to_float32() -> None:
     torch.testing.assert_close(found, expected, rtol=5e-7, atol=1e-6)
 
 
-def with_masks(block: Block, x: Tensor, p: float, seed_2: Tensor) -> Tensor:
-    """The block, written out with explicit masks."""
-    (b, length, width), count = x.shape, x.numel()
+def with_masks(block: Block, x: Tensor, p: float, seed_2: Tensor, rows: int) -> Tensor:
+    """The block's last rows, written out with explicit masks."""
+    b, length, width = len(x), rows, x.shape[2]
+    count = b * length * width
     after_attention, at_the_end, inside = (
         kept(torch.Size([b, length, wide]), p, seed_2, first) / (1 - p)
         for wide, first in ((width, 0), (width, count), (4 * width, 2 * count))
     )
     attention, mlp = block.attention, block.mlp
-    q, k, v = attention.qkv(block.norm1(x)).view(b, length, 3, attention.heads, -1).permute(2, 0, 3, 1, 4)
-    y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
-    x = x + attention.projection(y) * after_attention
+    q, k, v = attention.qkv(block.norm1(x)).view(b, x.shape[1], 3, attention.heads, -1).permute(2, 0, 3, 1, 4)
+    y = F.scaled_dot_product_attention(q[:, :, -rows:], k, v).transpose(1, 2).reshape(b, rows, width)
+    x = x[:, -rows:] + attention.projection(y) * after_attention
     return x + mlp[3](F.gelu(mlp[0](block.norm2(x))) * inside) * at_the_end
 
 
-def test_a_compiled_block_equals_explicit_masks_and_saves_none(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("kind", "rows"), [(Block, 17), (QueryBlock, 11)])
+def test_a_compiled_block_equals_explicit_masks_and_saves_none(
+    kind: type[Block], rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
-    p, width, block = 0.3, 32, Block(32, 2, 0.0, 0.3).train()
-    x, upstream = torch.randn(2, 17, width, requires_grad=True), torch.randn(2, 17, width)
+    p, width, block = 0.3, 32, kind(32, 2, 0.0, 0.3).train()
+    x, upstream = torch.randn(2, 17, width, requires_grad=True), torch.randn(2, rows, width)
     fixed = seeds(1)[0]
     inputs = [x, *block.parameters()]
-    wanted = with_masks(block, x, p, fixed)
+    wanted = with_masks(block, x, p, fixed, rows)
     expected = torch.autograd.grad(wanted, inputs, upstream)
     monkeypatch.setattr(blocks, "draw_seed", lambda device: fixed)
     compiled = torch.compile(block, dynamic=False, fullgraph=True)
-    y = compiled(x)
+    y = compiled(x) if kind is Block else compiled(x, rows)
     torch.testing.assert_close(y, wanted, rtol=1e-5, atol=1e-6)
     saved = y.grad_fn.saved_tensors
     assert not [t for t in saved if t.dtype == torch.bool]
     # One tensor of the MLP's inner width, what GELU is given, and no other of as many numbers but weights.
     weights = {q.data_ptr() for q in block.parameters()}
-    assert sum(t.numel() == 4 * x.numel() for t in saved if t.data_ptr() not in weights) == 1
+    assert sum(t.numel() == 4 * y.numel() for t in saved if t.data_ptr() not in weights) == 1
     for found, want in zip(torch.autograd.grad(y, inputs, upstream), expected, strict=True):
         torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
 

@@ -27,6 +27,34 @@ def shaken_head(prediction: str = "eps") -> DiffusionHead:
     return head.eval()
 
 
+def test_many_rows_embed_each_timestep_once_and_few_rows_each_row_alike() -> None:
+    net = shaken_head().net
+    x, t, z = torch.randn(4, 600, 3), torch.randint(1000, (4, 600)), torch.randn(600, 5)
+    wanted = net.denoise(x, net.modulate(net.time_embedding(t) + net.condition(z)))
+    found = net(x, t, z)
+    inputs = [*net.parameters()]
+    upstream = [torch.randn_like(out) for out in wanted]
+    for out, want in zip(found, wanted, strict=True):
+        torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-6)
+    gradients, expected = (torch.autograd.grad(outs, inputs, upstream) for outs in (found, wanted))
+    for gradient, want in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, want, rtol=1e-4, atol=1e-4)
+    few = net(x[:, :9], t[:, :9], z[:9])
+    torch.testing.assert_close(few[0], found[0][:, :9], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [9, 600])
+def test_the_loss_is_the_mean_over_draws_of_the_loss_at_each(rows: int) -> None:
+    head = shaken_head()
+    z, x = torch.randn(rows, 5), torch.randn(rows, 3)
+    torch.manual_seed(3)
+    found = head.loss(z, x)
+    torch.manual_seed(3)
+    t, noise = torch.randint(1000, (4, rows)), torch.randn(4, rows, 3)
+    draws = [head.loss_terms(z, x, t[i], noise[i]).total for i in range(4)]
+    torch.testing.assert_close(found, torch.stack(draws).mean(0), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("prediction", ["eps", "velocity"])
 def test_samples_approach_a_mixture_that_depends_on_z(prediction: str) -> None:
     torch.manual_seed(0)

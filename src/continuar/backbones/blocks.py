@@ -65,14 +65,18 @@ class Attention(nn.Module):
         A cache holds keys that are turned already. For the seed see `Block`.
 
         Args:
-            last: attention of the last so many rows to all of x, [B, last, E]; a rotation has as many queries.
+            last: attention of the last so many rows to all of x, [B, last, E], neither ``causal`` nor with a cache; a rotation has
+                as many queries.
         """
         length, width = x_BLE.shape[1:]
         if last is None:
-            q, k, v = self._heads(self.qkv(x_BLE), 3)
+            q, k, v = self._split(self.qkv(x_BLE), 3)
         else:
-            (q,) = self._heads(F.linear(x_BLE[:, -last:], self.qkv.weight[:width], self.qkv.bias[:width]), 1)
-            k, v = self._heads(F.linear(x_BLE, self.qkv.weight[width:], self.qkv.bias[width:]), 2)
+            assert not causal
+            assert cache is None
+            weights, biases = (parameter.split((width, 2 * width)) for parameter in (self.qkv.weight, self.qkv.bias))
+            (q,) = self._split(F.linear(x_BLE[:, -last:], weights[0], biases[0]), 1)
+            k, v = self._split(F.linear(x_BLE, weights[1], biases[1]), 2)
         if rotation is not None:
             q, k = turn(q, rotation.query), turn(k, rotation.key)
         mask = None
@@ -84,7 +88,7 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
         return self.dropout(self.projection(y.transpose(1, 2).flatten(2)), seed_2)
 
-    def _heads(self, x_BLF: Tensor, parts: int) -> Tensor:
+    def _split(self, x_BLF: Tensor, parts: int) -> Tensor:
         """[B, L, parts E] -> [parts, B, heads, L, E/heads]."""
         return x_BLF.unflatten(-1, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4)
 
@@ -129,10 +133,10 @@ class Block(nn.Module):
         self, x_BLE: Tensor, *, causal: bool = False, cache: KVCache | None = None, at: int = 0, rotation: Rotation | None = None
     ) -> Tensor:
         """See `Attention.forward`."""
-        return self._perhaps_again(x_BLE, causal=causal, cache=cache, at=at, rotation=rotation)
+        return self._run(x_BLE, causal=causal, cache=cache, at=at, rotation=rotation)
 
-    def _perhaps_again(self, x_BLE: Tensor, **given: Any) -> Tensor:
-        """`_forward`, computed again in backward if that is wanted."""
+    def _run(self, x_BLE: Tensor, **given: Any) -> Tensor:
+        """`_forward`, computed again in backward if that is wanted; keywords are those of `Attention.forward`."""
         if self.recomputed and torch.is_grad_enabled():
             return checkpoint(self._forward, x_BLE, use_reentrant=False, **given)
         return self._forward(x_BLE, **given)
@@ -160,7 +164,7 @@ class QueryBlock(Block):
         """[B, L, E] -> the last rows [B, last, E]."""
         if rotation is not None:
             rotation = rotation._replace(query=rotation.query[..., -last:, :])
-        return self._perhaps_again(x_BLE, last=last, rotation=rotation)
+        return self._run(x_BLE, last=last, rotation=rotation)
 
 
 def init_transformer(module: nn.Module) -> None:

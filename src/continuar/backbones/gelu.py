@@ -3,9 +3,9 @@
 Kernels that hold a GELU and a dropout's hash wait for arithmetic, not for memory, and of all that an error function is the most
 (docs/results.md, "The speed of training").
 
-1. x Phi(x) has the derivative Phi(x) + x phi(x), and the second term is the derivative of -phi(x).
-2. So the value x Phi(x), with Phi held fixed, less phi(x) - phi(x), of which the first is differentiated and the second held fixed,
-   has the right value and the right derivative, and all of it comes from exp(-x^2/2).
+x Phi(x) has the derivative Phi(x) + x phi(x), whose second term is the derivative of -phi(x). With sg for "held fixed",
+    x Phi(sg x) - (phi(x) - phi(sg x))
+has the value and the derivative of both, and all of it comes from exp(-x^2/2).
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ def gelu(x: Tensor) -> Tensor:
     exact = x.float()
     bell = torch.exp2(exact * exact * (-0.5 / math.log(2)))
     fixed = bell.detach()
-    return (exact * _normal(exact.detach(), fixed) - (bell - fixed) * (1 / math.sqrt(2 * math.pi))).to(x.dtype)
+    return (exact * _cumulative(exact.detach(), fixed) - (bell - fixed) * (1 / math.sqrt(2 * math.pi))).to(x.dtype)
 
 
-def _normal(x: Tensor, bell: Tensor) -> Tensor:
+def _cumulative(x: Tensor, bell: Tensor) -> Tensor:
     """Phi of the standard normal at x, given exp(-x^2/2), in float32: Abramowitz & Stegun 7.1.26, at most 1e-7 off."""
     d = 1 + 0.3275911 / math.sqrt(2) * x.abs()
     t = torch.rsqrt(d * d)  # 1/d, without a division

@@ -139,7 +139,7 @@ class MAE(Backbone[MAEState]):
         return cond_BCE.repeat(1, -(-self.buffer // count), 1)[:, : self.buffer]
 
     def decode(self, encoded_BLE: Tensor, view: View, count: int) -> Tensor:
-        """Encoder output -> z [B, count, Z] of the last ``count`` positions of the view's order: the masked ones are the last."""
+        """Encoder output -> z [B, count, Z] of the last ``count`` positions, 1..N, of the view's order; the masked come last."""
         index = view.order_BN
         h = torch.cat((self.decoder_input(encoded_BLE), self.mask_token.expand(*view.query_BQ.shape, -1)), 1)
         buffer = self.decoder_positions[: self.buffer].expand(len(h), -1, -1)
@@ -148,9 +148,10 @@ class MAE(Backbone[MAEState]):
         else:
             h = torch.cat((h[:, : self.buffer] + buffer, h[:, self.buffer :]), 1)
         rotation = self._rotation(self.decoder_rotary, index)
-        for block in self.decoder[:-1]:
+        *blocks, last = self.decoder
+        for block in blocks:
             h = block(h, rotation=rotation)
-        h = self.decoder[-1](h, count, rotation=rotation)
+        h = last(h, count, rotation=rotation)
         return self.decoder_norm(h) + take(self.z_positions[None], index[:, -count:])
 
     def _rotation(self, rotary: Rotary, index_BL: Tensor) -> Rotation | None:

@@ -138,7 +138,10 @@ class LossTerms:
 
 
 def loss_terms(network: Network, prediction: Prediction, x0: Tensor, t: Tensor, noise: Tensor) -> LossTerms:
-    """Both terms of the training process at given timesteps t [M] in 0..999 and noise [M, D]; only the network sees autocast."""
+    """Both terms of the training process at given timesteps t [...] in 0..999 and noise [..., D]; x0 [..., D] is broadcast.
+
+    Only the network sees autocast.
+    """
     c = training_coefficients(x0.device)
     x0, noise = x0.float(), noise.float()
     with without_autocast(x0):

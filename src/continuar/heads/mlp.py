@@ -91,7 +91,10 @@ class DenoisingMLP(nn.Module):
             return self.output(h).chunk(self.outputs, dim=-1)
 
     def forward(self, x: Tensor, t: Tensor, z: Tensor) -> tuple[Tensor, ...]:
-        """(x_t [..., D], t [...] in 0..999 or 0-d, z [..., Z]) -> the outputs, [..., D] each; leading dimensions are broadcast."""
+        """(x_t [..., D], t [...] or 0-d, z [..., Z]) -> the outputs, [..., D] each; leading dimensions are broadcast.
+
+        t: int64 timesteps 0..999, or times of about 0..1000 as floats.
+        """
         condition = self.condition(z)
         return self.denoise(x, self.modulate(self._times(t).to(condition.dtype) + condition))
 

@@ -12,6 +12,7 @@ share added to those of the step before it, and returns the micro-batch's mean l
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -67,6 +68,7 @@ class EagerEngine:
         device = next(model.parameters()).device
         self._device_type = device.type
         self._objective = self._parallel.wrap(Objective(model, label_dropout), bf16)
+        self._compute: Callable[..., Tensor] = self._objective
         self._share = torch.full((), 1 / micro_batches, device=device)
 
     def __call__(self, tokens: Tensor, labels_B: Tensor, view: View, number: int = 0) -> Tensor:
@@ -79,7 +81,7 @@ class EagerEngine:
 
     def _forward(self, tokens: Tensor, labels_B: Tensor, view: View) -> Tensor:
         with torch.autocast(self._device_type, torch.bfloat16, enabled=self._bf16):
-            return self._objective(tokens, labels_B, view)
+            return self._compute(tokens, labels_B, view)
 
 
 class CompiledEngine(EagerEngine):
@@ -124,12 +126,14 @@ class GraphEngine(EagerEngine):
         )
         self._together.share([*(p.detach() for p in model.parameters()), *model.buffers()])
         self._flat, self._gradients = flat_gradients(model)
-        self._rounded = RoundedMatrices(self._objective, bf16)
+        self._compute = self._rounded = RoundedMatrices(self._objective, bf16)
         self._inputs: tuple[Tensor, Tensor, Tensor] | None = None
         self._captured: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self._flat.device)
 
     def __call__(self, tokens: Tensor, labels_B: Tensor, view: View, number: int = 0) -> Tensor:
+        if number == 0:
+            self._rounded.round()
         if self._inputs is None:
             self._inputs = tokens.clone(), labels_B.clone(), view.order_BN.clone()
         for static, given in zip(self._inputs, (tokens, labels_B, view.order_BN), strict=True):
@@ -160,14 +164,13 @@ class GraphEngine(EagerEngine):
         added_to = [x for x in (self._flat, self._model.timed.time_losses) if x is not None]
         kept = [x.clone() for x in added_to]
         needs: dict[int, int] = {}
-        side = torch.cuda.Stream(self._flat.device)
-        side.wait_stream(torch.cuda.current_stream(self._flat.device))
-        with torch.cuda.stream(side):
+        self._stream.wait_stream(torch.cuda.current_stream(self._flat.device))
+        with torch.cuda.stream(self._stream):
             for known in counts:
                 for _ in range(WARMUP_STEPS):
                     needs[known] = self._warm_up_once(known)
                 torch.cuda.empty_cache()
-        torch.cuda.current_stream(self._flat.device).wait_stream(side)
+        torch.cuda.current_stream(self._flat.device).wait_stream(self._stream)
         for x, found in zip(added_to, kept, strict=True):
             x.copy_(found)
         return needs
@@ -181,27 +184,14 @@ class GraphEngine(EagerEngine):
 
     def _capture(self, known: int, fresh: bool) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Left to itself torch captures on a stream of the current device, which need not be this one.
+        with torch.cuda.device(self._flat.device), torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             loss = self._forward(*self._given(known))
             self._backward(loss, fresh)
         return graph, loss.detach()
 
-    def _forward(self, tokens: Tensor, labels_B: Tensor, view: View) -> Tensor:
-        self._rounded.round()
-        with torch.autocast(self._device_type, torch.bfloat16, enabled=self._bf16):
-            return self._rounded(tokens, labels_B, view)
-
     def _backward(self, loss: Tensor, fresh: bool) -> None:
-        """Gradients into the buffer, or onto it, by a few launches for all; autograd would add each to zeros by one of its own."""
-        found = torch.autograd.grad(loss, self._rounded.leaves, self._share, allow_unused=True)
-        pairs = list(zip(self._gradients, found, strict=True))
-        if fresh:
-            for place in (place for place, gradient in pairs if gradient is None):
-                place.zero_()
-        put = torch._foreach_copy_ if fresh else torch._foreach_add_  # pyright: ignore[reportPrivateImportUsage]
-        for dtype in {gradient.dtype for gradient in found if gradient is not None}:  # one type per launch
-            places, gradients = zip(*((p, g) for p, g in pairs if g is not None and g.dtype == dtype), strict=True)
-            put(places, gradients)
+        collect(self._gradients, torch.autograd.grad(loss, self._rounded.leaves, self._share, allow_unused=True), fresh)
 
     def _given(self, known: int) -> tuple[Tensor, Tensor, View]:
         assert self._inputs is not None
@@ -225,6 +215,19 @@ def flat_gradients(model: TokenModel) -> tuple[Tensor, list[Tensor]]:
     sizes = [-(-p.numel() // 16) * 16 for p in parameters]
     flat = torch.zeros(sum(sizes), device=parameters[0].device)
     return flat, [part[: p.numel()].view_as(p) for p, part in zip(parameters, flat.split(sizes), strict=True)]
+
+
+def collect(places: Sequence[Tensor], found: Sequence[Tensor | None], fresh: bool) -> None:
+    """Gradients into their places by a few launches for all, or onto what is there (one launch per matrix whose gradient is of
+    another type). Autograd would add each to zeros by a launch of its own."""
+    pairs = list(zip(places, found, strict=True))
+    if fresh:
+        for place in (place for place, gradient in pairs if gradient is None):
+            place.zero_()
+    put = torch._foreach_copy_ if fresh else torch._foreach_add_  # pyright: ignore[reportPrivateImportUsage]
+    for dtype in {gradient.dtype for gradient in found if gradient is not None}:  # one type per launch
+        to, gradients = zip(*((place, g) for place, g in pairs if g is not None and g.dtype == dtype), strict=True)
+        put(to, gradients)
 
 
 def _compile(model: TokenModel) -> None:

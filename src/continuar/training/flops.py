@@ -17,9 +17,7 @@ from continuar.heads import DiffusionOptions
 from continuar.model import Model, ModelConfig
 from continuar.noise import KeyedNoise
 from continuar.orders import View
-
-_COUNTED = 16
-"""Images of a batch whose training is counted: what a batch has in common, such as embedded timesteps, is shared."""
+from continuar.training.memory import COUNTED
 
 
 def training_flops(config: ModelConfig | DiTConfig, recompute: bool = False) -> float:
@@ -32,7 +30,7 @@ def training_flops(config: ModelConfig | DiTConfig, recompute: bool = False) -> 
         model = config.build()
         spec = config.tokens
         queried = min(spec.positions, round(model.mean_queried()))
-        view = View(torch.zeros(_COUNTED, spec.positions, dtype=torch.int64), spec.positions - queried)
+        view = View(torch.zeros(COUNTED, spec.positions, dtype=torch.int64), spec.positions - queried)
         again = 0
         with FlopCounterMode(display=False) as counter:
 
@@ -47,8 +45,8 @@ def training_flops(config: ModelConfig | DiTConfig, recompute: bool = False) -> 
             for block in (m for m in model.modules() if isinstance(m, Block) and recompute):
                 block.register_forward_pre_hook(enter)
                 block.register_forward_hook(leave)
-            model.loss(spec.blank(_COUNTED), None, view)
-    return (3.0 * counter.get_total_flops() + again) / _COUNTED
+            model.loss(spec.blank(COUNTED), None, view)
+    return (3.0 * counter.get_total_flops() + again) / COUNTED
 
 
 def generation_flops(config: ModelConfig | DiTConfig, options: SamplingOptions) -> float:

@@ -25,6 +25,9 @@ from continuar.orders import View
 from continuar.precision import META_AUTOCAST, meta_autocast
 from continuar.token_model import TokenModel
 
+COUNTED = 1024
+"""Images of a batch whose costs are counted: so many that it goes the way of large batches (few rows embed timesteps one by one)."""
+
 
 @dataclass(frozen=True)
 class Activations:
@@ -49,7 +52,7 @@ def activations(model: TokenModel, bf16: bool, recompute: bool = False) -> Activ
 
 
 def _activations(model: TokenModel, queried: int, bf16: bool, recompute: bool) -> Activations:
-    few, many = 2, 4
+    few, many = COUNTED, 2 * COUNTED
     (small, small_largest), (large, large_largest) = (saved(model, batch, queried, bf16, recompute) for batch in (few, many))
     per_image = (large - small) / (many - few)
     copies = small - few * per_image
