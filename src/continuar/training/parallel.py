@@ -69,6 +69,17 @@ class Single:
         each = micro_batches // self.world
         return range(self.rank * each, (self.rank + 1) * each)
 
+    def part(self, batch_size: int) -> range:
+        """Which of a batch's images are this process's.
+
+        Raises:
+            UserError: they cannot be shared out evenly.
+        """
+        allowed = "allowed: a number of processes that divides it"
+        require(batch_size % self.world == 0, f"{self.world} processes for a batch of {batch_size}; {allowed}")
+        each = batch_size // self.world
+        return range(self.rank * each, (self.rank + 1) * each)
+
     def wrap(self, objective: nn.Module, bf16: bool) -> nn.Module:
         """The module whose backward averages gradients over the processes; its parameters may be others than before.
 
@@ -103,6 +114,9 @@ class Single:
     def average(self, x: Tensor) -> None:
         """Overwrites x by the mean of every process's, on the device."""
 
+    def average_all(self, tensors: list[Tensor]) -> None:
+        """Overwrites tensors of one type by the means of every process's, which travel as one."""
+
     def share(self, tensors: list[Tensor]) -> None:
         """Overwrites tensors by the first process's."""
 
@@ -135,6 +149,13 @@ class Replicated(Single):
     def average(self, x: Tensor) -> None:
         dist.all_reduce(x)
         x /= self.world
+
+    def average_all(self, tensors: list[Tensor]) -> None:
+        flat = torch.cat([x.flatten() for x in tensors])
+        self.average(flat)
+        means = flat.split([x.numel() for x in tensors])
+        put = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
+        put(tensors, [mean.view_as(x) for mean, x in zip(means, tensors, strict=True)])
 
     def share(self, tensors: list[Tensor]) -> None:
         for tensor in tensors:
