@@ -106,9 +106,9 @@ class TokenizerLoopConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """"auto": bfloat16 autocast on CUDA, float32 elsewhere."""
     engine: Literal["auto", "eager", "compile", "graphs", "compile-graphs"] = "auto"
-    """"compile": the networks' blocks through torch.compile, when training begins and when a discriminator joins; "graphs": all of
-    a step as one CUDA graph, if one process trains alone; "compile-graphs": both; "auto": both on CUDA, where several processes train
-    "compile" there, and "eager" elsewhere."""
+    """"compile": the networks' blocks through torch.compile, when training begins and when a discriminator joins; "graphs": all
+    of a step as one CUDA graph, which one process alone can have; "compile-graphs": both; "auto": on CUDA both, or "compile"
+    where several processes train; "eager" elsewhere."""
     log_images: int = 10_000
     """Write metrics every so many images."""
     sample_images: int = 200_000
