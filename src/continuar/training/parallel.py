@@ -3,9 +3,9 @@
 1. A global batch of B images is B/m micro-batches of m. Process r of W takes the r-th W-th part of them, one after another.
 2. What a micro-batch draws is a function of (seed, step, its number in the global batch), and all micro-batches of a step hide the
    same number of tokens. So loss and gradient are plain means over micro-batches, and do not depend on W.
-3. Gradients are averaged over processes while backward runs (after it, where CUDA graphs replay it): `Replicated` by
-   DistributedDataParallel, every process with all weights; `Sharded` by FSDP2, each with a W-th part of weights, gradients, moments
-   and averages.
+3. Gradients are averaged over processes while backward runs (after it, of tokenizers and where CUDA graphs replay it): `Replicated`
+   by DistributedDataParallel, every process with all weights; `Sharded` by FSDP2, each with a W-th part of weights, gradients,
+   moments and averages.
 4. Decisions (skip a step, stop, roll back) are taken on numbers that every process has.
 
 `Single` is one process, in which all of this costs nothing.
