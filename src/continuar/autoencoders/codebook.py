@@ -4,6 +4,8 @@
 2. Codes follow: as moving averages of the vectors that chose them (its Appendix A.1), or pulled by a loss.
 3. A commitment loss keeps vectors near their codes.
 4. A code that is hardly used is moved onto a random vector of the batch (Lancucki et al. 2020); at the first step most of them are.
+
+Several processes count together, and revive by vectors of the first one: their codes stay the same.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from torch.nn import functional as F
 
 from continuar.autoencoders.config import CodebookLearning
 from continuar.tokenizers.vq import nearest_codes
+from continuar.training.parallel import Single
 
 
 @dataclass(frozen=True)
@@ -36,15 +39,16 @@ class CodebookLearner(nn.Module):
     Args:
         codebook_VC: the parameter that holds the codes.
         config: how they learn.
+        parallel: the processes that train together; one if not given.
     """
 
     uses_V: Tensor
     sums_VC: Tensor
     seen_V: Tensor
 
-    def __init__(self, codebook_VC: nn.Parameter, config: CodebookLearning) -> None:
+    def __init__(self, codebook_VC: nn.Parameter, config: CodebookLearning, parallel: Single | None = None) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.parallel = config, parallel or Single()
         # In a tuple, so that it is not registered here a second time.
         self._codebook = (codebook_VC,)
         codebook_VC.requires_grad_(config.update == "gradient")
@@ -76,12 +80,13 @@ class CodebookLearner(nn.Module):
             optimizer: of a codebook that learns by gradient; a revived code's moments begin anew.
         """
         (codebook,) = self._codebook
-        codes, decay, even = len(codebook), self.config.decay, len(done.ids_M) / len(codebook)
+        codes, decay, even = len(codebook), self.config.decay, self.parallel.world * len(done.ids_M) / len(codebook)
         # Not `bincount`, which reads the largest id on the host.
         counts_V = torch.zeros_like(self.uses_V).index_add_(0, done.ids_M, torch.ones_like(done.ids_M, dtype=torch.float32))
+        counts_V = self.parallel.total(counts_V)
         uses_V = decay * self.uses_V + (1 - decay) * counts_V
         batch_sums_VC = torch.zeros_like(self.sums_VC).index_add_(0, done.ids_M, done.vectors_MC)
-        sums_VC = decay * self.sums_VC + (1 - decay) * batch_sums_VC
+        sums_VC = decay * self.sums_VC + (1 - decay) * self.parallel.total(batch_sums_VC)
         if self.config.update == "ema":
             # A code that nobody ever chose has no average: it stays until it is revived.
             moved = (sums_VC / uses_V.clamp_min(1e-12).unsqueeze(1)).to(codebook.dtype)
@@ -91,6 +96,7 @@ class CodebookLearner(nn.Module):
         if self.config.revive_below > 0:
             dead_V = uses_V < self.config.revive_below * even
             chosen_VC = done.vectors_MC[torch.randint(len(done.vectors_MC), (codes,), device=codebook.device)]
+            self.parallel.share([chosen_VC])
             new_VC = torch.where(dead_V.unsqueeze(1), chosen_VC.to(codebook.dtype), new_VC)
             uses_V = torch.where(dead_V, even, uses_V)
             sums_VC = torch.where(dead_V.unsqueeze(1), chosen_VC * even, sums_VC)

@@ -102,12 +102,13 @@ class TokenizerLoopConfig:
     images: int = 1_000_000
     """Training images in all, repetitions counted; rounded up to whole batches."""
     batch_size: int = 64
-    """Images per step."""
+    """Images per step, of all processes together."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """"auto": bfloat16 autocast on CUDA, float32 elsewhere."""
     engine: Literal["auto", "eager", "compile", "graphs", "compile-graphs"] = "auto"
-    """"compile": the networks' blocks through torch.compile, when training begins and when a discriminator joins; "graphs": a step
-    as one CUDA graph; "compile-graphs": both; "auto": both on CUDA, "eager" elsewhere."""
+    """"compile": the networks' blocks through torch.compile, when training begins and when a discriminator joins; "graphs": all
+    of a step as one CUDA graph, which one process alone can have; "compile-graphs": both; "auto": on CUDA both, or "compile"
+    where several processes train; "eager" elsewhere."""
     log_images: int = 10_000
     """Write metrics every so many images."""
     sample_images: int = 200_000

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from continuar.autoencoders.config import DiscriminatorConfig
+from continuar.training.parallel import Single
 
 _MAX_WEIGHT = 1e4
 
@@ -43,14 +44,18 @@ def hinge(real: Tensor, fake: Tensor) -> Tensor:
     return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
 
 
-def adaptive_weight(images_B3HW: Tensor, others_B3HW: Tensor, adversarial_B3HW: Tensor, last_layer: Tensor) -> Tensor:
+def adaptive_weight(
+    images_B3HW: Tensor, others_B3HW: Tensor, adversarial_B3HW: Tensor, last_layer: Tensor, parallel: Single | None = None
+) -> Tensor:
     """What makes the adversarial term pull the decoder's last layer as hard as the other terms do: a ratio of gradient norms.
 
     Args:
         images_B3HW: what the decoder made, with its graph.
         others_B3HW, adversarial_B3HW: gradients of the terms by these images.
         last_layer: the weight of the layer that made them.
+        parallel: the processes whose images are one batch; one if not given.
     """
     (a,) = torch.autograd.grad(images_B3HW, last_layer, others_B3HW, retain_graph=True)
     (b,) = torch.autograd.grad(images_B3HW, last_layer, adversarial_B3HW, retain_graph=True)
+    (parallel or Single()).average_all([a, b])
     return (a.float().norm() / (b.float().norm() + 1e-4)).clamp(0, _MAX_WEIGHT).detach()

@@ -26,15 +26,20 @@ _LOG = logging.getLogger("continuar")
 
 
 class ImageBatches(ABC):
-    """Images [B, 3, H, W] in [-1, 1] on a device."""
+    """Images [B, 3, H, W] in [-1, 1] on a device.
 
-    def __init__(self, count: int, batch_size: int, seed: int, flip: bool, device: torch.device) -> None:
-        self._index = IndexStream(count, batch_size, seed)
+    Args:
+        batch_size: of all processes together.
+        part: which images of every batch are asked for; all if not given.
+    """
+
+    def __init__(self, count: int, batch_size: int, seed: int, flip: bool, device: torch.device, part: range | None = None) -> None:
+        self._index, self._part = IndexStream(count, batch_size, seed), part or range(batch_size)
         self._augmentation, self._device = DataConfig(flip=flip), device
 
     @abstractmethod
     def pixels(self, step: int) -> Tensor:
-        """uint8 [B, 3, H, W] of batch ``step``, on the device."""
+        """uint8 [B, 3, H, W] of the part of batch ``step``, on the device."""
 
     @abstractmethod
     def first(self, count: int) -> Tensor:
@@ -45,24 +50,30 @@ class ImageBatches(ABC):
         """Images in all."""
         return self._index.count
 
+    def rows(self, step: int) -> np.ndarray:
+        """Where the images of the part of batch ``step`` stand in the data, int64 [B]."""
+        return self._index.batch(step)[self._part.start : self._part.stop]
+
     def plain(self, step: int) -> Tensor:
-        """Batch ``step`` without mirror images."""
+        """The part of batch ``step`` without mirror images."""
         return _signed(self.pixels(step))
 
     def batch(self, step: int) -> Tensor:
-        """Batch ``step``; mirror images draw from torch's default generator of the device."""
+        """The part of batch ``step``; mirror images draw from torch's default generator of the device."""
         return _signed(augment(self.pixels(step), self._augmentation))
 
 
 class MemoryBatches(ImageBatches):
     """Images that stay on the device as uint8."""
 
-    def __init__(self, images: ImageSet, batch_size: int, seed: int, flip: bool, device: torch.device) -> None:
-        super().__init__(len(images), batch_size, seed, flip, device)
+    def __init__(
+        self, images: ImageSet, batch_size: int, seed: int, flip: bool, device: torch.device, part: range | None = None
+    ) -> None:
+        super().__init__(len(images), batch_size, seed, flip, device, part)
         self._images = torch.from_numpy(images.images).to(device).permute(0, 3, 1, 2)
 
     def pixels(self, step: int) -> Tensor:
-        return self._images[torch.from_numpy(self._index.batch(step)).to(self._device)]
+        return self._images[torch.from_numpy(self.rows(step)).to(self._device)]
 
     def first(self, count: int) -> Tensor:
         return _signed(self._images[:count])
@@ -72,9 +83,17 @@ class DecodedBatches(ImageBatches):
     """Images decoded when they are needed, one batch ahead; one that cannot be used gives its place to the next that can."""
 
     def __init__(
-        self, source: Source, size: int, batch_size: int, seed: int, flip: bool, max_skipped_share: float, device: torch.device
+        self,
+        source: Source,
+        size: int,
+        batch_size: int,
+        seed: int,
+        flip: bool,
+        max_skipped_share: float,
+        device: torch.device,
+        part: range | None = None,
     ) -> None:
-        super().__init__(len(source), batch_size, seed, flip, device)
+        super().__init__(len(source), batch_size, seed, flip, device, part)
         self._source, self._size, self._max_skipped_share = source, size, max_skipped_share
         self._skipped: dict[str, None] = {}
         self._pool, self._reader = ThreadPoolExecutor(), ThreadPoolExecutor(1, "images")
@@ -92,7 +111,7 @@ class DecodedBatches(ImageBatches):
         return _signed(torch.from_numpy(images).to(self._device).permute(0, 3, 1, 2))
 
     def _read(self, step: int) -> np.ndarray:
-        return self._decode(self._index.batch(step))
+        return self._decode(self.rows(step))
 
     def _decode(self, rows: np.ndarray) -> np.ndarray:
         """uint8 [n, H, W, 3]"""
@@ -122,9 +141,14 @@ def open_images(
     batch_size: int,
     seed: int,
     device: torch.device,
+    part: range | None = None,
     on_read: Callable[[int, int], None] | None = None,
 ) -> ImageBatches:
     """The run's images; in memory if they fit.
+
+    Args:
+        batch_size, part: see `ImageBatches`.
+        on_read: called with (images read, images in all) while they are read into memory.
 
     Raises:
         UserError: no such data, or too many unusable images.
@@ -134,11 +158,11 @@ def open_images(
     if config.path != "digits":
         source = find_source(Path(config.path), config.split)
         if len(source) * size * size * 3 > config.max_memory_gib * GIB:
-            return DecodedBatches(source, size, batch_size, seed, config.flip, share, device)
+            return DecodedBatches(source, size, batch_size, seed, config.flip, share, device, part)
     images = load_images(config.path, size=size, split=config.split, max_skipped_share=share, progress=on_read)
     for line in images.skipped[:5]:
         _LOG.warning("skipped: %s", line)
-    return MemoryBatches(images, batch_size, seed, config.flip, device)
+    return MemoryBatches(images, batch_size, seed, config.flip, device, part)
 
 
 def _signed(pixels_B3HW: Tensor) -> Tensor:

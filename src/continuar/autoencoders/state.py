@@ -20,7 +20,8 @@ from continuar.checkpoints.store import (
     write_tensors,
 )
 from continuar.checkpoints.tokenizers import TOKENIZER_CONFIG, TokenizerFile
-from continuar.errors import UserError, require
+from continuar.errors import SaidElsewhere, UserError, require
+from continuar.training.parallel import together
 from continuar.training.state import load_optimizer, optimizer_tensors
 
 STATE = "state.json"
@@ -33,22 +34,21 @@ def newest_checkpoints(run_directory: Path) -> list[Path]:
 
 
 def save_checkpoint(run_directory: Path, trainer: TokenizerStep, step: int, keep: int) -> Path:
-    """Writes ``checkpoints/step-NNNNNNNN`` (``step`` optimizer steps are done) and drops all but the newest ``keep``."""
+    """Writes ``checkpoints/step-NNNNNNNN`` (``step`` optimizer steps are done) and drops all but the newest ``keep``.
+
+    The first process does it, and the others wait.
+    """
     destination = run_directory / "checkpoints" / f"step-{step:08d}"
-    with atomic_directory(destination) as temporary:
-        for name, tensors in _files(trainer).items():
-            write_tensors(temporary / name, tensors)
-        # The config is not part of the sums: a scale measured later is kept in it.
-        sums = {p.name: checksum(p) for p in sorted(temporary.iterdir())}
-        write_json(temporary / TOKENIZER_CONFIG, TokenizerFile(trainer.tokenizer.config))
-        write_json(temporary / STATE, {"step": step, "checksums": sums})
-    for old in newest_checkpoints(run_directory)[keep:]:
-        shutil.rmtree(old)
+    with together(trainer.parallel):
+        if trainer.parallel.first:
+            _write(destination, trainer, step)
+            for old in newest_checkpoints(run_directory)[keep:]:
+                shutil.rmtree(old)
     return destination
 
 
 def load_newest(run_directory: Path, trainer: TokenizerStep) -> int:
-    """Restores the newest intact checkpoint and returns its step; a damaged one is said loudly and passed over.
+    """Restores the newest intact checkpoint and returns its step; a damaged one is said loudly and passed over, by all processes.
 
     Raises:
         UserError: there are checkpoints, and every one is damaged.
@@ -56,11 +56,27 @@ def load_newest(run_directory: Path, trainer: TokenizerStep) -> int:
     found = newest_checkpoints(run_directory)
     for checkpoint in found:
         try:
-            return _load(checkpoint, trainer)
-        except UserError as problem:
-            _LOG.warning("checkpoint %s is damaged and passed over: %s", checkpoint, problem)
-    require(not found, f"every checkpoint in {run_directory / 'checkpoints'} is damaged")
+            with together(trainer.parallel):
+                step = _load(checkpoint, trainer)
+        except SaidElsewhere:
+            continue
+        except (UserError, OSError) as problem:
+            _LOG.error("checkpoint %s is damaged and passed over: %s", checkpoint, problem)
+        else:
+            return step
+    with together(trainer.parallel):
+        require(not found, f"every checkpoint in {run_directory / 'checkpoints'} is damaged")
     return 0
+
+
+def _write(destination: Path, trainer: TokenizerStep, step: int) -> None:
+    with atomic_directory(destination) as temporary:
+        for name, tensors in _files(trainer).items():
+            write_tensors(temporary / name, tensors)
+        # The config is not part of the sums: a scale measured later is kept in it.
+        sums = {p.name: checksum(p) for p in sorted(temporary.iterdir())}
+        write_json(temporary / TOKENIZER_CONFIG, TokenizerFile(trainer.tokenizer.config))
+        write_json(temporary / STATE, {"step": step, "checksums": sums})
 
 
 def _modules(trainer: TokenizerStep) -> dict[str, nn.Module]:

@@ -7,6 +7,9 @@
 4. Codes move.
 
 A step whose loss or gradient norm is not finite changes nothing, and nothing is read back to the host.
+
+Several processes each take a part of the batch. Losses are means over images, so means over processes of gradients (2, 3: before
+norms are taken of them) and of losses are those of the whole batch, and all processes decide alike.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from continuar.autoencoders.perceptual import Perceptual
 from continuar.errors import require
 from continuar.tokenizers import VAETokenizer, VQTokenizer
 from continuar.training.optim import learning_rate
+from continuar.training.parallel import Single
 
 
 @dataclass(frozen=True)
@@ -54,10 +58,14 @@ class Errors:
 
 
 class Meter:
-    """Sums of named scalars on the device; read on the host only when metrics are written."""
+    """Sums of named scalars on the device; read on the host only when metrics are written.
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    Args:
+        parallel: the processes that train together.
+    """
+
+    def __init__(self, device: torch.device, parallel: Single) -> None:
+        self._device, self._parallel = device, parallel
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, Tensor] = {}
         self._streak = torch.zeros((), device=device)
@@ -75,10 +83,10 @@ class Meter:
         self._bad = self._bad + bad
 
     def read(self) -> tuple[dict[str, float], int, int]:
-        """(means, steps skipped, longest streak of skipped steps) since the last read; synchronises."""
+        """(means, steps skipped, longest streak of skipped steps) since the last read; synchronises, all processes together."""
         names = list(self._sums)
         tensors = [*self._sums.values(), *self._counts.values(), self._bad, self._longest]
-        *values, bad, longest = torch.stack(tensors).tolist()
+        *values, bad, longest = self._parallel.mean(torch.stack(tensors)).tolist()  # counts are the same in all
         sums, counts = values[: len(names)], values[len(names) :]
         means = {n: s / c if c else float("nan") for n, s, c in zip(names, sums, counts, strict=True)}
         self._sums, self._counts = {}, {}
@@ -93,21 +101,34 @@ class TokenizerStep:
         tokenizer: on its device; trained from here on.
         run: the run's config.
         perceptual: the frozen network of the perceptual term, or None.
+        parallel: the processes that train together, from the first one's weights; one if not given.
+
+    Raises:
+        UserError: an engine that is not to be had here.
     """
 
-    def __init__(self, tokenizer: VAETokenizer | VQTokenizer, run: TokenizerRun, perceptual: Perceptual | None) -> None:
+    def __init__(
+        self,
+        tokenizer: VAETokenizer | VQTokenizer,
+        run: TokenizerRun,
+        perceptual: Perceptual | None,
+        parallel: Single | None = None,
+    ) -> None:
         self.tokenizer, self.run, self.perceptual = tokenizer.train().requires_grad_(True), run, perceptual
+        self.parallel = parallel or Single()
         self.network: Any = tokenizer.network
         self.device = next(tokenizer.parameters()).device
-        engine = self._engine()
+        engine = pick_engine(run.train.engine, self.device, self.parallel)
         graphs = engine.endswith("graphs")
-        self.codebook = (
-            CodebookLearner(self.network.quantize.embedding.weight, run.codebook) if isinstance(tokenizer, VQTokenizer) else None
-        )
+        self.codebook = None
+        if isinstance(tokenizer, VQTokenizer):
+            self.codebook = CodebookLearner(self.network.quantize.embedding.weight, run.codebook, self.parallel)
         self.optimizer = self._adamw(tokenizer, graphs)
         self.discriminator = PatchDiscriminator(run.discriminator).to(self.device) if run.discriminator.weight > 0 else None
         self.discriminator_optimizer = None if self.discriminator is None else self._adamw(self.discriminator, graphs)
-        self.meter = Meter(self.device)
+        for module in (tokenizer, self.discriminator, self.codebook):
+            self.parallel.share(list(module.state_dict().values()) if module is not None else [])
+        self.meter = Meter(self.device, self.parallel)
         self._bf16 = run.train.precision == "bfloat16" or (run.train.precision == "auto" and self.device.type == "cuda")
         if engine.startswith("compile"):
             for part in self._compiled_parts():
@@ -122,12 +143,13 @@ class TokenizerStep:
         return torch.optim.AdamW(trained, lr=lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True, capturable=graphs)
 
     def seed(self, step: int) -> None:
-        """Makes every draw of a step (mirror images, posterior, revival) a function of (seed, step)."""
-        digest = hashlib.blake2b(f"{self.run.seed}/{step}".encode(), digest_size=8).digest()
+        """Makes every draw of a step (mirror images, posterior, revival) a function of (seed, step), and of the process."""
+        name = f"{self.run.seed}/{step}" + (f"/{self.parallel.rank}" if self.parallel.world > 1 else "")
+        digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
         torch.manual_seed(int.from_bytes(digest, "little") >> 1)
 
     def __call__(self, step: int, images_B3HW: Tensor) -> None:
-        """Step ``step`` on one batch in [-1, 1]; call `seed` before the batch is drawn.
+        """Step ``step`` on this process's part of a batch, in [-1, 1]; call `seed` before it is drawn.
 
         What judges images is differentiated by the images first, each judge once; the sum of these gradients then goes through
         the autoencoder. So the adaptive weight costs two gradients of one layer, and none of the judges.
@@ -148,7 +170,8 @@ class TokenizerStep:
         loss, weight = errors.l1 + errors.perceptual + decoded.penalty, errors.l1.new_zeros(())
         if judge is not None:
             (pull,) = torch.autograd.grad(adversarial, images)
-            weight = adaptive_weight(decoded.images_B3HW, gradient, pull, self.network.decoder.conv_out.weight)
+            last_layer = self.network.decoder.conv_out.weight
+            weight = adaptive_weight(decoded.images_B3HW, gradient, pull, last_layer, self.parallel)
             gradient = gradient + self.run.discriminator.weight * weight * pull
             loss = loss + self.run.discriminator.weight * weight * adversarial
         self.optimizer.zero_grad(set_to_none=True)
@@ -221,10 +244,12 @@ class TokenizerStep:
         return loss, self._update(self.discriminator_optimizer, loss)
 
     def _update(self, optimizer: torch.optim.AdamW, loss: Tensor) -> Tensor:
-        """Clips and steps, unless something is not finite; returns whether it was not, as a tensor."""
+        """Clips and steps, unless something is not finite in any process; returns whether it was not, as a tensor."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        loss = loss.detach().clone()
+        self.parallel.average_all([loss, *(p.grad for p in parameters if p.grad is not None)])
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.run.optim.clip or float("inf"), foreach=True)
-        bad = ~(loss.detach() + norm).isfinite()
+        bad = ~(loss + norm).isfinite()
         # The fused kernel reads this flag as gradient scaling does, and leaves weights and moments alone if it is 1.
         setattr(optimizer, "found_inf", bad.float())  # noqa: B010 (an attribute AdamW reads but does not declare)
         optimizer.step()
@@ -240,15 +265,20 @@ class TokenizerStep:
                 else:
                     group["lr"] = lr
 
-    def _engine(self) -> str:
-        """Which one "auto" is here.
 
-        Raises:
-            UserError: graphs without a CUDA device.
-        """
-        chosen, cuda = self.run.train.engine, self.device.type == "cuda"
-        require(
-            cuda or not chosen.endswith("graphs"),
-            f"train.engine is '{chosen}', CUDA graphs, which a {self.device.type} device does not have; allowed: eager, compile",
-        )
-        return ("compile-graphs" if cuda else "eager") if chosen == "auto" else chosen
+def pick_engine(chosen: str, device: torch.device, parallel: Single) -> str:
+    """Which ``train.engine`` "auto" is here; any other is itself.
+
+    Raises:
+        UserError: graphs without a CUDA device, or of several processes.
+    """
+    cuda, together = device.type == "cuda", parallel.world > 1
+    if chosen == "auto":
+        return "eager" if not cuda else "compile" if together else "compile-graphs"
+    graphs = f"train.engine is '{chosen}', CUDA graphs, which "
+    require(cuda or not chosen.endswith("graphs"), f"{graphs}a {device.type} device does not have; allowed: eager, compile")
+    require(
+        not (together and chosen.endswith("graphs")),
+        f"{graphs}do not hold what {parallel.world} processes send one another; allowed: auto, eager, compile",
+    )
+    return chosen

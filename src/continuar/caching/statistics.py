@@ -21,6 +21,7 @@ from continuar.data.sources import Source
 from continuar.errors import require
 from continuar.tokenizers import VAETokenizer
 from continuar.tokenizers.diffusers_vae import posterior
+from continuar.training.parallel import Single
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,13 @@ class LatentSums:
         self._squares = squares if self._values == 0 else self._squares + squares
         self._images += len(latents)
         self._values += first.numel() // first.shape[1]
+
+    def join(self, parallel: Single) -> None:
+        """Counts what every process has added; all of them together, each having added something."""
+        counts = parallel.total(torch.tensor([self._images, self._values])).tolist()
+        self._images, self._values = counts
+        sums = np.stack((self._sum, self._squares))
+        self._sum, self._squares = parallel.total(torch.from_numpy(sums)).numpy()
 
     def statistics(self) -> LatentStatistics:
         """Of what was added.

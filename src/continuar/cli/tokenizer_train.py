@@ -19,8 +19,10 @@ from continuar.cli.recipes import split_recipe
 from continuar.configs import to_json
 from continuar.devices import pick_device
 from continuar.recipes.tokenizers import TOKENIZER_RECIPES, find_tokenizer_recipe
+from continuar.training.parallel import joined, local_device, processes
 
 _HELP = """usage: continuar tokenizer train RECIPE [options]
+       torchrun --nproc-per-node N -m continuar tokenizer train RECIPE [options]     on N GPUs or processes
        continuar tokenizer train --list          recipes, one line each
        continuar tokenizer train RECIPE --help   every field of the recipe, with its value there
        continuar tokenizer train RECIPE --dry-run
@@ -58,19 +60,23 @@ def main(arguments: list[str]) -> int:
         print(dry_run(options.run), end="")
         return 0
     directory = options.out or Path("runs") / name
-    with progress_bars() as bar:
+    device = pick_device(options.device)
+    device = local_device(device) if processes() else device
+    with joined("ddp", device) as parallel, progress_bars(parallel.first) as bar:
         on_step = bar("training")
         train_tokenizer(
             options.run,
             directory,
-            device=pick_device(options.device),
+            device=device,
             resume=options.resume,
             force=options.force,
             on_report=lambda report: on_step(report.step, report.steps),
             on_read=bar("reading images"),
+            parallel=parallel,
         )
     kept = directory / "tokenizer"
-    print(f"trained: {kept}  (continuar tokenizer evaluate {kept} DATA; continuar cache DATA {kept} DST)")
+    if parallel.first:
+        print(f"trained: {kept}  (continuar tokenizer evaluate {kept} DATA; continuar cache DATA {kept} DST)")
     return 0
 
 

@@ -92,7 +92,7 @@ def kl16_imagenet256() -> TokenizerRun:
 
     continuar tokenizer train kl16_imagenet256 --data.path DIR_OR_TARS --loss.perceptual-weights lpips_vgg.safetensors
 
-    Fifty passes with the weights of LDM's losses, on one GPU: training on several is not there yet.
+    Fifty passes with the weights of LDM's losses, on one GPU or, behind torchrun, on as many as divide the batch.
     """
     return TokenizerRun(
         tokenizer=VAEConfig(network=KL16_MAR, image_size=256),

@@ -119,9 +119,7 @@ def shared_out(run: BaseRun, directory: Path, parallel: Single) -> BaseRun:
     loop, config = run.train, directory / "config.json"
     size = loop.micro_batch or (read_json(config)["train"].get("micro_batch") if config.exists() else 0)
     if not size:
-        allowed = "allowed: a number of processes that divides it"
-        require(loop.batch_size % parallel.world == 0, f"{parallel.world} processes for a batch of {loop.batch_size}; {allowed}")
-        size = loop.batch_size // parallel.world
+        size = len(parallel.part(loop.batch_size))
     run = replace(run, train=replace(loop, micro_batch=size))
     parallel.slots(run.train.micro_batches)
     return run

@@ -3,9 +3,9 @@
 1. A global batch of B images is B/m micro-batches of m. Process r of W takes the r-th W-th part of them, one after another.
 2. What a micro-batch draws is a function of (seed, step, its number in the global batch), and all micro-batches of a step hide the
    same number of tokens. So loss and gradient are plain means over micro-batches, and do not depend on W.
-3. Gradients are averaged over processes while backward runs (after it, where CUDA graphs replay it): `Replicated` by
-   DistributedDataParallel, every process with all weights; `Sharded` by FSDP2, each with a W-th part of weights, gradients, moments
-   and averages.
+3. Gradients are averaged over processes while backward runs (after it, of tokenizers and where CUDA graphs replay it): `Replicated`
+   by DistributedDataParallel, every process with all weights; `Sharded` by FSDP2, each with a W-th part of weights, gradients,
+   moments and averages.
 4. Decisions (skip a step, stop, roll back) are taken on numbers that every process has.
 
 `Single` is one process, in which all of this costs nothing.
@@ -69,6 +69,17 @@ class Single:
         each = micro_batches // self.world
         return range(self.rank * each, (self.rank + 1) * each)
 
+    def part(self, batch_size: int) -> range:
+        """Which of a batch's images are this process's.
+
+        Raises:
+            UserError: they cannot be shared out evenly.
+        """
+        allowed = "allowed: a number of processes that divides it"
+        require(batch_size % self.world == 0, f"{self.world} processes for a batch of {batch_size}; {allowed}")
+        each = batch_size // self.world
+        return range(self.rank * each, (self.rank + 1) * each)
+
     def wrap(self, objective: nn.Module, bf16: bool) -> nn.Module:
         """The module whose backward averages gradients over the processes; its parameters may be others than before.
 
@@ -103,6 +114,9 @@ class Single:
     def average(self, x: Tensor) -> None:
         """Overwrites x by the mean of every process's, on the device."""
 
+    def average_all(self, tensors: list[Tensor]) -> None:
+        """Overwrites tensors of one type by the means of every process's, which travel as one."""
+
     def share(self, tensors: list[Tensor]) -> None:
         """Overwrites tensors by the first process's."""
 
@@ -135,6 +149,13 @@ class Replicated(Single):
     def average(self, x: Tensor) -> None:
         dist.all_reduce(x)
         x /= self.world
+
+    def average_all(self, tensors: list[Tensor]) -> None:
+        flat = torch.cat([x.flatten() for x in tensors])
+        self.average(flat)
+        means = flat.split([x.numel() for x in tensors])
+        put = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
+        put(tensors, [mean.view_as(x) for mean, x in zip(means, tensors, strict=True)])
 
     def share(self, tensors: list[Tensor]) -> None:
         for tensor in tensors:
