@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import json
 import time
 from pathlib import Path
@@ -28,7 +29,7 @@ PROFILED = 3
 """Steps over which --profile looks."""
 
 
-def measure(run: TokenizerRun, device: torch.device, steps: int, judged: bool, profile: bool) -> dict[str, float | bool]:
+def measure(run: TokenizerRun, device: torch.device, steps: int, judged: bool, profile: bool) -> dict[str, float | bool | None]:
     """Warm-up, then ``steps`` timed steps in two halves."""
     cuda = device.type == "cuda"
     run = dataclasses.replace(run, discriminator=dataclasses.replace(run.discriminator, start_images=0 if judged else 10**12))
@@ -48,6 +49,7 @@ def measure(run: TokenizerRun, device: torch.device, steps: int, judged: bool, p
         return time.perf_counter() - began
 
     if cuda:
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     warmup = take(WARMUP_STEPS)
@@ -61,7 +63,7 @@ def measure(run: TokenizerRun, device: torch.device, steps: int, judged: bool, p
         "images_per_second": batch / seconds,
         "milliseconds_per_step": 1e3 * seconds,
         "spread": abs(halves[0] - halves[1]) / seconds,
-        "held_memory_gib": torch.cuda.max_memory_reserved(device) / 2**30 if cuda else float("nan"),
+        "held_memory_gib": torch.cuda.max_memory_reserved(device) / 2**30 if cuda else None,
         "warmup_seconds": warmup,
     }
 
@@ -93,7 +95,7 @@ def main() -> None:
                 print(
                     f"{recipe:<20} {engine:<15} {'with' if judged else 'without'} discriminator "
                     f"{result['images_per_second']:>8,.0f} images/s {result['milliseconds_per_step']:8.2f} ms/step "
-                    f"±{result['spread']:.1%}  {result['held_memory_gib']:.2f} GiB  warm-up {result['warmup_seconds']:.0f} s",
+                    f"±{result['spread']:.1%}  {result['held_memory_gib'] or 0:.2f} GiB  warm-up {result['warmup_seconds']:.0f} s",
                     flush=True,
                 )
     if options.out:

@@ -156,17 +156,21 @@ def test_captured_steps_are_the_plain_ones_while_the_rate_changes_and_a_discrimi
     judged = DiscriminatorConfig(weight=0.3, start_images=8 * 8, width=8, layers=1)
     optim = OptimConfig(lr=3e-3, warmup_images=8 * 10, weight_decay=0.0)
     run = tiny_run("", kind, codebook=codebook, discriminator=judged, optim=optim, images=8 * 16, precision="float32")
-    measured = []
+    measured, broken = [], 14  # a step that is replayed
     for engine in ("eager", "graphs"):
         torch.manual_seed(0)
         trainer = TokenizerStep(run.tokenizer.build().cuda(), replace(run, train=replace(run.train, engine=engine)), None)
         measured.append([])
         for step in range(16):
             trainer.seed(step)
-            trainer(step, images(8, seed=step).cuda())
+            before = [p.clone() for p in trainer.tokenizer.parameters()]
+            trainer(step, images(8, seed=step).cuda() * (math.nan if step == broken else 1))
             means, bad, _ = trainer.meter.read()
-            assert bad == 0
-            measured[-1].append(means)
+            assert bad == (step == broken)
+            if step == broken:
+                assert all(torch.equal(p, old) for p, old in zip(trainer.tokenizer.parameters(), before, strict=True))
+            else:
+                measured[-1].append(means)
     for plain, captured in zip(*measured, strict=True):
         assert captured == pytest.approx(plain, rel=1e-2, abs=1e-5)
 

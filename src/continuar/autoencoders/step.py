@@ -133,7 +133,7 @@ class TokenizerStep:
         if engine.startswith("compile"):
             for part in self._compiled_parts():
                 part.compile(dynamic=False)
-        self._run = Captured(self._step) if graphs else self._step
+        self._captured: Captured[tuple[Tensor, dict[str, Tensor]]] | None = Captured(self.device) if graphs else None
 
     def _adamw(self, module: nn.Module, graphs: bool) -> torch.optim.AdamW:
         optim = self.run.optim
@@ -155,7 +155,8 @@ class TokenizerStep:
         the autoencoder. So the adaptive weight costs two gradients of one layer, and none of the judges.
         """
         self._set_rate(step)
-        bad, values = self._run(images_B3HW, self._judged(step))
+        judged, captured = self._judged(step), self._captured
+        bad, values = self._step(images_B3HW, judged) if captured is None else captured(self._step, images_B3HW, judged)
         self.meter.add(bad, **values)
 
     def _step(self, images_B3HW: Tensor, judged: bool) -> tuple[Tensor, dict[str, Tensor]]:
@@ -186,7 +187,7 @@ class TokenizerStep:
             values |= {"adaptive_weight": weight, "adversarial": adversarial}
             values["discriminator"], worse = self._train_discriminator(judge, images_B3HW, images.detach())
             bad = bad | worse
-        return bad, values
+        return bad, {name: value.detach() for name, value in values.items()}
 
     def autoencode(self, images_B3HW: Tensor) -> Decoded:
         """Images through encoder, posterior or codebook, and decoder."""

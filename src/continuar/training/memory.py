@@ -26,7 +26,7 @@ from continuar.precision import META_AUTOCAST, meta_autocast
 from continuar.token_model import TokenModel
 
 COUNTED = 1024
-"""Images of a batch whose costs are counted: so many that it goes the way of large batches (few rows embed timesteps one by one)."""
+"""Images of a batch whose costs are counted: enough for it to go the way of large ones (few rows embed timesteps one by one)."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Activations:
 
     per_image: float
     copies: float
-    """bfloat16 copies of weights, whatever the batch."""
+    """bfloat16 copies of weights, and embedded timesteps: the same for every batch."""
     largest: float
     """Of ``per_image``, the largest single tensor: its gradient is there at the same time."""
 
