@@ -1,4 +1,4 @@
-"""Recipes of tokenizers. The four small ones have been trained, far shorter than they ask for (docs/results.md).
+"""Recipes of tokenizers. The four small ones have been trained for a part of what they ask for (docs/results.md).
 
 All want ``--data.path`` and, for the perceptual term, ``--loss.perceptual-weights FILE`` (or ``--loss.perceptual off``).
 """
