@@ -35,7 +35,7 @@ def test_a_slice_that_was_killed_goes_on_and_needs_no_command_line_library(tmp_p
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
     command = [sys.executable, str(ROOT / "benchmarks" / "ship_cifar10.py"), "slice", "--minutes", "30", "--device", "cpu"]
     command += ["--work", str(tmp_path / "work"), "--results", str(results), "--train", str(data), "--test", str(data)]
-    command += ["--squeezenet", str(data / "ant" / "0.png"), "--classifier-options", "--width 2 --epochs 1 --batch-size 8"]
+    command += ["--squeezenet", str(data / "ant" / "0.png"), "--classifier-options", "--width 8 --epochs 1 --batch-size 8"]
     command += ["--processes", "2"]
 
     def state() -> Record:
