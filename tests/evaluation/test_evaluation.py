@@ -123,7 +123,7 @@ def test_classifier_learns_colours_and_survives_a_file(tmp_path: Path) -> None:
     labels = rng.integers(0, 3, 96)
     images = rng.integers(0, 120, (96, 8, 8, 3), np.uint8)
     images[np.arange(96), :, :, labels] += 100
-    # Not narrower: oneDNN of torch 2.13 hangs or aborts on some AMD CPUs in the gradient of a strided 1x1 convolution of 4 channels.
+    # Not narrower: oneDNN of torch 2.13 hangs on some AMD CPUs in the gradient of a strided 1x1 convolution of 4 channels.
     network = Classifier(ClassifierConfig(("red", "green", "blue"), width=8, blocks=1))
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)
     for _ in range(40):
