@@ -206,7 +206,7 @@ def test_a_few_short_sequences_are_learned_by_heart(config: ModelConfig) -> None
     model = small.build().train()
     images, labels = random_tokens(small, 3, 0), torch.arange(3)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    # A mixture begins with one component per image whatever the class, and takes long to leave that (0.79 to 1 over ten seeds).
+    # A mixture begins with one component per image whatever the class, and takes long to leave that (0.79 to 1 over five seeds).
     updates, wanted = (1000, 0.65) if config.head.kind == "mixture" else (350, 0.85)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
     for _ in range(updates):

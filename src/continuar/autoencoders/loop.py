@@ -24,7 +24,7 @@ from continuar.autoencoders.perceptual import build_perceptual
 from continuar.autoencoders.state import load_newest, newest_checkpoints, save_checkpoint
 from continuar.autoencoders.step import TokenizerStep
 from continuar.caching.statistics import LatentSums
-from continuar.checkpoints.store import read_json, write_json
+from continuar.checkpoints.store import read_json
 from continuar.checkpoints.tokenizers import save_tokenizer
 from continuar.configs import differences, to_json
 from continuar.errors import UserError, require
@@ -32,6 +32,7 @@ from continuar.pictures import grid, save_png
 from continuar.pipeline import to_uint8
 from continuar.tokenizers import VAETokenizer, VQTokenizer
 from continuar.training.log import RunLog
+from continuar.training.loop import begin_directory
 from continuar.training.optim import learning_rate
 from continuar.training.parallel import Single, together
 from continuar.training.signals import Signals, Stop, noted_signals
@@ -84,13 +85,7 @@ def train_tokenizer(
     with together(parallel):
         trainer = TokenizerStep(run.tokenizer.build().to(device), run, perceptual, parallel)
     first = load_newest(directory, trainer) if resume else 0
-    with together(parallel):
-        if parallel.first:
-            directory.mkdir(parents=True, exist_ok=True)
-            write_json(directory / "config.json", run)
-    with together(parallel):
-        found = (directory / "config.json").is_file()
-        require(found, f"{directory} is not the same directory for all processes; allowed: one on a file system they share")
+    begin_directory(directory, run, parallel)
     _Loop(run, directory, trainer, images, on_report, first).steps_from(first)
     tokenizer = trainer.tokenizer.eval().requires_grad_(False)
     config = tokenizer.config

@@ -90,13 +90,7 @@ def train(
     file = ModelFile(model.config, run.tokenizer, data.classes, run.sampling)
     with together(parallel):
         online = Online(run, file, tokenizer, directory, device) if run.online.every_images and parallel.first else None
-    with together(parallel):
-        if parallel.first:
-            directory.mkdir(parents=True, exist_ok=True)
-            write_json(directory / "config.json", run)
-    with together(parallel):
-        found = (directory / "config.json").is_file()
-        require(found, f"{directory} is not the same directory for all processes; allowed: one on a file system they share")
+    begin_directory(directory, run, parallel)
     tracker = open_tracker(track, directory, run) if track and parallel.first else None
     stream = data.stream(tokenizer.to(device), device, trainer.slots)
     steps = Steps(run, directory, file, tokenizer, trainer, stream, on_report, should_stop, tracker, online, first)
@@ -146,3 +140,18 @@ def check_directory(run: BaseRun, directory: Path, resume: bool, force: bool) ->
     changed = differences(old, new)
     if changed and not force:
         raise UserError(f"the run in {directory} has another config ({'; '.join(changed)}); --force continues it all the same")
+
+
+def begin_directory(directory: Path, run: object, parallel: Single) -> None:
+    """Makes the run directory with its ``config.json``.
+
+    Raises:
+        UserError: it cannot be written, or is not one directory for all processes.
+    """
+    with together(parallel):
+        if parallel.first:
+            directory.mkdir(parents=True, exist_ok=True)
+            write_json(directory / "config.json", run)
+    with together(parallel):
+        found = (directory / "config.json").is_file()
+        require(found, f"{directory} is not the same directory for all processes; allowed: one on a file system they share")

@@ -37,11 +37,8 @@ def dpmpp(
     step_noise: Callable[[int], Tensor],
 ) -> Tensor:
     """Deterministic sampling; see `Sampler`. ``temperature`` and ``step_noise`` have nothing to act on."""
-    alpha, sigma = c.sqrt_abar, c.sqrt_one_minus_abar
-    lambda_ = alpha.log() - sigma.log()
-    # Entry i - 1 belongs to step i, as h_i goes from i to i - 1.
-    h = lambda_[:-1] - lambda_[1:]
-    keep, gain, slope = sigma[:-1] / sigma[1:], -alpha[:-1] * (-h).expm1(), h[:-1] / (2 * h[1:])
+    (h, slope), alpha, sigma = log_snr_steps(c), c.sqrt_abar, c.sqrt_one_minus_abar
+    keep, gain = sigma[:-1] / sigma[1:], -alpha[:-1] * (-h).expm1()
     later = None
     for i in reversed(range(len(c))):
         eps, _ = denoise(x, c.timesteps[i])
@@ -51,3 +48,10 @@ def dpmpp(
         d = x0 if later is None else x0 + slope[i - 1] * (x0 - later)
         x, later = keep[i - 1] * x + gain[i - 1] * d, x0
     return x
+
+
+def log_snr_steps(c: Coefficients) -> tuple[Tensor, Tensor]:
+    """(h_i, h_i / (2 h_{i+1})), [S-1] and [S-2]; entry i - 1 belongs to step i, as h_i goes from i to i - 1."""
+    lambda_ = c.sqrt_abar.log() - c.sqrt_one_minus_abar.log()
+    h = lambda_[:-1] - lambda_[1:]
+    return h, h[:-1] / (2 * h[1:])

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from continuar.diffusion.process import Coefficients, predict_x0
+from continuar.diffusion.samplers.dpmpp import log_snr_steps
 
 
 def dpmpp_sde(
@@ -27,13 +28,9 @@ def dpmpp_sde(
     step_noise: Callable[[int], Tensor],
 ) -> Tensor:
     """Stochastic sampling of second order; see `Sampler` for the arguments."""
-    alpha, sigma = c.sqrt_abar, c.sqrt_one_minus_abar
-    lambda_ = alpha.log() - sigma.log()
-    # Entry i - 1 belongs to step i, as h_i goes from i to i - 1.
-    h = lambda_[:-1] - lambda_[1:]
+    (h, slope), alpha, sigma = log_snr_steps(c), c.sqrt_abar, c.sqrt_one_minus_abar
     fresh = -(-2 * h).expm1()
     keep, gain, spread = sigma[:-1] / sigma[1:] * (-h).exp(), alpha[:-1] * fresh, sigma[:-1] * fresh.sqrt()
-    slope = h[:-1] / (2 * h[1:])
     later = None
     for i in reversed(range(len(c))):
         eps, _ = denoise(x, c.timesteps[i])
