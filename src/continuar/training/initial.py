@@ -48,7 +48,7 @@ def begin_from(model: Model, source: str, tokenizer: Tokenizer) -> None:
     """
     config, state, before = _read(source)
     check_same_network(config, model.config, source)
-    if before is not None and config.tokens.kind == "id":
+    if before is not None:
         was, now = fingerprint(before), fingerprint(tokenizer)
         require(
             was == now,
@@ -90,7 +90,7 @@ def _meaning(config: ModelConfig) -> dict[str, dict[str, Any]]:
 
 
 def _read(source: str) -> tuple[ModelConfig, dict[str, Tensor], Tokenizer | None]:
-    """Config, weights and, of a saved model, its tokenizer."""
+    """Config, weights and, of a saved model of ids, its tokenizer; latents of another are nothing to refuse."""
     tokenizer = None
     if Path(source).suffix == ".pth" and Path(source).is_file():
         official = read_official(Path(source))
@@ -99,7 +99,8 @@ def _read(source: str) -> tuple[ModelConfig, dict[str, Tensor], Tokenizer | None
     else:
         directory = find_model(source)
         file, state = read_model_file(directory), read_weights(directory, "ema")[0]
-        config, tokenizer = file.model, read_tokenizer(directory, file.tokenizer)
+        config = file.model
+        tokenizer = read_tokenizer(directory, file.tokenizer) if config.tokens.kind == "id" else None
         converted = current_names(state)
     if isinstance(config, DiTConfig):
         raise UserError(f"{source} is a DiT; allowed: a model of order, backbone and head")

@@ -5,7 +5,8 @@
    of bytes, and under bfloat16 autocast matrix products cast their inputs and layer norms compute in float32.
 3. Where blocks are recomputed, what counts is what is saved outside of them, their inputs, and of one block at a time what is saved
    inside it; the block that needs most decides.
-4. Do it for two batch sizes: activations are linear in the batch, and what does not grow is copies of weights.
+4. Do it for two batch sizes: activations are linear in the batch, and what does not grow is copies of weights
+   and embedded timesteps.
 """
 
 from __future__ import annotations
