@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 WORKERS ?= 2
 
 # Whether the package holds the model that `continuar sample cifar10` generates from.
-SHIPPED := $(wildcard src/continuar/models/cifar10/config.json)
+SHIPPED := $(wildcard src/continuar/shipped/cifar10/config.json)
 
 .PHONY: help demo digits cifar10 test test-slow test-kernels check format clean
 

@@ -23,11 +23,11 @@ from torch.nn.utils import convert_conv2d_weight_memory_format
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from continuar.checkpoints.store import write_json
-from continuar.data.images import load_images
+from continuar.data.loader import load_images
 from continuar.devices import pick_device
-from continuar.evaluation.classifier import Classifier, ClassifierConfig, class_accuracy
+from continuar.evaluation.networks import Classifier, ClassifierConfig, class_accuracy
 from continuar.training.config import DataConfig
-from continuar.training.stream import IndexStream, augment
+from continuar.training.data import IndexStream, augment
 
 PEAK_LR = 0.4
 

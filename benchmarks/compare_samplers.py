@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from continuar.data.images import load_images
+from continuar.data.loader import load_images
 from continuar.devices import pick_device
-from continuar.evaluation.features import SqueezeNet, extract
-from continuar.evaluation.moments import frechet_distance, moments
+from continuar.evaluation.metrics import frechet_distance, moments
+from continuar.evaluation.networks import SqueezeNet, extract
 from continuar.pipeline import Pipeline
 
 

@@ -24,12 +24,12 @@ import numpy as np
 import torch
 from sklearn.svm import SVC
 
-from continuar.data.images import load_digits
-from continuar.evaluation.moments import Moments, frechet_distance, moments
+from continuar.data.loader import load_digits
+from continuar.evaluation.metrics import Moments, frechet_distance, moments
 from continuar.pictures import grid, save_png
 from continuar.recipes import RECIPES
 from continuar.training.config import BaseRun
-from continuar.training.loop import train
+from continuar.training.trainer import train
 
 GUIDANCE = (1.0, 2.0)
 PER_CLASS = 50

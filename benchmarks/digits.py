@@ -17,7 +17,7 @@ from sklearn.model_selection import cross_val_score
 from sklearn.svm import SVC
 
 import continuar
-from continuar.data.images import load_digits
+from continuar.data.loader import load_digits
 
 
 def nearest(images: np.ndarray, labels: np.ndarray) -> float:

@@ -24,20 +24,16 @@ import numpy as np
 import torch
 
 import continuar
-from continuar.data.images import ImageSet, load_images
+from continuar.data.loader import ImageSet, load_images
 from continuar.devices import pick_device
 from continuar.diffusion.samplers import SAMPLERS
-from continuar.evaluation.classifier import Classifier, class_accuracy
-from continuar.evaluation.features import SqueezeNet, extract
-from continuar.evaluation.moments import frechet_distance, moments
-from continuar.evaluation.neighbours import nearest_neighbours, neighbours_picture
-from continuar.evaluation.networks import sha256_of_file
-from continuar.evaluation.reference import REFERENCE_IMAGES, Statistics, reference_indices
+from continuar.evaluation.metrics import frechet_distance, moments, nearest_neighbours, neighbours_picture
+from continuar.evaluation.networks import Classifier, SqueezeNet, class_accuracy, extract, sha256_of_file
+from continuar.evaluation.reference import REFERENCE_IMAGES, Statistics, reference_indices, score_samples
 from continuar.evaluation.samples import GeneratedSamples
-from continuar.evaluation.scores import score_samples
-from continuar.generation.engines import ENGINE_NAMES
-from continuar.generation.weights import DTYPES
 from continuar.pictures import grid, save_png
+from continuar.sampling.engines import ENGINE_NAMES
+from continuar.sampling.fast.weights import DTYPES
 
 OPTIONAL = ("guidance_schedule", "steps", "sampler", "diffusion_steps", "temperature")
 """Settings that are the model's unless given."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import continuar
-from continuar.data.images import ImageSet, load_images
+from continuar.data.loader import ImageSet, load_images
 from continuar.devices import pick_device
 from continuar.orders import View
 from continuar.pipeline import Pipeline

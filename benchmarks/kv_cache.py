@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from continuar.backbones import CausalConfig
-from continuar.backbones.causal import Causal
+from continuar.models import CausalConfig
+from continuar.models.causal import Causal
 from continuar.orders import View
 
 

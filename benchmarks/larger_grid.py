@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from continuar.data.images import load_digits
+from continuar.data.loader import load_digits
 from continuar.recipes import RECIPES
 from continuar.training.config import Run
-from continuar.training.loop import train
+from continuar.training.trainer import train
 
 IMAGES = 20_000
 

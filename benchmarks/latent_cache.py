@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from continuar.checkpoints.store import write_json
-from continuar.data.latents import INDEX, CacheInfo, LatentCache, ShardInfo, shard_path
+from continuar.data.latent_cache import INDEX, CacheInfo, LatentCache, ShardInfo, shard_path
 from continuar.tokenizers import Tokenizer, TokenSpec
 from continuar.tokenizers.base import patchify
-from continuar.tokenizers.diffusers_vae import posterior
-from continuar.training.latents import LatentStream
+from continuar.tokenizers.vae import posterior
+from continuar.training.data import LatentStream
 
 SHAPE = (32, 16, 16)
 

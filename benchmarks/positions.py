@@ -18,7 +18,7 @@ import torch
 from comparison import PER_CLASS, Judge, note_of, seconds_of
 
 from continuar.recipes import RECIPES
-from continuar.training.loop import train
+from continuar.training.trainer import train
 
 ROWS = ("ar_raster", "ar_random", "mar")
 GUIDANCE = (1.0, 2.0)

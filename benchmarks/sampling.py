@@ -26,21 +26,21 @@ from typing import Any
 import torch
 from kernel_times import kernel_table
 
-from continuar.backbones import BackboneConfig, CausalConfig, MAEConfig
-from continuar.generation import eager
-from continuar.generation.engines import make_engine
-from continuar.generation.graphs import GraphEngine
-from continuar.generation.kernels import Kernels
-from continuar.generation.measure import Speed, matmul_peak, measure
-from continuar.generation.memory import bytes_per_image
-from continuar.generation.plan import SamplingOptions, make_plan
 from continuar.heads import DiffusionHeadConfig, DiffusionOptions
-from continuar.model import Model, ModelConfig
+from continuar.models import BackboneConfig, CausalConfig, MAEConfig
+from continuar.models.autoregressive import Model, ModelConfig
 from continuar.orders import MAROrderConfig, RasterOrderConfig
 from continuar.pipeline import to_uint8
+from continuar.sampling import generate as eager
+from continuar.sampling.engines import make_engine
+from continuar.sampling.fast.engine import GraphEngine
+from continuar.sampling.fast.kernels import Kernels
+from continuar.sampling.generate import SamplingOptions, make_plan
+from continuar.sampling.memory import bytes_per_image
+from continuar.sampling.speed import Speed, matmul_peak, measure
 from continuar.tokenizers import LatentConfig
-from continuar.tokenizers.named import NAMED
-from continuar.training.flops import generation_flops
+from continuar.tokenizers.vae import NAMED
+from continuar.training.estimate import generation_flops
 
 SIZES = {
     "B": MAEConfig(width=768, encoder_depth=12, heads=12, decoder_depth=12),
@@ -94,8 +94,7 @@ TABLE = [name for name in CASES if name != "smoke"]
 
 
 def triton_kernels(few_rows: int | None = None, **launch: Any) -> Kernels:
-    from continuar.generation.triton_kernels import TritonKernels
-    from continuar.generation.triton_small import MOST_ROWS, Launch
+    from continuar.sampling.fast.triton_kernels import MOST_ROWS, Launch, TritonKernels
 
     return TritonKernels(MOST_ROWS if few_rows is None else few_rows, Launch(**launch) if launch else None)
 

@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 from kernel_times import kernel_table
 
-from continuar.autoencoders.config import TokenizerRun
-from continuar.autoencoders.perceptual import build_perceptual
-from continuar.autoencoders.step import TokenizerStep
 from continuar.devices import pick_device
 from continuar.recipes.tokenizers import find_tokenizer_recipe
+from continuar.training.autoencoder import TokenizerStep
+from continuar.training.config import TokenizerRun
+from continuar.training.gan_losses import build_perceptual
 
 WARMUP_STEPS = 6
 PROFILED = 3

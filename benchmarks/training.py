@@ -21,10 +21,10 @@ import torch
 from kernel_times import kernel_table
 
 from continuar.devices import expandable_segments, pick_device
-from continuar.generation.measure import matmul_peak
 from continuar.recipes import find_recipe
+from continuar.sampling.speed import matmul_peak
 from continuar.training.config import Run
-from continuar.training.flops import training_flops
+from continuar.training.estimate import training_flops
 from continuar.training.step import TrainStep
 
 PROFILED = 5

@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 
 from continuar import Model, ModelConfig, Pipeline, SamplingOptions
-from continuar.backbones import MAEConfig
 from continuar.checkpoints.store import ModelFile
-from continuar.conditions import VectorsConfig
-from continuar.data.images import load_digits
-from continuar.generation.eager import Start, generate
+from continuar.data.loader import load_digits
 from continuar.heads import DiffusionHeadConfig, DiffusionOptions
+from continuar.models import MAEConfig
+from continuar.models.conditions import VectorsConfig
+from continuar.sampling.generate import Start, generate
 from continuar.tokenizers import PixelConfig, PixelTokenizer
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

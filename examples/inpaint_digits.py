@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 
 import continuar
-from continuar.data.images import load_digits
+from continuar.data.loader import load_digits
 from continuar.devices import pick_device
-from continuar.editing import Picture, edit, prepare
+from continuar.inpainting import Picture, edit, prepare
 from continuar.pictures import grid, save_png
-from continuar.recipes.digits import digits
-from continuar.training.loop import train
+from continuar.recipes.images import digits
+from continuar.training.trainer import train
 
 VARIANTS = 10
 

@@ -26,10 +26,10 @@ import torch
 from torch import Tensor
 
 from continuar import Model, ModelConfig, SamplingOptions
-from continuar.backbones import CausalConfig
-from continuar.generation.eager import Start, generate
 from continuar.heads import DiffusionHeadConfig, DiffusionOptions
+from continuar.models import CausalConfig
 from continuar.orders import RandomOrderConfig
+from continuar.sampling.generate import Start, generate
 from continuar.tokenizers import TokenSpec
 
 LENGTH = 32

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from continuar.recipes import RECIPES
-from continuar.training.loop import train
+from continuar.training.trainer import train
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in RECIPES if n.startswith("digits_")])
 def test_generated_digits_can_be_read(name: str, tmp_path: Path) -> None:
     svm = pytest.importorskip("sklearn.svm")
-    from continuar.data.images import load_digits
+    from continuar.data.loader import load_digits
 
     torch.set_num_threads(2)
     real = load_digits()

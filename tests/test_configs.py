@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from continuar.configs import differences, from_json, to_json
+from continuar.config import differences, from_json, to_json
 from continuar.errors import UserError, unknown_name
 from continuar.recipes import RECIPES
 from continuar.training.config import Run

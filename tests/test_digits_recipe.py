@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from continuar.recipes.digits import digits
-from continuar.training.loop import train
+from continuar.recipes.images import digits
+from continuar.training.trainer import train
 
 
 @pytest.mark.slow
 def test_generated_digits_are_what_was_asked_for(tmp_path: Path) -> None:
     svm = pytest.importorskip("sklearn.svm")
-    from continuar.data.images import load_digits
+    from continuar.data.loader import load_digits
 
     torch.set_num_threads(2)
     real = load_digits()

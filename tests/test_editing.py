@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from continuar.editing import Picture, edit, prepare, read_picture, unknown_tokens
 from continuar.errors import UserError
-from continuar.model import ModelConfig
+from continuar.inpainting import Picture, edit, prepare, read_picture, unknown_tokens
+from continuar.models.autoregressive import ModelConfig
 from continuar.pipeline import Pipeline
 from tests.tiny import model_configs, name, options_of, pipeline
 

@@ -40,9 +40,9 @@ def test_a_wheel_holds_every_shipped_model(tmp_path: Path) -> None:
     (wheel,) = (tmp_path / "wheels").iterdir()
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
-        models = {n for n in archive.namelist() if n.startswith("continuar/models/")}
+        models = {n for n in archive.namelist() if n.startswith("continuar/shipped/")}
     assert models >= {
-        f"continuar/models/{m}/{f}" for m in ("tiny", *shipped_models()) for f in ("config.json", "model.safetensors")
+        f"continuar/shipped/{m}/{f}" for m in ("tiny", *shipped_models()) for f in ("config.json", "model.safetensors")
     }
     script = "import continuar, sys; print(continuar.load('tiny', device='cpu')([0], 0).shape)"
     command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); {script}"]

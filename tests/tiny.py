@@ -12,11 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from continuar.backbones import BackboneConfig, CausalConfig, MAEConfig
 from continuar.checkpoints.store import ModelFile
-from continuar.configs import members
+from continuar.config import members
 from continuar.errors import UserError
-from continuar.generation.plan import SamplingOptions
 from continuar.heads import (
     DiffusionHeadConfig,
     DiffusionOptions,
@@ -26,10 +24,11 @@ from continuar.heads import (
     RegressionHeadConfig,
     option_names,
 )
-from continuar.model import Model, ModelConfig
+from continuar.models import BackboneConfig, CausalConfig, MAEConfig
+from continuar.models.autoregressive import Model, ModelConfig, check_parts
 from continuar.orders import OrderConfig
-from continuar.parts import check_parts
 from continuar.pipeline import Pipeline
+from continuar.sampling.generate import SamplingOptions
 from continuar.tokenizers import CodebookConfig, CodebookTokenizer, PixelConfig
 from continuar.training.config import DataConfig, EMAConfig, LoopConfig, OptimConfig, Run
 

@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from continuar.errors import UserError
-    from continuar.generation.plan import SamplingOptions
     from continuar.heads.diffusion import DiffusionHead
-    from continuar.model import Model, ModelConfig
+    from continuar.models.autoregressive import Model, ModelConfig
     from continuar.pipeline import Pipeline, load
+    from continuar.sampling.generate import SamplingOptions
 
 __version__ = "0.1.0"
 
 _HOME = {
     "DiffusionHead": "continuar.heads.diffusion",
-    "Model": "continuar.model",
-    "ModelConfig": "continuar.model",
+    "Model": "continuar.models.autoregressive",
+    "ModelConfig": "continuar.models.autoregressive",
     "Pipeline": "continuar.pipeline",
-    "SamplingOptions": "continuar.generation.plan",
+    "SamplingOptions": "continuar.sampling.generate",
     "UserError": "continuar.errors",
     "load": "continuar.pipeline",
 }

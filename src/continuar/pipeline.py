@@ -31,18 +31,15 @@ from continuar.checkpoints.store import (
 )
 from continuar.devices import pick_device
 from continuar.errors import UserError, require, unknown_name
-from continuar.generation.eager import Start
-from continuar.generation.engines import Engine, EngineName, chosen, make_engine
-from continuar.generation.known import Array, equal_batches, with_known
-from continuar.generation.plan import SamplingOptions, make_plan
-from continuar.generation.snapshots import Snapshot, snapshots
-from continuar.generation.weights import Precision
-from continuar.guidance import GuidanceSchedule
-from continuar.token_model import TokenModel
+from continuar.models.base import TokenModel
+from continuar.sampling.engines import Engine, EngineName, chosen, make_engine
+from continuar.sampling.fast.weights import Precision
+from continuar.sampling.generate import GuidanceSchedule, SamplingOptions, Start, make_plan
+from continuar.sampling.known_tokens import Array, Snapshot, equal_batches, snapshots, with_known
 from continuar.tokenizers import Tokenizer
 
 Weights = Literal["ema", "raw"]
-SHIPPED = Path(__file__).parent / "models"
+SHIPPED = Path(__file__).parent / "shipped"
 _SEED_LIMIT = 2**63
 
 
@@ -301,7 +298,7 @@ load = Pipeline.from_pretrained
 def read_weights(directory: Path, weights: Weights) -> tuple[dict[str, Tensor], str]:
     """The weights of a saved model or checkpoint, and where they were found; those that several processes wrote are joined."""
     if not (directory / WEIGHTS).is_file():
-        from continuar.checkpoints.shards import read_whole
+        from continuar.checkpoints.sharded import read_whole
 
         return read_whole(directory, "ema." if weights == "ema" else "model."), str(directory / SHARDS)
     source = directory / (EMA if weights == "ema" and (directory / EMA).is_file() else WEIGHTS)

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from continuar.autoencoders.codebook import CodebookLearner, Quantised, usage
-from continuar.autoencoders.config import CodebookLearning
+from continuar.training.config import CodebookLearning
+from continuar.training.gan_losses import CodebookLearner, Quantised, usage
 
 KEEP = torch.tensor(True)
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from continuar.autoencoders.config import DiscriminatorConfig
-from continuar.autoencoders.discriminator import PatchDiscriminator, adaptive_weight, hinge
+from continuar.training.config import DiscriminatorConfig
+from continuar.training.gan_losses import PatchDiscriminator, adaptive_weight, hinge
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])

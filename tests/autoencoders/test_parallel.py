@@ -17,20 +17,23 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from continuar.autoencoders import state as checkpoints
-from continuar.autoencoders.config import CodebookLearning, DiscriminatorConfig, ImagesConfig, TokenizerRun
-from continuar.autoencoders.images import MemoryBatches, open_images
-from continuar.autoencoders.loop import train_tokenizer
-from continuar.autoencoders.perceptual import Perceptual
-from continuar.autoencoders.state import newest_checkpoints
-from continuar.autoencoders.step import TokenizerStep, pick_engine
 from continuar.checkpoints.tokenizers import load_tokenizer
 from continuar.cli.main import main
+from continuar.distributed import Single, joined
 from continuar.errors import UserError
 from continuar.recipes.tokenizers import TOKENIZER_RECIPES
-from continuar.training.config import OptimConfig
-from continuar.training.parallel import Single, joined
-from continuar.training.steps import Interrupted, Report
+from continuar.training import autoencoder as checkpoints
+from continuar.training.autoencoder import (
+    MemoryBatches,
+    TokenizerStep,
+    newest_checkpoints,
+    open_images,
+    pick_engine,
+    train_tokenizer,
+)
+from continuar.training.config import CodebookLearning, DiscriminatorConfig, ImagesConfig, OptimConfig, TokenizerRun
+from continuar.training.gan_losses import Perceptual
+from continuar.training.trainer import Interrupted, Report
 from tests.processes import finish, free_port, group, quiet, start
 from tests.tiny import write_images
 from tests.tokenizers.networks import images

@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from continuar.autoencoders.config import LossConfig
-from continuar.autoencoders.perceptual import LPIPS, Perceptual, SqueezeNetPerceptual, build_perceptual
 from continuar.errors import UserError
-from continuar.evaluation.features import SqueezeNet
+from continuar.evaluation.networks import SqueezeNet
+from continuar.training.config import LossConfig
+from continuar.training.gan_losses import LPIPS, Perceptual, SqueezeNetPerceptual, build_perceptual
 
 CPU = torch.device("cpu")
 # (index, inputs, outputs) of VGG-16's convolutions, and where LPIPS' slices end.

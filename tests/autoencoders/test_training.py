@@ -16,21 +16,24 @@ from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 from torch.nn import functional
 
-from continuar.autoencoders.config import CodebookLearning, DiscriminatorConfig, ImagesConfig, LossConfig, TokenizerRun
-from continuar.autoencoders.images import DecodedBatches, MemoryBatches, open_images
-from continuar.autoencoders.loop import train_tokenizer
-from continuar.autoencoders.perceptual import Perceptual, SqueezeNetPerceptual
-from continuar.autoencoders.state import newest_checkpoints
-from continuar.autoencoders.step import TokenizerStep
 from continuar.checkpoints.store import read_tensors
 from continuar.checkpoints.tokenizers import load_tokenizer
-from continuar.configs import from_json, to_json
-from continuar.data.find import find_source
-from continuar.data.images import load_images
+from continuar.config import from_json, to_json
+from continuar.data.loader import load_images
+from continuar.data.sources import find_source
 from continuar.errors import UserError
-from continuar.evaluation.features import SqueezeNet
+from continuar.evaluation.networks import SqueezeNet
 from continuar.recipes.tokenizers import TOKENIZER_RECIPES
-from continuar.training.config import OptimConfig
+from continuar.training.autoencoder import (
+    DecodedBatches,
+    MemoryBatches,
+    TokenizerStep,
+    newest_checkpoints,
+    open_images,
+    train_tokenizer,
+)
+from continuar.training.config import CodebookLearning, DiscriminatorConfig, ImagesConfig, LossConfig, OptimConfig, TokenizerRun
+from continuar.training.gan_losses import Perceptual, SqueezeNetPerceptual
 from tests.tiny import write_images
 from tests.tokenizers.networks import TINY, images
 

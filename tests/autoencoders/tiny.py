@@ -6,16 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from continuar.autoencoders.config import (
+from continuar.tokenizers import VAEConfig, VQConfig
+from continuar.training.config import (
     CodebookLearning,
     DiscriminatorConfig,
     ImagesConfig,
     LossConfig,
+    OptimConfig,
     TokenizerLoopConfig,
     TokenizerRun,
 )
-from continuar.tokenizers import VAEConfig, VQConfig
-from continuar.training.config import OptimConfig
 from tests.tokenizers.networks import KL, VQ
 
 NETWORK = replace(KL, down_block_types=("DownEncoderBlock2D",) * 2, block_out_channels=(8, 8), mid_block_add_attention=False)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from continuar.backbones.blocks import Block, QueryBlock
-from continuar.backbones.rotary import Rotary, Rotation
+from continuar.models.positions import Rotary, Rotation
+from continuar.models.transformer import Block, QueryBlock
 
 
 def rotation(index_BL: Tensor) -> Rotation:

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from continuar.backbones import blocks
-from continuar.backbones.blocks import Block, QueryBlock
-from continuar.backbones.dropout import draw_seed, hashed_dropout, hashed_gelu_dropout, kept
+from continuar.models import transformer as blocks
+from continuar.models.fused_ops import draw_seed, hashed_dropout, hashed_gelu_dropout, kept
+from continuar.models.transformer import Block, QueryBlock
 
 COUNT = 2**20
 RATES = [0.01, 0.1, 0.5]

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from continuar.backbones import MAEConfig
-from continuar.backbones.masking import MaskCount
 from continuar.errors import UserError
+from continuar.models import MAEConfig
+from continuar.models.mar import MaskCount
 from tests.tiny import model_configs, shaken
 
 

@@ -11,21 +11,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from continuar.backbones.grids import resize_rows
-from continuar.checkpoints.grids import at_grid
-from continuar.checkpoints.official import write_official
+from continuar.checkpoints.mar import write_official
 from continuar.checkpoints.store import ModelFile
 from continuar.cli.main import main
 from continuar.errors import UserError
-from continuar.generation.eager import Start, generate
 from continuar.heads import FlowHeadConfig
-from continuar.model import ModelConfig
+from continuar.models.autoregressive import ModelConfig
+from continuar.models.positions import resize_rows
 from continuar.orders import RandomOrderConfig
 from continuar.pipeline import Pipeline, newest_checkpoints
+from continuar.sampling.generate import Start, generate
 from continuar.tokenizers import CodebookConfig, LatentConfig, PixelConfig
 from continuar.training.config import Run
-from continuar.training.initial import begin_from
-from continuar.training.loop import train
+from continuar.training.finetune import at_grid, begin_from
+from continuar.training.trainer import train
 from tests.tiny import SMALL, TOKENIZER, model_configs, options_of, pipeline, random_tokens, shaken, tiny_run, write_images
 
 CPU = torch.device("cpu")

@@ -12,16 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from continuar.backbones import BackboneConfig, CausalConfig, MAEConfig
-from continuar.backbones.blocks import Attention
-from continuar.backbones.rotary import BASE, NOWHERE, Rotary, Rotation, turn
-from continuar.checkpoints.grids import at_grid
-from continuar.checkpoints.official import export_official
-from continuar.configs import from_json, members, to_json
+from continuar.checkpoints.mar import export_official
+from continuar.config import from_json, members, to_json
 from continuar.errors import UserError
+from continuar.models import BackboneConfig, CausalConfig, MAEConfig
+from continuar.models.positions import BASE, NOWHERE, Rotary, Rotation, turn
+from continuar.models.transformer import Attention
 from continuar.orders import View
 from continuar.training.engines import EagerEngine
-from continuar.training.initial import begin_from
+from continuar.training.finetune import at_grid, begin_from
 from tests.tiny import SMALL, TOKENIZER, model_configs, name, pipeline, random_tokens, shaken
 
 ROTARY = [c for c in model_configs() if c.backbone.positions == "rotary"]

@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from continuar.baselines import DiT, DiTConfig, DiTNetworkConfig, dit
-from continuar.configs import from_json, to_json
-from continuar.diffusion.process import add_noise, training_coefficients, variational_bound, velocity
+from continuar.config import from_json, to_json
+from continuar.diffusion.gaussian import add_noise, training_coefficients, variational_bound, velocity
 from continuar.diffusion.samplers import SAMPLERS
 from continuar.errors import UserError
+from continuar.models import dit
+from continuar.models.dit import DiT, DiTConfig, DiTNetworkConfig
 from continuar.orders import View
 from continuar.tokenizers import TokenSpec
 

@@ -15,11 +15,10 @@ from shipping.slices import best_guidance
 from shipping.tables import evaluation_table
 
 import continuar
-from continuar.data.images import load_images
+from continuar.data.loader import load_images
 from continuar.errors import UserError
-from continuar.evaluation.classifier import Classifier, ClassifierConfig, class_accuracy
-from continuar.evaluation.features import SqueezeNet, extract
-from continuar.evaluation.moments import frechet_distance, moments
+from continuar.evaluation.metrics import frechet_distance, moments
+from continuar.evaluation.networks import Classifier, ClassifierConfig, SqueezeNet, class_accuracy, extract
 from continuar.pipeline import shipped_models
 from tests.tiny import write_images
 

@@ -16,13 +16,12 @@ import pytest
 import torch
 from PIL import Image
 
-from continuar.caching.build import CacheOptions, build_cache, cache_info
-from continuar.caching.statistics import to_signed
+from continuar.caching import CacheOptions, build_cache, cache_info, to_signed
 from continuar.checkpoints.tokenizers import fingerprint, save_tokenizer
 from continuar.cli.main import main
-from continuar.data.find import find_source
-from continuar.data.images import load_images
-from continuar.data.latents import INDEX, LatentCache, read_info
+from continuar.data.latent_cache import INDEX, LatentCache, read_info
+from continuar.data.loader import load_images
+from continuar.data.sources import find_source
 from continuar.errors import UserError
 from continuar.tokenizers import LatentConfig, PixelConfig, PixelTokenizer, Tokenizer, TokenizerConfig, VAEConfig, VQConfig
 from tests.tiny import write_images

@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from continuar.caching.statistics import LatentSums, encoded, measure, to_signed
+from continuar.caching import LatentSums, encoded, measure, to_signed
 from continuar.checkpoints.tokenizers import load_tokenizer, save_tokenizer
 from continuar.cli.main import main
-from continuar.data.find import find_source
-from continuar.data.images import load_images
+from continuar.data.loader import load_images
+from continuar.data.sources import find_source
 from continuar.errors import UserError
 from continuar.tokenizers import PixelConfig, VAEConfig, VAETokenizer, VQConfig
 from tests.tiny import write_images

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from continuar.checkpoints.official import read_official
+from continuar.checkpoints.mar import read_official
 from continuar.errors import UserError
 
 from .files import content, refused

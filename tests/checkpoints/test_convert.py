@@ -11,18 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from continuar.checkpoints.official import read_official, write_official
-from continuar.checkpoints.official_args import OfficialFile, model_file, official_args
-from continuar.checkpoints.store import (
-    CONFIG,
-    EMA,
-    WEIGHTS,
-    ModelFile,
-    read_model_file,
-    read_tensors,
-    write_json,
-    write_tensors,
-)
+from continuar.checkpoints.mar import OfficialFile, model_file, official_args, read_official, write_official
+from continuar.checkpoints.store import CONFIG, EMA, WEIGHTS, ModelFile, read_model_file, read_tensors, write_json, write_tensors
 from continuar.cli.convert import main
 from continuar.cli.main import main as continuar
 from continuar.errors import UserError

@@ -19,7 +19,7 @@ from continuar.checkpoints.tokenizers import Changes, load_tokenizer, read_token
 from continuar.cli.convert import main
 from continuar.cli.main import main as continuar
 from continuar.tokenizers import VAEConfig
-from continuar.tokenizers.named import KL8_LDM, KL16_LDM, KL16_MAR, NAMED, VQ16_LDM
+from continuar.tokenizers.vae import KL8_LDM, KL16_LDM, KL16_MAR, NAMED, VQ16_LDM
 from tests.tokenizers.networks import KL as SMALL_GROUPS
 from tests.tokenizers.networks import TINY
 

@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from continuar.backbones import MAEConfig
 from continuar.checkpoints.mar import config_from_official, official_shapes, to_continuar, to_official
 from continuar.errors import UserError
 from continuar.heads import DiffusionHead, DiffusionHeadConfig
-from continuar.model import ModelConfig
+from continuar.models import MAEConfig
+from continuar.models.autoregressive import ModelConfig
 from continuar.orders import MAROrderConfig
 from continuar.tokenizers import TokenSpec
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import nn
 
-from continuar.backbones import MAEConfig
 from continuar.checkpoints.store import (
     CONFIG,
     WEIGHTS,
@@ -27,10 +26,11 @@ from continuar.checkpoints.store import (
     write_text,
 )
 from continuar.errors import UserError
-from continuar.generation.plan import SamplingOptions
 from continuar.heads import DiffusionHeadConfig
-from continuar.model import ModelConfig
+from continuar.models import MAEConfig
+from continuar.models.autoregressive import ModelConfig
 from continuar.orders import MAROrderConfig
+from continuar.sampling.generate import SamplingOptions
 from continuar.tokenizers import LatentConfig, PixelConfig, TokenizerConfig
 
 

@@ -13,8 +13,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from continuar.cli.main import main
-from continuar.data.latents import LatentCache
-from continuar.evaluation.features import SqueezeNet
+from continuar.data.latent_cache import LatentCache
+from continuar.evaluation.networks import SqueezeNet
 from continuar.recipes.tokenizers import TOKENIZER_RECIPES
 from tests.autoencoders.tiny import tiny_run
 from tests.tiny import write_images

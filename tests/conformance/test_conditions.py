@@ -11,20 +11,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from continuar.backbones import BackboneConfig, CausalConfig, MAEConfig
 from continuar.checkpoints.mar import official_parts
 from continuar.checkpoints.store import CONFIG, WEIGHTS, ModelFile, read_tensors, write_tensors
-from continuar.conditions import ConditionConfig, LabelsConfig, VectorsConfig
-from continuar.configs import from_json, members, to_json
+from continuar.config import from_json, members, to_json
 from continuar.errors import UserError
-from continuar.generation.eager import Start, generate
 from continuar.heads import FlowHeadConfig, FlowOptions
-from continuar.model import ModelConfig
+from continuar.models import BackboneConfig, CausalConfig, MAEConfig
+from continuar.models.autoregressive import ModelConfig
+from continuar.models.conditions import ConditionConfig, LabelsConfig, VectorsConfig
 from continuar.orders import MAROrderConfig, RandomOrderConfig, View
 from continuar.pipeline import Pipeline
-from continuar.rows import take
+from continuar.sampling.generate import Start, generate
+from continuar.tensors import take
 from continuar.tokenizers import TokenSpec
-from continuar.training.flops import generation_flops, training_flops
+from continuar.training.estimate import generation_flops, training_flops
 from tests.tiny import SMALL, TOKENIZER, options_of, random_tokens, shaken
 
 N = 16

@@ -9,14 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from continuar.configs import from_json, members, to_json
+from continuar.config import from_json, members, to_json
 from continuar.errors import UserError
-from continuar.generation.eager import Start, generate, stream
 from continuar.heads import HeadConfig
-from continuar.model import Model, ModelConfig
+from continuar.models.autoregressive import Model, ModelConfig
 from continuar.orders import OrderConfig, View
 from continuar.pipeline import Pipeline
-from continuar.rows import take
+from continuar.sampling.generate import Start, generate, stream
+from continuar.tensors import take
 from continuar.tokenizers import TokenSpec
 from tests.tiny import model_configs, name, options_of, pipeline, random_tokens, shaken, takes_steps
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from continuar.data.decode import Unusable, centre_crop, decode
-from continuar.data.images import class_names, load_images
+from continuar.data.loader import class_names, load_images
 from continuar.errors import UserError
 from tests.tiny import write_images
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from continuar.data.find import find_source
-from continuar.data.images import class_names, load_images
+from continuar.data.loader import class_names, load_images
+from continuar.data.sources import find_source
 from continuar.errors import UserError
 
 

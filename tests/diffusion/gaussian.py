@@ -13,9 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from continuar.diffusion.process import coefficients
+from continuar.diffusion.gaussian import Schedule, coefficients, training_schedule
 from continuar.diffusion.samplers import Sampler
-from continuar.diffusion.schedule import Schedule, training_schedule
 
 ABAR = torch.from_numpy(training_schedule().abar)
 Denoise = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]

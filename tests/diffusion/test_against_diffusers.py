@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from continuar.diffusion.process import coefficients
+from continuar.diffusion.gaussian import TRAIN_STEPS, Schedule, coefficients, cosine_betas, strided, training_schedule
 from continuar.diffusion.samplers import SAMPLERS
-from continuar.diffusion.schedule import TRAIN_STEPS, Schedule, cosine_betas, strided, training_schedule
 
 diffusers = pytest.importorskip("diffusers", reason="the extra [diffusers] is not installed")
 

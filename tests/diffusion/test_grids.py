@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from continuar.diffusion.gaussian import Grid, sampling_schedule, spaced, training_schedule, uniform_log_snr, uniform_t
 from continuar.diffusion.samplers import SAMPLERS
-from continuar.diffusion.schedule import Grid, sampling_schedule, spaced, training_schedule, uniform_log_snr, uniform_t
 from continuar.errors import UserError
 
 GRIDS = pytest.mark.parametrize("grid", [uniform_t, uniform_log_snr])

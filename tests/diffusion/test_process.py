@@ -9,18 +9,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from continuar.diffusion.process import (
+from continuar.diffusion.gaussian import (
     add_noise,
     coefficients,
+    cosine_betas,
     eps_from_velocity,
     log_variance,
     posterior_mean,
     predict_x0,
+    sampling_schedule,
+    spaced,
+    strided,
+    training_schedule,
     variational_bound,
     velocity,
 )
 from continuar.diffusion.samplers import SAMPLERS
-from continuar.diffusion.schedule import cosine_betas, sampling_schedule, spaced, strided, training_schedule
 from continuar.errors import UserError
 
 

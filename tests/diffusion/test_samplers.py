@@ -7,9 +7,8 @@ from functools import partial
 import pytest
 import torch
 
-from continuar.diffusion.samplers import SAMPLERS, SamplerName, check_sampler, check_temperature
-from continuar.diffusion.samplers.dpmpp import LAST
-from continuar.diffusion.schedule import Grid, sampling_schedule, training_schedule, uniform_log_snr, uniform_t
+from continuar.diffusion.gaussian import Grid, sampling_schedule, training_schedule, uniform_log_snr, uniform_t
+from continuar.diffusion.samplers import LAST, SAMPLERS, SamplerName, check_sampler, check_temperature
 from continuar.errors import UserError
 from tests.diffusion.gaussian import ABAR, Gaussian, distance, push
 

@@ -10,12 +10,18 @@ from hypothesis import strategies as st
 from scipy import linalg
 from torch.nn import functional as F
 
-from continuar.data.images import load_images
+from continuar.data.loader import load_images
 from continuar.errors import UserError
-from continuar.evaluation.classifier import Classifier, ClassifierConfig, class_accuracy
-from continuar.evaluation.features import SqueezeNet, extract
-from continuar.evaluation.moments import MomentAccumulator, Moments, frechet_distance, moments
-from continuar.evaluation.neighbours import NeighbourSearch, nearest_neighbours, neighbours_picture
+from continuar.evaluation.metrics import (
+    MomentAccumulator,
+    Moments,
+    NeighbourSearch,
+    frechet_distance,
+    moments,
+    nearest_neighbours,
+    neighbours_picture,
+)
+from continuar.evaluation.networks import Classifier, ClassifierConfig, SqueezeNet, class_accuracy, extract
 
 SHARED = Path(__file__).parents[3] / "shared"
 WEIGHTS = SHARED / "weights" / "squeezenet1_1_imagenet.safetensors"

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from continuar.errors import UserError
-from continuar.evaluation.images import open_images
+from continuar.evaluation.samples import open_images
 from tests.tiny import write_images
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (7, 6, 8, 3), np.uint8)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from continuar.evaluation.moments import Moments, frechet_distance, moments
+from continuar.evaluation.metrics import Moments, frechet_distance, moments
 
 
 @pytest.mark.parametrize("rank", [1, 20, 128])

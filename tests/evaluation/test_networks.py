@@ -10,8 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from continuar.errors import UserError
-from continuar.evaluation.features import SqueezeNet
-from continuar.evaluation.networks import FID_SHA256, NETWORKS, FeatureNetwork, load_network, sha256_of_state
+from continuar.evaluation.networks import FID_SHA256, NETWORKS, FeatureNetwork, SqueezeNet, load_network, sha256_of_state
 from continuar.evaluation.reference import open_reference
 from tests.evaluation.tiny_networks import CLASSES, MeanColour, save_classifier
 

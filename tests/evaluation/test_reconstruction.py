@@ -9,10 +9,10 @@ from scipy import ndimage
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from continuar.errors import UserError
-from continuar.evaluation.images import open_images
-from continuar.evaluation.moments import frechet_distance, moments
+from continuar.evaluation.metrics import frechet_distance, moments
 from continuar.evaluation.networks import FeatureNetwork
 from continuar.evaluation.reconstruction import psnr, reconstruct, score_reconstructions, ssim
+from continuar.evaluation.samples import open_images
 from continuar.tokenizers import PixelConfig
 from tests.evaluation.tiny_networks import MeanColour
 

@@ -15,11 +15,10 @@ from PIL import Image
 
 from continuar.cli.main import main
 from continuar.errors import UserError
-from continuar.evaluation.images import open_images
-from continuar.evaluation.moments import frechet_distance, moments
+from continuar.evaluation.metrics import frechet_distance, moments
 from continuar.evaluation.networks import FID_SHA256, FeatureNetwork
 from continuar.evaluation.run import EvaluationOptions, evaluate
-from continuar.evaluation.samples import GeneratedSamples, GivenSamples
+from continuar.evaluation.samples import GeneratedSamples, GivenSamples, open_images
 from continuar.pipeline import Pipeline
 from tests.evaluation.tiny_networks import Halves, save_classifier, save_model, tiny_network
 from tests.tiny import write_images

@@ -14,11 +14,8 @@ from torchmetrics.image.inception import InceptionScore as TheirInceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from continuar.errors import UserError
-from continuar.evaluation import precision_recall as precision_recall_module
-from continuar.evaluation.inception_score import inception_score
-from continuar.evaluation.kernel_distance import kernel_distance
-from continuar.evaluation.moments import Moments, frechet_distance, moments
-from continuar.evaluation.precision_recall import precision_recall
+from continuar.evaluation import metrics as precision_recall_module
+from continuar.evaluation.metrics import Moments, frechet_distance, inception_score, kernel_distance, moments, precision_recall
 
 
 class Pixels(nn.Module):

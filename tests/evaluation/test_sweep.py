@@ -9,7 +9,7 @@ from PIL import Image
 
 from continuar.cli.main import main
 from continuar.errors import UserError
-from continuar.evaluation.axes import SWEEPS, Axis, parse_axes, points
+from continuar.evaluation.sweep import SWEEPS, Axis, parse_axes, points
 from tests.evaluation.tiny_networks import save_classifier, save_model
 from tests.tiny import write_images
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-from continuar.baselines import DiTConfig, DiTNetworkConfig
 from continuar.checkpoints.store import ModelFile
 from continuar.cli.main import main
-from continuar.generation.plan import SamplingOptions
 from continuar.heads import DiffusionOptions
+from continuar.models.dit import DiTConfig, DiTNetworkConfig
 from continuar.pipeline import Pipeline
+from continuar.sampling.generate import SamplingOptions
 from tests.evaluation.tiny_networks import CLASSES, save_classifier, save_model
 from tests.tiny import TOKENIZER, model_configs, pipeline, write_images
 
@@ -75,7 +75,7 @@ def test_every_model_has_its_curve_and_the_comparison_continues(place: Path, tmp
 
 
 def test_usual_values_are_the_papers_as_far_as_there_are_tokens(place: Path, tmp_path: Path) -> None:
-    from continuar.evaluation.tradeoff import curve
+    from continuar.evaluation.sweep import curve
     from continuar.pipeline import load
 
     curves = {name: curve(load(place / name, device="cpu"), {}) for name in ("mar", "ar", "dit")}

@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from continuar.evaluation.classifier import Classifier, ClassifierConfig
-from continuar.evaluation.networks import FeatureNetwork, load_network
+from continuar.evaluation.networks import Classifier, ClassifierConfig, FeatureNetwork, load_network
 from tests.tiny import model_configs, pipeline
 
 CLASSES = ("ant", "bee", "cat")

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from continuar.checkpoints.store import ModelFile
-from continuar.generation.plan import SamplingOptions
 from continuar.heads import DiffusionOptions
 from continuar.pipeline import Pipeline
+from continuar.sampling.generate import SamplingOptions
 from tests.examples import load_example
 
 example = load_example("digits_from_attributes")

@@ -6,16 +6,15 @@ import logging
 import pytest
 import torch
 
+from continuar import cuda_graphs as capture
 from continuar.errors import UserError
-from continuar.generation import capture
-from continuar.generation.eager import Start, generate
-from continuar.generation.engines import make_engine
-from continuar.generation.graphs import IDLE_DESKS, GraphEngine, why_not
-from continuar.generation.memory import bytes_per_image, check_fits
-from continuar.generation.plan import make_plan
 from continuar.heads import DiffusionHeadConfig, DiffusionOptions
-from continuar.model import ModelConfig
+from continuar.models.autoregressive import ModelConfig
 from continuar.noise import KeyedNoise
+from continuar.sampling.engines import make_engine
+from continuar.sampling.fast.engine import IDLE_DESKS, GraphEngine, why_not
+from continuar.sampling.generate import Start, generate, make_plan
+from continuar.sampling.memory import bytes_per_image, check_fits
 from tests.tiny import model_configs, name, options_of, random_tokens, shaken
 
 CONFIGS = [c for c in model_configs() if not c.order.needs_log_prob and c.backbone.positions == "learned"]

@@ -10,11 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from continuar.errors import UserError
-from continuar.generation.eager import Start
-from continuar.generation.known import equal_batches
-from continuar.generation.snapshots import GREY
-from continuar.model import ModelConfig
+from continuar.models.autoregressive import ModelConfig
 from continuar.pipeline import Pipeline
+from continuar.sampling.generate import Start
+from continuar.sampling.known_tokens import GREY, equal_batches
 from tests.tiny import model_configs, name, options_of, pipeline, random_tokens
 
 CONFIGS = model_configs()

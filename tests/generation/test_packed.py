@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from continuar.generation import packed
-from continuar.generation.packed import LARGE, PackedLinear, pack_linears
+from continuar.sampling.fast import weights as packed
+from continuar.sampling.fast.weights import LARGE, PackedLinear, pack_linears
 
 
 @pytest.mark.parametrize("rows", [1, 7, 300])

@@ -6,17 +6,17 @@ import os
 import pytest
 import torch
 
-from continuar.backbones.blocks import Block
-from continuar.generation.kernels import Kernels, Step, largest_difference
-from continuar.heads.mlp import DenoisingMLP
+from continuar.heads.diffusion import DenoisingMLP
+from continuar.models.transformer import Block
 from continuar.noise import KeyedNoise, Purpose
+from continuar.sampling.fast.kernels import Kernels, Step, largest_difference
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1: make test-kernels", allow_module_level=True)
 PLAIN = Kernels()
-FUSED = pytest.importorskip("continuar.generation.triton_kernels").TritonKernels()
+FUSED = pytest.importorskip("continuar.sampling.fast.triton_kernels").TritonKernels()
 
 
 @pytest.mark.parametrize("low", [False, True])

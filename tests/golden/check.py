@@ -20,17 +20,25 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from continuar.checkpoints.mar import config_from_official, head_from_official, to_continuar
-from continuar.diffusion.process import Coefficients, add_noise, coefficients, log_variance, posterior_mean, predict_x0
-from continuar.diffusion.samplers.ddim import ddim
-from continuar.diffusion.samplers.ddpm import ddpm
-from continuar.diffusion.schedule import Schedule, sampling_schedule, spaced, strided, training_schedule
-from continuar.generation.eager import Start, generate
-from continuar.generation.plan import SamplingOptions
-from continuar.guidance import Guidance
+from continuar.diffusion.gaussian import (
+    Coefficients,
+    Schedule,
+    add_noise,
+    coefficients,
+    log_variance,
+    posterior_mean,
+    predict_x0,
+    sampling_schedule,
+    spaced,
+    strided,
+    training_schedule,
+)
+from continuar.diffusion.samplers import ddim, ddpm
 from continuar.heads import DiffusionHead, DiffusionOptions
-from continuar.model import Model
+from continuar.models.autoregressive import Model
 from continuar.noise import Purpose
 from continuar.orders import MAROrder, View
+from continuar.sampling.generate import Guidance, SamplingOptions, Start, generate
 from continuar.tokenizers import LatentConfig
 
 TOLERANCE = 1e-4

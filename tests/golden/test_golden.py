@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from continuar.diffusion import process
-from continuar.generation import eager
+from continuar.diffusion import gaussian as process
 from continuar.orders import MAROrder
+from continuar.sampling import generate as eager
 from tests.checkpoints import ldm_reference
 
 HERE = Path(__file__).parent

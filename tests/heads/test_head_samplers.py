@@ -7,13 +7,12 @@ import torch
 from torch import Tensor
 
 from continuar import DiffusionHead
-from continuar.diffusion.process import coefficients, eps_from_velocity, training_coefficients
+from continuar.diffusion.gaussian import coefficients, eps_from_velocity, training_coefficients
 from continuar.diffusion.samplers import SAMPLERS
 from continuar.errors import UserError
-from continuar.generation.plan import SamplingOptions
-from continuar.guidance import Guidance
 from continuar.heads.diffusion import DiffusionOptions
 from continuar.noise import KeyedNoise, Purpose
+from continuar.sampling.generate import Guidance, SamplingOptions
 
 DETERMINISTIC = [name for name, entry in SAMPLERS.items() if not entry.has_temperature]
 STEPS = 12

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from continuar.configs import members
+from continuar.config import members
 from continuar.errors import UserError
 from continuar.noise import KeyedNoise
 from continuar.orders import ConfidenceOrder, ConfidenceOrderConfig, OrderConfig, RandomOrder, RasterOrder

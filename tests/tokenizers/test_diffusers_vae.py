@@ -8,14 +8,13 @@ from dataclasses import MISSING, fields, replace
 import pytest
 import torch
 
-from continuar.configs import from_json, to_json
+from continuar.config import from_json, to_json
 from continuar.errors import UserError
 from continuar.tokenizers import TokenizerConfig, VAEConfig, VQConfig
 from continuar.tokenizers.base import patchify
 from continuar.tokenizers.diffusers_files import NETWORKS as CLASSES
-from continuar.tokenizers.latent import LatentConfig
-from continuar.tokenizers.named import NAMED, named_tokenizer
 from continuar.tokenizers.networks import NetworkConfig, diffusers_class
+from continuar.tokenizers.vae import NAMED, LatentConfig, named_tokenizer
 
 from .networks import CONSISTENCY, KL, NETWORKS, TINY, VQ, images, shaken
 

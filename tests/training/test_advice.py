@@ -11,14 +11,13 @@ import pytest
 import torch
 
 from continuar.cli.train import dry_run
-from continuar.generation.plan import SamplingOptions
 from continuar.heads import FlowHeadConfig, RegressionHeadConfig
-from continuar.parts import known_to_disappoint
+from continuar.models.autoregressive import known_to_disappoint
 from continuar.recipes import RECIPES
+from continuar.sampling.generate import SamplingOptions
 from continuar.tokenizers import LatentConfig, PixelConfig, TokenizerConfig
-from continuar.training.advice import advice
-from continuar.training.config import EMAConfig, Run
-from continuar.training.loop import train
+from continuar.training.config import EMAConfig, Run, advice
+from continuar.training.trainer import train
 from tests.tiny import IDS, tiny_run, write_images
 
 GOOD = RECIPES["folder"]()

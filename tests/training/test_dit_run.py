@@ -10,19 +10,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from continuar.baselines import DiT, DiTNetworkConfig
-from continuar.checkpoints.official import export_official
+from continuar.checkpoints.mar import export_official
 from continuar.cli.main import main
 from continuar.diffusion.samplers import SAMPLERS
 from continuar.errors import UserError
-from continuar.generation.plan import SamplingOptions
 from continuar.heads import DiffusionOptions, FlowOptions
+from continuar.models.dit import DiT, DiTNetworkConfig
 from continuar.pipeline import Pipeline, load, newest_checkpoints
+from continuar.sampling.generate import SamplingOptions
 from continuar.tokenizers import CodebookConfig
 from continuar.training.config import DiTRun
 from continuar.training.engines import CompiledEngine, EagerEngine
-from continuar.training.flops import generation_flops, training_flops
-from continuar.training.loop import Interrupted, Report, train
+from continuar.training.estimate import generation_flops, training_flops
+from continuar.training.trainer import Interrupted, Report, train
 from tests.tiny import tiny_run, write_images
 
 pytest.importorskip("diffusers", reason="the extra [diffusers] is not installed")

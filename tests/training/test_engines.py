@@ -8,15 +8,16 @@ from torch import nn
 from torch._dynamo import config as dynamo
 from torch._inductor import config as inductor
 
-from continuar.backbones import MAEConfig, blocks
-from continuar.backbones.blocks import Block
+from continuar.distributed import joined, local_device
 from continuar.errors import UserError
 from continuar.heads import DiffusionHeadConfig
+from continuar.models import MAEConfig
+from continuar.models import transformer as blocks
+from continuar.models.transformer import Block
 from continuar.orders import View
 from continuar.tokenizers import PixelConfig
 from continuar.training.config import LoopConfig, Run
 from continuar.training.engines import MAX_COMPILED, CompiledEngine, EagerEngine, GraphEngine, collect, flat_gradients
-from continuar.training.parallel import joined, local_device
 from continuar.training.step import TrainStep
 from tests.processes import group
 

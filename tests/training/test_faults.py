@@ -13,14 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from continuar.checkpoints.shards import read_whole
+from continuar.checkpoints.sharded import read_whole
 from continuar.cli.main import main
+from continuar.distributed import Kind, joined
 from continuar.errors import UserError
 from continuar.pipeline import newest_checkpoints
 from continuar.training.config import Run
-from continuar.training.loop import Report, train
-from continuar.training.parallel import Kind, joined
 from continuar.training.step import TrainStep
+from continuar.training.trainer import Report, train
 from tests.processes import finish, free_port, group, quiet, start, wait_for
 from tests.tiny import tiny_run, write_images
 

@@ -11,10 +11,9 @@ import torch
 
 from continuar.checkpoints.tokenizers import Changes, load_tokenizer, save_tokenizer
 from continuar.cli.main import main
-from continuar.data.latents import LatentCache
+from continuar.data.latent_cache import LatentCache
 from continuar.tokenizers import Tokenizer, VAEConfig, VQConfig
-from continuar.training.latents import LatentStream
-from continuar.training.stream import IndexStream
+from continuar.training.data import IndexStream, LatentStream
 from tests.tiny import write_images
 from tests.tokenizers.networks import KL, VQ, shaken
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from continuar.errors import UserError
 from continuar.pipeline import newest_checkpoints
 from continuar.training.config import LoopConfig
-from continuar.training.loop import Interrupted, Report, train
 from continuar.training.step import TrainStep
+from continuar.training.trainer import Interrupted, Report, train
 from tests.tiny import model_configs, shaken, tiny_run, write_images
 
 CPU = torch.device("cpu")
@@ -190,7 +190,7 @@ def test_a_non_finite_step_changes_nothing_and_is_counted(value: float) -> None:
 def test_too_many_bad_steps_in_a_row_stop_with_advice(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tiny_run(images, max_bad_steps=2)
     monkeypatch.setattr(
-        "continuar.training.stream.ImageStream.batch",
+        "continuar.training.data.ImageStream.batch",
         lambda self, step, slot: (torch.full((8, 4, 48), torch.nan), torch.zeros(8, dtype=torch.int64)),
     )
     with pytest.raises(UserError, match=r"2 steps in a row had a non-finite loss or gradient; try a lower --optim.lr"):

@@ -9,14 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from continuar.data.images import load_images
+from continuar.data.loader import load_images
 from continuar.errors import UserError
-from continuar.evaluation.moments import frechet_distance, moments
+from continuar.evaluation.metrics import frechet_distance, moments
 from continuar.evaluation.networks import load_network
 from continuar.pipeline import load, newest_checkpoints
-from continuar.training import online as online_module
+from continuar.training import metrics as online_module
 from continuar.training.config import OnlineConfig, Run
-from continuar.training.loop import train
+from continuar.training.trainer import train
 from tests.evaluation.tiny_networks import save_classifier
 from tests.tiny import tiny_run, write_images
 

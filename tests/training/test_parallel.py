@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from continuar.checkpoints.shards import read_whole
+from continuar.checkpoints.sharded import read_whole
+from continuar.distributed import Kind, Sharded, Single, joined, local_device, whole_state
 from continuar.errors import UserError
 from continuar.pipeline import Pipeline, newest_checkpoints
 from continuar.training.config import EMAConfig, Run
-from continuar.training.loop import train
-from continuar.training.parallel import Kind, Sharded, Single, joined, local_device, whole_state
 from continuar.training.step import TrainStep
+from continuar.training.trainer import train
 from tests.processes import group
 from tests.tiny import tiny_run, write_images
 

@@ -6,13 +6,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from continuar.data.images import ImageSet
+from continuar.data.loader import ImageSet
 from continuar.errors import UserError
 from continuar.tokenizers import PixelConfig
 from continuar.training.config import DataConfig, EMAConfig, LoopConfig, OptimConfig
-from continuar.training.ema import EMA
-from continuar.training.optim import learning_rate
-from continuar.training.stream import ImageStream, IndexStream, augment, measure_std
+from continuar.training.data import ImageStream, IndexStream, augment, measure_std
+from continuar.training.step import EMA, learning_rate
 from tests.tiny import model_configs, shaken
 
 

@@ -15,14 +15,13 @@ from torch.autograd.graph import saved_tensors_hooks
 from continuar.cli.main import main
 from continuar.devices import GIB
 from continuar.errors import UserError
-from continuar.model import Model, ModelConfig
+from continuar.models.autoregressive import Model, ModelConfig
 from continuar.orders import View
 from continuar.recipes import RECIPES
 from continuar.training.config import Run
-from continuar.training.loop import train
-from continuar.training.memory import AsOnGPU, activations, saved
-from continuar.training.plan import Machine, Memory, make_plan, out_of_memory
+from continuar.training.estimate import AsOnGPU, Machine, Memory, activations, estimate_run, out_of_memory, saved
 from continuar.training.step import TrainStep
+from continuar.training.trainer import train
 from tests.tiny import model_configs, name, random_tokens, tiny_run, write_images
 
 
@@ -85,7 +84,7 @@ def test_recomputed_blocks_leave_their_inputs_and_one_block() -> None:
 def test_recomputing_is_planned_as_less_memory_and_at_most_a_third_more_work() -> None:
     run = RECIPES["mar_b_imagenet256"]()
     again = dataclasses.replace(run, train=dataclasses.replace(run.train, recompute=True))
-    plain, less = (make_plan(r, 1000, Machine(gpus=8)) for r in (run, again))
+    plain, less = (estimate_run(r, 1000, Machine(gpus=8)) for r in (run, again))
     assert less.memory["ddp"].per_image < 0.7 * plain.memory["ddp"].per_image
     assert less.memory["ddp"].parts == plain.memory["ddp"].parts
     assert 1.1 < less.flops_per_image / plain.flops_per_image < 4 / 3
@@ -102,7 +101,7 @@ def test_memory_is_within_a_tenth_of_what_was_measured(result: dict) -> None:
         head=dataclasses.replace(run.head, timesteps_per_token=result["timesteps_per_token"]),
         train=dataclasses.replace(run.train, batch_size=result["batch_size"], engine="eager"),
     )
-    memory = make_plan(run, run.data.classes, Machine()).memory["ddp"]
+    memory = estimate_run(run, run.data.classes, Machine()).memory["ddp"]
     assert memory.total(result["batch_size"]) / GIB == pytest.approx(result["peak_memory_gib"], rel=0.1)
 
 
@@ -110,7 +109,7 @@ def test_parts_follow_their_closed_forms() -> None:
     run = RECIPES["cifar10"]()
     kept = ("weights", "gradients", "optimizer", "averages")
     for gpus in (1, 64):
-        plan = make_plan(run, 10, Machine(gpus=gpus))
+        plan = estimate_run(run, 10, Machine(gpus=gpus))
         p = plan.parameters
         assert p == pytest.approx(7.86e6, rel=1e-3)
         assert [plan.memory["ddp"].parts[k] / p for k in kept] == [4, 4, 8, 4]
@@ -120,9 +119,9 @@ def test_parts_follow_their_closed_forms() -> None:
         done = plan.days * 86_400 * gpus * 989e12 * 0.4
         assert done == pytest.approx(run.train.steps * 512 * plan.flops_per_image)
     with_averages = dataclasses.replace(run, ema=dataclasses.replace(run.ema, snapshot_images=1))
-    assert make_plan(with_averages, 10, Machine()).memory["ddp"].parts["averages"] == 12 * p
+    assert estimate_run(with_averages, 10, Machine()).memory["ddp"].parts["averages"] == 12 * p
     halves = dataclasses.replace(run, train=dataclasses.replace(run.train, micro_batch=32))
-    plan = make_plan(halves, 10, Machine(gpus=8))
+    plan = estimate_run(halves, 10, Machine(gpus=8))
     assert (plan.micro_batch, plan.accumulated) == (32, 2)
     assert plan.network["ddp"] == pytest.approx(7 * p)
 
@@ -131,7 +130,7 @@ def test_graphs_hold_one_set_of_activations_their_inputs_and_gradients() -> None
     run = RECIPES["cifar10"]()
 
     def ddp(run: Run, **train: Any) -> Memory:
-        return make_plan(dataclasses.replace(run, train=dataclasses.replace(run.train, **train)), 10, Machine()).memory["ddp"]
+        return estimate_run(dataclasses.replace(run, train=dataclasses.replace(run.train, **train)), 10, Machine()).memory["ddp"]
 
     eager, graphs = ddp(run, engine="eager"), ddp(run, engine="graphs")
     inputs = 512 * (64 * 48 * 4 + 8 + 64 * 8)

@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from continuar.cli.main import main
+from continuar.distributed import Single
 from continuar.errors import UserError
 from continuar.pipeline import Pipeline
 from continuar.training.config import EMAConfig
-from continuar.training.loop import train
-from continuar.training.parallel import Single
 from continuar.training.power_ema import PowerAverages, combination, drop_after, exponent, inner_product, reconstruct
+from continuar.training.trainer import train
 from tests.tiny import model_configs, shaken, tiny_run, write_images
 
 

@@ -5,8 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from continuar.training.engines import Objective
-from continuar.training.rounded import RoundedMatrices
+from continuar.training.engines import Objective, RoundedMatrices
 from tests.training.test_engines import tiny_run
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from continuar.distributed import Single
 from continuar.errors import UserError
 from continuar.heads import DiffusionHead, FlowHeadConfig, RegressionHeadConfig
-from continuar.training.loop import train
-from continuar.training.meter import Meter
-from continuar.training.parallel import Single
+from continuar.training.step import Meter
+from continuar.training.trainer import train
 from tests.tiny import tiny_run, write_images
 
 CPU = torch.device("cpu")
@@ -104,7 +104,7 @@ def test_a_tracker_that_is_asked_for_gets_the_metrics(tmp_path: Path, monkeypatc
 
 
 def test_a_tracker_that_is_not_there_is_refused_before_anything_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("continuar.training.trackers.find_spec", lambda name: None)
+    monkeypatch.setattr("continuar.training.metrics.find_spec", lambda name: None)
     with pytest.raises(UserError, match="--track trackio needs a package: pip install trackio"):
         train(tiny_run(tmp_path), tmp_path / "run", device=CPU, track="trackio")
     assert not (tmp_path / "run").exists()

@@ -15,26 +15,25 @@ import numpy as np
 import pytest
 import torch
 
-from continuar.backbones import CausalConfig
-from continuar.checkpoints.official_args import latent_sizes
+from continuar.checkpoints.mar import latent_sizes
 from continuar.checkpoints.store import read_model_file, read_tokenizer, write_tensors
 from continuar.checkpoints.tokenizers import load_tokenizer, save_tokenizer, set_scale
 from continuar.cli.main import main
 from continuar.cli.train import dry_run
-from continuar.configs import from_json
-from continuar.data.latents import LatentCache, read_info
+from continuar.config import from_json
+from continuar.data.latent_cache import LatentCache, read_info
 from continuar.errors import UserError
-from continuar.generation.plan import SamplingOptions
 from continuar.heads import CategoricalHeadConfig
+from continuar.models import CausalConfig
 from continuar.orders import RasterOrderConfig
 from continuar.pipeline import Pipeline, newest_checkpoints
 from continuar.recipes import RECIPES
 from continuar.recipes.tokenizers import TOKENIZER_RECIPES
+from continuar.sampling.generate import SamplingOptions
 from continuar.tokenizers import CodebookConfig, LatentConfig, TokenizerConfig, VAEConfig, VQConfig
 from continuar.training.config import Run
-from continuar.training.latents import LatentStream
-from continuar.training.loop import Report, train
-from continuar.training.source import reads_cache, training_data
+from continuar.training.data import LatentStream, reads_cache, training_data
+from continuar.training.trainer import Report, train
 from tests.tiny import tiny_run, write_images
 from tests.tokenizers.networks import KL, VQ, shaken
 from tests.training.test_loop import CPU, same_bits

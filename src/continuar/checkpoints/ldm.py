@@ -19,8 +19,8 @@ from torch import Tensor
 
 from continuar.checkpoints.mar import separate
 from continuar.checkpoints.store import check_keys, read_tensors
-from continuar.checkpoints.torch_files import atomic_file, check_file, load_torch_file, written
 from continuar.errors import UserError, require
+from continuar.io import atomic_file, check_file, load_torch_file, written
 from continuar.tokenizers.networks import DownBlock, KLNetwork, UpBlock, VQNetwork
 
 LDMNetwork = KLNetwork | VQNetwork

@@ -2,25 +2,55 @@
 
 Names map one to one but for two things: the head's adaLN projections are one matrix here and one per block there, and
 the null condition is the last row of the class embedding here and the parameter ``fake_latent`` there.
+
+What an official file's ``args`` say, and what a model of ours would have there.
+
+Sizes come from the tensors' shapes; attention heads, dropout and the autoencoder, which no shape tells, come from ``args``; and
+whatever else ``args`` say must agree with the shapes.
+
+Official MAR checkpoint files (``.pth``), both ways. The key layout itself is in `mar`.
+
+1. Reading runs nothing that a file holds: tensors, plain values and ``argparse.Namespace`` are all that is let in.
+2. Sizes come from the tensors' shapes. What no shape tells (attention heads, dropout, the autoencoder) comes from the
+   file's ``args``; whatever else ``args`` says must agree with the shapes.
+3. Writing is the same backwards, so that official -> ours -> official gives back every bit.
 """
 
 from __future__ import annotations
 
+import argparse
+import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from continuar.backbones import MAEConfig
-from continuar.baselines import DiTConfig
-from continuar.checkpoints.store import check_keys
-from continuar.conditions import LabelsConfig
+from continuar.checkpoints.store import (
+    CONFIG,
+    EMA,
+    WEIGHTS,
+    ModelFile,
+    atomic_directory,
+    check_keys,
+    read_model_file,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
 from continuar.errors import UserError, require
 from continuar.heads import DiffusionHeadConfig
-from continuar.model import ModelConfig
+from continuar.io import atomic_file, check_file, load_torch_file, written
+from continuar.models import MAEConfig
+from continuar.models.autoregressive import ModelConfig
+from continuar.models.conditions import LabelsConfig
+from continuar.models.dit import DiTConfig
 from continuar.orders import MAROrderConfig
-from continuar.tokenizers import TokenSpec
+from continuar.sampling.generate import SamplingOptions
+from continuar.tokenizers import LatentConfig, PixelConfig, TokenSpec, VAEConfig
 
 # (official, ours) for parameters that only change their name; official positions have a leading batch dimension of 1.
 _NAMES = {
@@ -286,3 +316,314 @@ def official_shapes(config: ModelConfig | DiTConfig) -> dict[str, torch.Size]:
     with torch.device("meta"):
         model = config.build()
     return {k: v.shape for k, v in to_official(model.state_dict(), config).items()}
+
+
+_GUIDANCE = {768: 2.9, 1024: 3.0, 1280: 3.2}
+"""The best scale by width (paper, Section 4 and Table 4)."""
+_TOKENIZER = {"img_size": 256, "vae_stride": 16, "patch_size": 1, "vae_embed_dim": 16}
+"""What ``args`` tells of the tokenizer, with the official defaults."""
+_AUTOENCODERS = {(16, 16): "kl16", (8, 4): "kl8", (1, 3): "pixels", (1, 1): "pixels"}
+"""Names by (stride, channels)."""
+_EARLY_CLASS_ROWS = 1000
+"""Class embeddings that early official code made whatever ``class_num`` was (its issue 47)."""
+
+
+@dataclass(frozen=True)
+class OfficialFile:
+    """One set of weights of an official file, in its own layout, and what its ``args`` say (empty if it has none)."""
+
+    path: Path
+    state: dict[str, Tensor]
+    args: dict[str, Any]
+    entry: str
+    """Where the weights were: "model_ema", "model", or "" for a bare state dict."""
+
+    def number(self, name: str, default: Any, kind: type[int] | type[float] = int) -> Any:
+        """``args.NAME``, or the default where there is none.
+
+        Raises:
+            UserError: it is of another type.
+        """
+        value = self.args.get(name, default)
+        if kind is float and type(value) is int:
+            value = float(value)
+        fits = value is default or type(value) is kind
+        require(fits, f"args.{name} of {self.path} is {shown(value)}; {kind.__name__} is expected")
+        return value
+
+
+def model_file(
+    official: OfficialFile, *, heads: int | None = None, decoder_heads: int | None = None
+) -> tuple[ModelFile, tuple[str, ...]]:
+    """The config of a saved model for an official file, and notes on what had to be assumed.
+
+    Args:
+        heads, decoder_heads: see `import_official`.
+
+    Raises:
+        UserError: ``args`` and shapes contradict each other, or both leave something open.
+    """
+    config = config_from_official(
+        official.state,
+        heads=_heads_of_arguments(official, "encoder_num_heads", heads, "--heads"),
+        decoder_heads=_heads_of_arguments(official, "decoder_num_heads", decoder_heads, "--decoder-heads"),
+        where=str(official.path),
+    )
+    backbone, head = official_parts(config)
+    config = replace(
+        config,
+        backbone=replace(
+            backbone,
+            mask_ratio_min=official.number("mask_ratio_min", backbone.mask_ratio_min, float),
+            attention_dropout=official.number("attn_dropout", backbone.attention_dropout, float),
+            dropout=official.number("proj_dropout", backbone.dropout, float),
+        ),
+        head=replace(head, timesteps_per_token=official.number("diffusion_batch_mul", head.timesteps_per_token)),
+    )
+    tokenizer, notes = _tokenizer(official, config.tokens)
+    guidance = _GUIDANCE.get(backbone.width, 3.0) if config.classes else 1.0
+    sampling = SamplingOptions(steps=min(64, config.tokens.positions), guidance=guidance)
+    file = ModelFile(config, tokenizer, tuple(map(str, range(config.classes))), sampling)
+    return file, notes + _check_args(official, file)
+
+
+def official_args(file: ModelFile) -> dict[str, Any]:
+    """The official command-line and constructor arguments that a model implies, by their official names.
+
+    ``latent_scale`` alone is not one of them: official code has 0.2325 written into it.
+
+    Raises:
+        UserError: the model is not a MAR, or its tokens are neither latents nor pixels.
+    """
+    backbone, head = official_parts(file.model)
+    encoder = (backbone.width, backbone.encoder_depth, backbone.heads)
+    width, heads = backbone.decoder_width or backbone.width, backbone.decoder_heads or backbone.heads
+    decoder = (width, backbone.decoder_depth, heads)
+    names = [name for name, known in MODELS.items() if encoder == decoder == known]
+    args: dict[str, Any] = {"model": names[0]} if names else {}
+    for part, values in (("encoder", encoder), ("decoder", decoder)):
+        args |= {f"{part}_{k}": v for k, v in zip(("embed_dim", "depth", "num_heads"), values, strict=True)}
+    args |= zip((*_TOKENIZER, "latent_scale"), latent_sizes(file), strict=True)
+    return args | {
+        "class_num": file.model.classes,
+        "mask_ratio_min": backbone.mask_ratio_min,
+        "attn_dropout": backbone.attention_dropout,
+        "proj_dropout": backbone.dropout,
+        "buffer_size": backbone.buffer,
+        "diffloss_d": head.depth,
+        "diffloss_w": head.width,
+        "diffusion_batch_mul": head.timesteps_per_token,
+    }
+
+
+def shown(value: object) -> str:
+    """What a file holds, fit for a line."""
+    return " ".join(repr(value).split())[:80]
+
+
+def _heads_of_arguments(official: OfficialFile, name: str, given: int | None, option: str) -> int | None:
+    """Attention heads as ``args`` or the option say; None if neither does."""
+    _, _, usual = MODELS.get(str(official.args.get("model")), (0, 0, None))
+    told = official.number(name, usual)
+    require(None in (told, given) or told == given, f"{option} is {given}, but args of {official.path} say {told}")
+    return told if given is None else given
+
+
+def _tokenizer(official: OfficialFile, tokens: TokenSpec) -> tuple[LatentConfig, tuple[str, ...]]:
+    """The tokenizer that ``args`` describes; KL-16 if they do not and the tokens allow it."""
+    if not _TOKENIZER.keys() & official.args.keys():
+        require(
+            tokens.dim == 16,
+            f"{official.path} has tokens of dim {tokens.dim}, unlike KL-16, and no args that tell their tokenizer: "
+            + ", ".join(_TOKENIZER),
+        )
+        assumed = LatentConfig(image_size=16 * tokens.grid[0])
+        return assumed, (f"args name no tokenizer; assumed: KL-16, images of {assumed.image_size} pixels",)
+    size, stride, patch, channels = (official.number(k, default) for k, default in _TOKENIZER.items())
+    name = _AUTOENCODERS.get((stride, channels), f"f{stride}d{channels}")
+    scale = official.number("latent_scale", LatentConfig.scale, float)
+    tokenizer = LatentConfig("latent", name, size, stride, channels, patch, scale)
+    require(
+        tokenizer.spec == tokens,
+        f"args of {official.path} (img_size {size}, vae_stride {stride}, patch_size {patch}, vae_embed_dim {channels}) "
+        f"mean {tokenizer.spec}, its tensors have {tokens}",
+    )
+    return tokenizer, ()
+
+
+def _check_args(official: OfficialFile, file: ModelFile) -> tuple[str, ...]:
+    """Refuses ``args`` that contradict the model; returns notes on what is only odd."""
+    args, expected, notes = official.args, official_args(file), ()
+    if str(args.get("model")) in MODELS:
+        expected.setdefault("model", describe(file.model))
+    else:
+        expected.pop("model", None)
+    rows, count = file.model.classes, args.get("class_num")
+    if rows == _EARLY_CLASS_ROWS and type(count) is int and 0 < count < rows:
+        notes = (f"args.class_num is {count}, but there are {rows} class embeddings; all are kept",)
+        del expected["class_num"]
+    for name, value in expected.items():
+        told = args.get(name, value)
+        agrees = isinstance(told, int | float | str) and told == value
+        require(agrees, f"args.{name} of {official.path} is {shown(told)}, but its tensors say: {value}")
+    return notes
+
+
+def latent_sizes(file: ModelFile) -> tuple[int, int, int, int, float]:
+    """(image size, stride, patch, channels, scale) of the tokenizer; pixels are latents of stride 1."""
+    t = file.tokenizer
+    if isinstance(t, LatentConfig):
+        return t.image_size, t.stride, t.patch, t.channels, t.scale
+    if isinstance(t, PixelConfig):
+        require(t.std > 0, "tokenizer.std is 0: pixels have not been measured yet")
+        return t.image_size, 1, t.patch, t.channels, 1 / t.std
+    if isinstance(t, VAEConfig):
+        require(t.shift == 0, f"tokenizer.shift is {t.shift}, which the official layout has no place for; allowed: 0")
+        return t.image_size, t.network.stride, t.patch, t.network.channels, t.scale
+    raise UserError(f"tokenizer is '{t.kind}', which the official layout has no place for; allowed: latent, pixel, vae")
+
+
+Weights = Literal["ema", "raw"]
+_ENTRY = {"ema": "model_ema", "raw": "model"}
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What a conversion did, for people."""
+
+    file: ModelFile
+    state: Mapping[str, Tensor]
+    """Weights in our layout; of two sets, the raw ones."""
+    tensors: int
+    """How many tensors a set of weights has in the official layout."""
+    weights: str
+    """Which weights were taken."""
+    notes: tuple[str, ...]
+    """What was assumed, or has no place in the other format."""
+
+
+def import_official(
+    source: Path,
+    destination: Path,
+    *,
+    weights: Weights = "ema",
+    heads: int | None = None,
+    decoder_heads: int | None = None,
+) -> Converted:
+    """Writes an official checkpoint file as a saved model. A saved model at ``destination`` is replaced at once.
+
+    Args:
+        weights: "ema" or "raw"; of a bare state dict, its only set either way.
+        heads, decoder_heads: attention heads, where neither the width nor the file's ``args`` tell them.
+
+    Raises:
+        UserError: unreadable, not a MAR, contradictory, or the destination cannot be written; nothing is left behind.
+    """
+    destination = Path(os.path.abspath(destination))
+    _check_directory(destination, source)
+    official = read_official(source, weights)
+    file, notes = model_file(official, heads=heads, decoder_heads=decoder_heads)
+    ours = to_continuar(official.state, file.model, str(source))
+    with written(destination), atomic_directory(destination) as temporary:
+        write_json(temporary / CONFIG, file)
+        write_tensors(temporary / WEIGHTS, ours)
+    return Converted(file, ours, len(official.state), official.entry or "a bare state dict", notes)
+
+
+def export_official(source: Path, destination: Path, *, weights: Weights = "ema", overwrite: bool = False) -> Converted:
+    """Writes a saved model or a training checkpoint as an official file.
+
+    Not everything has a place there: sampling settings, class names and ``backbone.mask_granularity`` are left out.
+
+    Args:
+        weights: "ema": raw weights as 'model', their EMA as 'model_ema'; "raw": raw weights as both.
+        overwrite: an existing file is replaced.
+
+    Raises:
+        UserError: the source cannot be read; or see `write_official`.
+    """
+    check_file(destination, overwrite)
+    file = read_model_file(source)
+    model = read_tensors(source / WEIGHTS)
+    scale = latent_sizes(file)[-1]
+    notes = [f"tokens are latents x {scale:.6g}; official code has x {LatentConfig.scale} written into it"]
+    notes = notes if scale != LatentConfig.scale else []
+    if weights == "ema" and (source / EMA).is_file():
+        ema, taken = read_tensors(source / EMA), f"{WEIGHTS} as 'model', {EMA} as 'model_ema'"
+    else:
+        ema, taken = model, f"{WEIGHTS} as 'model' and 'model_ema'"
+        if weights == "ema":
+            notes.append("the source has one set of weights: 'model' and 'model_ema' both hold it")
+    tensors = write_official(destination, file, model, ema, overwrite=overwrite)
+    return Converted(file, model, tensors, taken, tuple(notes))
+
+
+def read_official(path: Path, weights: Weights = "ema") -> OfficialFile:
+    """Reads one set of weights of an official file, mapped from the disk rather than copied.
+
+    Raises:
+        UserError: missing, damaged, of another format, with anything but plain tensors in it, or without these weights.
+    """
+    require(weights in _ENTRY, f"weights is '{weights}'; allowed: {', '.join(_ENTRY)}")
+    content = load_torch_file(path)
+    require(isinstance(content, dict), f"{path} holds a {type(content).__name__}; a dict with 'model_ema' is expected")
+    entry, state = _select(content, weights, path)
+    args = content.get("args") if entry else None
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    require(args is None or isinstance(args, dict), f"'args' of {path} is a {type(args).__name__}, not a Namespace")
+    return OfficialFile(path, _tensors(state, path), {k: v for k, v in (args or {}).items() if v is not None}, entry)
+
+
+def write_official(
+    path: Path, file: ModelFile, model: Mapping[str, Tensor], ema: Mapping[str, Tensor], *, overwrite: bool = False
+) -> int:
+    """Writes two sets of weights (in our layout; may be one and the same) as an official file, all of it or nothing.
+
+    Returns:
+        how many tensors a set has there.
+
+    Raises:
+        UserError: the file exists or cannot be written; weights do not fit the config; the model is not a MAR.
+    """
+    check_file(path, overwrite)
+    args = official_args(file)
+    with torch.device("meta"):
+        shapes = {k: v.shape for k, v in file.model.build().state_dict().items()}
+    for state in (model, ema):
+        check_keys(state, shapes, "the source")
+    layout = to_official(model, file.model)
+    average = layout if ema is model else to_official(ema, file.model)
+    with written(path), atomic_file(path) as handle:
+        torch.save({"model": layout, "model_ema": average, "args": argparse.Namespace(**args)}, handle)
+    return len(layout)
+
+
+def _select(content: dict[Any, Any], weights: Weights, where: Path) -> tuple[str, Mapping[Any, Any]]:
+    if content and all(isinstance(v, Tensor) for v in content.values()):
+        return "", content
+    usable = [e for e in _ENTRY.values() if isinstance(content.get(e), dict) and content[e]]
+    if _ENTRY[weights] in usable:
+        return _ENTRY[weights], content[_ENTRY[weights]]
+    held = ", ".join(shown(k).strip("'") for k in [*content][:12] if content[k] is not None)
+    hint = "; --weights raw takes 'model'" if "model" in usable else ""
+    raise UserError(f"{where} has no weights '{_ENTRY[weights]}'; it holds: {held or 'nothing'}{hint}")
+
+
+def _tensors(state: Mapping[Any, Any], where: Path) -> dict[str, Tensor]:
+    """A state dict's tensors, without the prefix that DistributedDataParallel gives to all names."""
+    for k, v in state.items():
+        plain = isinstance(v, Tensor) and v.is_floating_point() and v.layout == torch.strided and v.device.type == "cpu"
+        named = isinstance(k, str) and k.isprintable()
+        require(named and plain, f"{where}: {shown(k)} is not a plain tensor of floating-point numbers")
+    prefix = "module." if all(k.startswith("module.") for k in state) else ""
+    return {k.removeprefix(prefix): v.detach() for k, v in state.items()}
+
+
+def _check_directory(destination: Path, source: Path) -> None:
+    """Only an empty directory or a saved model may be replaced; a run directory has a config, too, but no weights."""
+    require(not destination.exists() or destination.is_dir(), f"{destination} is a file; a saved model is a directory")
+    saved = (destination / CONFIG).is_file() and (destination / WEIGHTS).is_file()
+    free = saved or not destination.exists() or not any(destination.iterdir())
+    require(free, f"{destination} exists and is not a saved model; choose another directory")
+    inside = destination.resolve() in source.resolve().parents
+    require(not inside, f"{source} lies in {destination}, which would be replaced; choose another directory")

@@ -22,11 +22,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from continuar.baselines import DiTConfig
-from continuar.configs import from_json, to_json
+from continuar.config import from_json, to_json
 from continuar.errors import UserError, require
-from continuar.generation.plan import SamplingOptions
-from continuar.model import ModelConfig
+from continuar.models.autoregressive import ModelConfig
+from continuar.models.dit import DiTConfig
+from continuar.sampling.generate import SamplingOptions
 from continuar.tokenizers import Tokenizer, TokenizerConfig
 
 FORMAT = 1

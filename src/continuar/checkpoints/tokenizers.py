@@ -29,9 +29,9 @@ from continuar.checkpoints.store import (
     write_json,
     write_tensors,
 )
-from continuar.configs import from_json
+from continuar.config import from_json
 from continuar.errors import UserError, require
-from continuar.parts import tokens_known_to_disappoint
+from continuar.models.autoregressive import tokens_known_to_disappoint
 from continuar.tokenizers import LatentConfig, Tokenizer, TokenizerConfig, VAEConfig, VAETokenizer, VQConfig
 from continuar.tokenizers.diffusers_files import load_diffusers
 from continuar.tokenizers.networks import VQNetwork

@@ -12,19 +12,16 @@ import tyro
 
 from continuar.checkpoints.store import ModelFile
 from continuar.checkpoints.tokenizers import for_model
-from continuar.cli.generating import RunningSettings
-from continuar.cli.load import load_official
-from continuar.cli.parse import parse
+from continuar.cli.common import RunningSettings, load_official, parse
 from continuar.devices import pick_device
 from continuar.errors import require, unknown_name
-from continuar.generation.eager import Start
-from continuar.generation.measure import Speed, matmul_peak, measure
-from continuar.generation.plan import make_plan
 from continuar.pipeline import Pipeline, load, shipped_models
 from continuar.recipes import RECIPES
+from continuar.sampling.generate import Start, make_plan
+from continuar.sampling.speed import Speed, matmul_peak, measure
 from continuar.tokenizers import LatentConfig, LatentTokenizer, PixelConfig
 from continuar.training.config import BaseRun
-from continuar.training.flops import generation_flops
+from continuar.training.estimate import generation_flops
 
 _HELP = """usage: continuar bench sample MODEL|RECIPE [--batch 1 8 64] [options]
 

@@ -10,13 +10,11 @@ from typing import Annotated
 import torch
 import tyro
 
-from continuar.caching.build import CacheOptions, CacheReport, build_cache, cache_info
-from continuar.caching.check import CacheCheck, check_cache
+from continuar.caching import CacheCheck, CacheOptions, CacheReport, build_cache, cache_info, check_cache
 from continuar.checkpoints.tokenizers import Changes, find_saved, load_tokenizer
-from continuar.cli.parse import parse
-from continuar.cli.progress import progress_bars
-from continuar.data.find import find_source
-from continuar.data.latents import LatentCache
+from continuar.cli.common import parse, progress_bars
+from continuar.data.latent_cache import LatentCache
+from continuar.data.sources import find_source
 from continuar.devices import pick_device
 from continuar.errors import UserError, require
 from continuar.pictures import grid, save_png

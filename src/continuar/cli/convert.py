@@ -9,11 +9,10 @@ from typing import Annotated, Literal
 import tyro
 
 from continuar.checkpoints.ldm import is_ldm
-from continuar.checkpoints.mar import describe
-from continuar.checkpoints.official import Converted, export_official, import_official
+from continuar.checkpoints.mar import Converted, describe, export_official, import_official
 from continuar.checkpoints.tokenizers import Changes, find_saved
 from continuar.cli import convert_tokenizer as autoencoders
-from continuar.cli.parse import parse
+from continuar.cli.common import parse
 from continuar.errors import require
 from continuar.pipeline import find_model, shipped_models
 

@@ -10,16 +10,11 @@ from torch import Tensor
 
 from continuar.checkpoints.ldm import LDMNetwork, read_ldm, write_ldm
 from continuar.checkpoints.store import TOKENIZER, read_tensors
-from continuar.checkpoints.tokenizers import (
-    Changes,
-    find_saved,
-    read_tokenizer_file,
-    save_tokenizer,
-)
+from continuar.checkpoints.tokenizers import Changes, find_saved, read_tokenizer_file, save_tokenizer
 from continuar.errors import UserError, require
 from continuar.tokenizers import TokenizerConfig, VAEConfig, VQConfig
-from continuar.tokenizers.named import named_tokenizer
 from continuar.tokenizers.networks import KLNetwork, VQNetwork
+from continuar.tokenizers.vae import named_tokenizer
 
 SUFFIXES = (".ckpt",)
 """What a destination in LDM's layout ends in."""

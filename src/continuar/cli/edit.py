@@ -11,12 +11,11 @@ import numpy as np
 import torch
 import tyro
 
-from continuar.baselines import DiTConfig
 from continuar.checkpoints.store import write_json
-from continuar.cli.generating import Settings, make_writable, progress_bar
-from continuar.cli.parse import parse
-from continuar.editing import edit, prepare, read_picture
+from continuar.cli.common import Settings, make_writable, parse, progress_bar
 from continuar.errors import UserError, require
+from continuar.inpainting import edit, prepare, read_picture
+from continuar.models.dit import DiTConfig
 from continuar.pictures import grid, save_png
 
 _DESCRIPTION = (

@@ -8,16 +8,11 @@ from typing import Annotated, Literal
 
 import tyro
 
-from continuar.cli.generating import RunningSettings
-from continuar.cli.load import load_pipeline
-from continuar.cli.networks import NetworkOptions, local_device
-from continuar.cli.parse import parse
-from continuar.cli.progress import progress_bars
+from continuar.cli.common import NetworkOptions, RunningSettings, load_pipeline, local_device, parse, progress_bars
+from continuar.distributed import evaluation_processes
 from continuar.errors import require
-from continuar.evaluation.images import open_images
-from continuar.evaluation.processes import processes
 from continuar.evaluation.run import RESULT, EvaluationOptions, evaluate
-from continuar.evaluation.samples import GeneratedSamples, GivenSamples, Samples
+from continuar.evaluation.samples import GeneratedSamples, GivenSamples, Samples, open_images
 
 _DESCRIPTION = (
     "Score a model's images, or images that lie somewhere, against real ones: Frechet distance (FID with the FID Inception "
@@ -58,7 +53,7 @@ def main(arguments: list[str]) -> int:
     """See the module's docstring."""
     options = parse(Arguments, arguments, prog="continuar evaluate", description=_DESCRIPTION)
     require(bool(options.reference), "--reference is missing: what should the images be scored against?")
-    with processes() as group, progress_bars(shown=group.is_first) as bar:
+    with evaluation_processes() as group, progress_bars(shown=group.is_first) as bar:
         network = options.features.load(local_device(options.device))
         report = evaluate(
             find_samples(options), options.reference, network, options.out, options=options.options, group=group, bar=bar

@@ -10,7 +10,7 @@ import torch
 import tyro
 
 from continuar.checkpoints.store import is_replaceable, load_state
-from continuar.cli.parse import parse
+from continuar.cli.common import parse
 from continuar.errors import require
 from continuar.pipeline import Pipeline
 from continuar.training.power_ema import reconstruct

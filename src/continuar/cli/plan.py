@@ -8,14 +8,13 @@ from typing import Annotated
 
 import tyro
 
-from continuar.cli.parse import parse
-from continuar.cli.recipes import split_recipe
+from continuar.cli.common import parse, split_recipe
 from continuar.devices import GIB
+from continuar.distributed import Kind
 from continuar.errors import require
 from continuar.recipes import find_recipe
 from continuar.training.config import BaseRun
-from continuar.training.parallel import Kind
-from continuar.training.plan import HEADROOM, Machine, Plan, make_plan
+from continuar.training.estimate import HEADROOM, Machine, Plan, estimate_run
 
 _HELP = """usage: continuar plan RECIPE [--gpus N] [options]
        continuar plan RECIPE --help   every option and field of the recipe
@@ -46,7 +45,7 @@ def main(arguments: list[str]) -> int:
     options = parse(Arguments, rest, prog=f"continuar plan {name}", description=description, default=Arguments(recipe()))
     require(options.dataset_images >= 0, f"--dataset-images is {options.dataset_images}; allowed: 0 or more")
     # The number of classes moves one small embedding.
-    plan = make_plan(options.run, options.run.data.classes or 1, options.machine)
+    plan = estimate_run(options.run, options.run.data.classes or 1, options.machine)
     print(report(options.run, options.machine, plan, options.dataset_images), end="")
     return 0
 

@@ -9,12 +9,11 @@ from typing import Annotated
 import tyro
 
 from continuar.checkpoints.store import write_json
-from continuar.cli.generating import Settings, make_writable, progress_bar
-from continuar.cli.parse import parse
+from continuar.cli.common import Settings, make_writable, parse, progress_bar
 from continuar.errors import require
-from continuar.generation.snapshots import Snapshot
 from continuar.pictures import MAX_FRAMES, grid, save_gif, save_png, thinned
 from continuar.pipeline import Pipeline, shipped_models
+from continuar.sampling.known_tokens import Snapshot
 
 
 @dataclass(frozen=True)

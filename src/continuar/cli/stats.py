@@ -9,13 +9,11 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from continuar.cli.networks import NetworkOptions, local_device
-from continuar.cli.parse import parse
-from continuar.cli.progress import progress_bars
+from continuar.cli.common import NetworkOptions, local_device, parse, progress_bars
 from continuar.errors import require
-from continuar.evaluation.images import by, open_images
 from continuar.evaluation.networks import sha256_of_file
 from continuar.evaluation.reference import REFERENCE_IMAGES, few_images, measure_images, reference_indices, write_statistics
+from continuar.evaluation.samples import by, open_images
 
 _DESCRIPTION = (
     "Reference statistics of real images for `continuar evaluate --reference OUT.npz`: mean and covariance of the features of all "

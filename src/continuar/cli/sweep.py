@@ -9,19 +9,12 @@ from typing import Annotated, Any, Literal, cast
 
 import tyro
 
-from continuar.cli.generating import RunningSettings
-from continuar.cli.load import load_pipeline
-from continuar.cli.networks import NetworkOptions, local_device
-from continuar.cli.parse import parse
-from continuar.cli.progress import progress_bars
+from continuar.cli.common import NetworkOptions, RunningSettings, load_pipeline, local_device, parse, progress_bars
+from continuar.distributed import evaluation_processes
 from continuar.errors import require
-from continuar.evaluation.axes import AXES, SWEEPS, TRADEOFF, parse_axes
-from continuar.evaluation.processes import processes
 from continuar.evaluation.reference import REFERENCE_IMAGES
 from continuar.evaluation.run import EvaluationOptions
-from continuar.evaluation.sweep import SweepOptions, sweep
-from continuar.evaluation.tables import markdown_table
-from continuar.evaluation.tradeoff import tradeoff
+from continuar.evaluation.sweep import AXES, SWEEPS, TRADEOFF, SweepOptions, markdown_table, parse_axes, sweep, tradeoff
 from continuar.pipeline import Pipeline, Weights
 
 _DESCRIPTION = (
@@ -85,7 +78,7 @@ def main(arguments: list[str]) -> int:
         evaluation=EvaluationOptions(options.batch_size, options.reference_images, options.split),
     )
     device = local_device(options.device)
-    with processes() as group, progress_bars(shown=group.is_first) as bar:
+    with evaluation_processes() as group, progress_bars(shown=group.is_first) as bar:
 
         def load(model: str, weights: str = options.weights) -> Pipeline:
             return load_pipeline(model, options.tokenizer, weights=cast(Weights, weights), device=device)

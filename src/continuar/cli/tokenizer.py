@@ -10,9 +10,9 @@ from typing import Annotated
 import tyro
 
 from continuar.checkpoints.tokenizers import Changes, load_tokenizer, save_tokenizer
-from continuar.cli.parse import parse
+from continuar.cli.common import parse
 from continuar.errors import unknown_name
-from continuar.tokenizers.named import NAMED
+from continuar.tokenizers.vae import NAMED
 
 _COMMANDS = {
     "list": "the tokenizers of the paper's Table 2",

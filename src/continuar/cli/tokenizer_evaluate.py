@@ -11,14 +11,11 @@ import numpy as np
 import torch
 import tyro
 
-from continuar.autoencoders.codebook import usage
-from continuar.caching.statistics import to_signed
+from continuar.caching import to_signed
 from continuar.checkpoints.tokenizers import Changes, load_tokenizer
-from continuar.cli.parse import parse
-from continuar.cli.progress import progress_bars
-from continuar.data.blocks import image_blocks
-from continuar.data.find import find_source
-from continuar.data.images import check_skipped
+from continuar.cli.common import parse, progress_bars
+from continuar.data.loader import check_skipped, image_blocks
+from continuar.data.sources import find_source
 from continuar.devices import pick_device
 from continuar.errors import require
 from continuar.evaluation.networks import load_network
@@ -26,6 +23,7 @@ from continuar.evaluation.reconstruction import ReconstructionScores
 from continuar.pictures import grid, save_png
 from continuar.pipeline import to_uint8
 from continuar.tokenizers import VQTokenizer
+from continuar.training.gan_losses import usage
 
 _DESCRIPTION = (
     "Encode and decode images (from the posterior's mean, without draws), and compare: PSNR, SSIM, Frechet distance of SqueezeNet "

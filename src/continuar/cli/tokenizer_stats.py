@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 from torch import Tensor
 
-from continuar.caching.statistics import LatentStatistics, encoded, measure
+from continuar.caching import LatentStatistics, encoded, measure
 from continuar.checkpoints.tokenizers import (
     TOKENIZER_CONFIG,
     Changes,
@@ -20,10 +20,9 @@ from continuar.checkpoints.tokenizers import (
     save_tokenizer,
     set_scale,
 )
-from continuar.cli.parse import parse
-from continuar.cli.progress import progress_bars
-from continuar.data.find import find_source
-from continuar.data.latents import LatentCache, is_cache
+from continuar.cli.common import parse, progress_bars
+from continuar.data.latent_cache import LatentCache, is_cache
+from continuar.data.sources import find_source
 from continuar.devices import pick_device
 from continuar.errors import UserError, require
 from continuar.tokenizers import VAETokenizer

@@ -11,15 +11,13 @@ from typing import Annotated
 import torch
 import tyro
 
-from continuar.autoencoders.config import TokenizerRun
-from continuar.autoencoders.loop import train_tokenizer
-from continuar.cli.parse import parse
-from continuar.cli.progress import progress_bars
-from continuar.cli.recipes import split_recipe
-from continuar.configs import to_json
+from continuar.cli.common import parse, progress_bars, split_recipe
+from continuar.config import to_json
 from continuar.devices import pick_device
+from continuar.distributed import joined, local_device, processes
 from continuar.recipes.tokenizers import TOKENIZER_RECIPES, find_tokenizer_recipe
-from continuar.training.parallel import joined, local_device, processes
+from continuar.training.autoencoder import train_tokenizer
+from continuar.training.config import TokenizerRun
 
 _HELP = """usage: continuar tokenizer train RECIPE [options]
        torchrun --nproc-per-node N -m continuar tokenizer train RECIPE [options]     on N GPUs or processes

@@ -16,21 +16,19 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from continuar.cli.parse import parse
-from continuar.cli.recipes import split_recipe
-from continuar.configs import to_json
-from continuar.data.images import class_names
+from continuar.cli.common import parse, split_recipe
+from continuar.config import to_json
+from continuar.data.loader import class_names
 from continuar.devices import expandable_segments, pick_device
+from continuar.distributed import Kind, joined, local_device, processes
 from continuar.errors import require
+from continuar.models.base import parameter_counts
 from continuar.recipes import RECIPES, find_recipe
-from continuar.token_model import parameter_counts
-from continuar.training.advice import warn
-from continuar.training.config import BaseRun
-from continuar.training.flops import generation_flops, training_flops
-from continuar.training.loop import Report, train
-from continuar.training.parallel import Kind, joined, local_device, processes
-from continuar.training.source import reads_cache, training_data
-from continuar.training.trackers import TrackerName
+from continuar.training.config import BaseRun, warn
+from continuar.training.data import reads_cache, training_data
+from continuar.training.estimate import generation_flops, training_flops
+from continuar.training.metrics import TrackerName
+from continuar.training.trainer import Report, train
 
 _HELP = """usage: continuar train RECIPE [options]
        torchrun --nproc-per-node N -m continuar train RECIPE [options]     on N GPUs or processes: docs/scaling.md

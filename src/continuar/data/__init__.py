@@ -1,5 +1,5 @@
 """Training data: images decoded once and kept in memory."""
 
-from continuar.data.images import ImageSet, class_names, load_images
+from continuar.data.loader import ImageSet, class_names, load_images
 
 __all__ = ["ImageSet", "class_names", "load_images"]

@@ -1,4 +1,29 @@
-"""The networks whose features images are compared by. `NETWORKS` is the closed table of those that the command line knows.
+"""Image features of SqueezeNet 1.1 (Iandola et al. 2016), written out in torch so that torchvision is not needed.
+
+The weights are the user's to supply by path: a safetensors file with the keys of torchvision's ``squeezenet1_1``, trained on
+ImageNet in Caffe's convention (BGR, means subtracted).
+
+The Inception network of FID as torch-fidelity ports it, with the spatial features of sFID beside its own.
+
+sFID (Nash et al. 2021) is the Frechet distance of features that still know where something is: the first 7 channels of a 17 x 17
+map, 2,023 numbers, about as many as FID's 2,048. ADM's suite (Dhariwal & Nichol 2021), whose references hold their mean and
+covariance as mu_s and sigma_s, reads them from the tensor "mixed_6/conv:0" of the graph of 2015-12-05. What that is:
+
+* The graph lists the operations of a unit, as published listings of its first ones show, in the order conv2d_params, Conv2D,
+  batchnorm, CheckNumerics, control_dependency, and last one with the unit's own name, which the next unit reads: the ReLU. So
+  "mixed_6/conv" is the first branch's 1x1 convolution *after* batch norm and ReLU; the bare convolution is "mixed_6/conv/Conv2D".
+* The ports of the graph to torch load mixed_6/conv into ``Mixed_6d.branch1x1``, channel by channel; public ports of sFID read the
+  whole unit as well.
+* The suite flattens [N, 17, 17, 7], channels last. The distance of two sets computed here would be the same in any order; against
+  mu_s and sigma_s the order matters.
+
+It has not been compared with published numbers: the weights are the user's to supply.
+
+A small residual classifier of images, to ask of generated images whether they show what was asked for.
+
+Three stages of pre-activation blocks (He et al. 2016; the wide variant of Zagoruyko & Komodakis 2016), global average, linear.
+
+The networks whose features images are compared by. `NETWORKS` is the closed table of those that the command line knows.
 
 A network is any module from uint8 images [B, H, W, 3] to features [B, D], or to (features, logits [B, C]), or to (features, logits,
 spatial features [B, S]). Its name and the SHA-256 of its weights stand in every report: distances in different features, or by
@@ -11,7 +36,8 @@ import hashlib
 import io
 import json
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -22,11 +48,233 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from continuar.checkpoints.store import CONFIG, WEIGHTS
+from continuar.checkpoints.store import (
+    CONFIG,
+    WEIGHTS,
+    atomic_directory,
+    load_state,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
+from continuar.config import from_json
+from continuar.devices import pick_device
 from continuar.errors import UserError, require, unknown_name
-from continuar.evaluation.classifier import Classifier
-from continuar.evaluation.features import SqueezeNet, exact_float32
-from continuar.evaluation.inception import Inception
+
+FEATURES = 512
+_SIZE = 224
+_MEANS_BGR = (103.939, 116.779, 123.68)
+
+
+class _Fire(nn.Module):
+    """Squeeze to few channels, expand by 1x1 and 3x3 side by side."""
+
+    def __init__(self, inputs: int, squeeze: int, expand: int) -> None:
+        super().__init__()
+        self.squeeze = nn.Conv2d(inputs, squeeze, 1)
+        self.expand1x1 = nn.Conv2d(squeeze, expand, 1)
+        self.expand3x3 = nn.Conv2d(squeeze, expand, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.squeeze(x))
+        return torch.cat((F.relu(self.expand1x1(x)), F.relu(self.expand3x3(x))), 1)
+
+
+class SqueezeNet(nn.Module):
+    """uint8 images [B, H, W, 3] of any size -> features [B, 512] float32, the global average of the last feature map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        fires = [_Fire(64, 16, 64), _Fire(128, 16, 64), nn.MaxPool2d(3, 2)]
+        fires += [_Fire(128, 32, 128), _Fire(256, 32, 128), nn.MaxPool2d(3, 2)]
+        fires += [_Fire(256, 48, 192), _Fire(384, 48, 192), _Fire(384, 64, 256), _Fire(512, 64, 256)]
+        # The list's indices are the keys of torchvision's layout.
+        self.layers = nn.ModuleList([nn.Conv2d(3, 64, 3, 2), nn.ReLU(), nn.MaxPool2d(3, 2), *fires])
+
+    @classmethod
+    def from_file(cls, path: str | Path, device: torch.device | str = "cpu") -> SqueezeNet:
+        """The network with weights from a safetensors file.
+
+        Raises:
+            UserError: missing, unreadable, or other keys or shapes.
+        """
+        network = cls()
+        tensors = read_tensors(Path(path))
+        # A whole network's file has its classifier beside the features, under a prefix.
+        layers = {f"layers.{k.removeprefix('features.')}": v for k, v in tensors.items() if not k.startswith("classifier.")}
+        load_state(network, layers, str(path))
+        return network.eval().to(device)
+
+    def forward(self, images_BHW3: Tensor) -> Tensor:
+        x = images_BHW3.permute(0, 3, 1, 2).flip(1).float()
+        if x.shape[-2:] != (_SIZE, _SIZE):
+            x = F.interpolate(x, (_SIZE, _SIZE), mode="bicubic", antialias=True, align_corners=False).clamp(0, 255)
+        x = x - torch.tensor(_MEANS_BGR, device=x.device).view(1, 3, 1, 1)
+        for layer in self.layers:
+            x = layer(x)
+        return x.mean((2, 3))
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """No gradients, and float32 products in float32: no TF32 inside the block."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def extract(
+    network: Callable[[Tensor], Tensor],
+    images_BHW3: np.ndarray,
+    *,
+    device: torch.device | str = "cpu",
+    batch_size: int = 256,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> np.ndarray:
+    """Features [n, D] float32 of uint8 images [n, H, W, 3], batch by batch, in float32 (no autocast, no TF32)."""
+    require(images_BHW3.ndim == 4 and images_BHW3.shape[-1] == 3, f"images are {images_BHW3.shape}; allowed: [n, H, W, 3]")
+    parts = []
+    with exact_float32():
+        for first in range(0, len(images_BHW3), batch_size):
+            batch = torch.from_numpy(np.ascontiguousarray(images_BHW3[first : first + batch_size])).to(device)
+            parts.append(network(batch).float().cpu().numpy())
+            if on_progress is not None:
+                on_progress(min(first + batch_size, len(images_BHW3)), len(images_BHW3))
+    return np.concatenate(parts)
+
+
+def check_same_dimensions(a_MD: np.ndarray, b_ND: np.ndarray) -> None:
+    """Refuses two sets that are not features of one network."""
+    require(a_MD.ndim == b_ND.ndim == 2, f"features are {a_MD.shape} and {b_ND.shape}; allowed: [images, dimensions]")
+    require(a_MD.shape[1] == b_ND.shape[1], f"features of {a_MD.shape[1]} and {b_ND.shape[1]} dimensions cannot be compared")
+
+
+def float64_device(device: torch.device | str) -> torch.device:
+    """The device, or the CPU instead of one that has no float64."""
+    found = pick_device(device)
+    return torch.device("cpu") if found.type == "mps" else found
+
+
+SPATIAL_CHANNELS = 7
+
+
+class Inception(nn.Module):
+    """uint8 images [B, H, W, 3] -> features [B, 2048], logits without bias [B, 1008], spatial features [B, 2023].
+
+    The images are resized bilinearly to 299 x 299 as in TensorFlow 1.
+
+    Args:
+        network: torch-fidelity's FeatureExtractorInceptionV3, asked for 2048 and logits_unbiased.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self._unit: Tensor | None = None
+        network.get_submodule("Mixed_6d.branch1x1").register_forward_hook(self._keep)
+
+    def _keep(self, unit: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self._unit = output
+
+    def forward(self, images_BHW3: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        features, logits = self.network(images_BHW3.permute(0, 3, 1, 2).contiguous())
+        assert self._unit is not None
+        spatial = self._unit[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+        self._unit = None
+        return features, logits, spatial
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """Width of the first stage (doubled twice), blocks per stage, class names in label order."""
+
+    classes: tuple[str, ...]
+    width: int = 40
+    blocks: int = 2
+
+    def __post_init__(self) -> None:
+        require(len(self.classes) >= 2, f"{len(self.classes)} classes; allowed: 2 or more")
+        require(self.width >= 1 and self.blocks >= 1, f"width {self.width}, blocks {self.blocks}; allowed: 1 or more")
+
+
+class _Block(nn.Module):
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.BatchNorm2d(inputs), nn.BatchNorm2d(outputs)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if inputs != outputs or stride > 1 else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.norm1(x))
+        skip = x if self.shortcut is None else self.shortcut(h)
+        return skip + self.conv2(F.relu(self.norm2(self.conv1(h))))
+
+
+class Classifier(nn.Module):
+    """uint8 images [B, H, W, 3] -> logits [B, classes]."""
+
+    def __init__(self, config: ClassifierConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths = [config.width, 2 * config.width, 4 * config.width]
+        blocks, inputs = [], config.width
+        for stage, width in enumerate(widths):
+            for number in range(config.blocks):
+                blocks.append(_Block(inputs, width, 2 if stage and number == 0 else 1))
+                inputs = width
+        self.stem = nn.Conv2d(3, config.width, 3, padding=1, bias=False)
+        self.blocks = nn.Sequential(*blocks)
+        self.norm = nn.BatchNorm2d(inputs)
+        self.output = nn.Linear(inputs, len(config.classes))
+
+    def forward(self, images_BHW3: Tensor) -> Tensor:
+        return self.output(self.features(images_BHW3))
+
+    def features(self, images_BHW3: Tensor) -> Tensor:
+        """What the last layer sees: the global average of the last feature map, [B, 4 width]."""
+        x = images_BHW3.permute(0, 3, 1, 2).float() / 127.5 - 1
+        return F.relu(self.norm(self.blocks(self.stem(x)))).mean((2, 3))
+
+    def predict(self, images_BHW3: np.ndarray, batch_size: int = 500) -> np.ndarray:
+        """Labels [n] int64 of uint8 images; the logits of an image and of its mirror image are averaged."""
+        device = next(self.parameters()).device
+        mirrored = np.ascontiguousarray(images_BHW3[:, :, ::-1])
+        logits = [extract(self.eval(), images, device=device, batch_size=batch_size) for images in (images_BHW3, mirrored)]
+        return (logits[0] + logits[1]).argmax(1)
+
+    def save(self, directory: Path, dtype: torch.dtype | None = None) -> None:
+        """Writes config.json and model.safetensors."""
+        with atomic_directory(directory) as temporary:
+            write_json(temporary / CONFIG, self.config)
+            write_tensors(temporary / WEIGHTS, self.state_dict(), dtype)
+
+    @classmethod
+    def load(cls, directory: str | Path, device: torch.device | str = "cpu") -> Classifier:
+        """The inverse of `save`, in evaluation mode and float32.
+
+        Raises:
+            UserError: missing, unreadable, or other keys or shapes.
+        """
+        directory = Path(directory)
+        config = from_json(ClassifierConfig, read_json(directory / CONFIG), str(directory / CONFIG))
+        network = cls(config)
+        load_state(network, read_tensors(directory / WEIGHTS), str(directory / WEIGHTS))
+        return network.float().eval().to(device)
+
+
+def class_accuracy(predicted: np.ndarray, labels: np.ndarray) -> float:
+    """The share of images that are recognised as what they should show."""
+    require(len(predicted) == len(labels) > 0, f"{len(predicted)} predictions for {len(labels)} labels; allowed: as many, not 0")
+    return float((predicted == labels).mean())
+
 
 FID_SHA256 = "6726825d"
 """How the SHA-256 of weights-inception-2015-12-05-6726825d.pth begins, as its publisher writes it into the name."""

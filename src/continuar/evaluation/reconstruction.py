@@ -14,10 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from continuar.errors import require
-from continuar.evaluation.features import exact_float32
-from continuar.evaluation.images import Images
-from continuar.evaluation.moments import MomentAccumulator, frechet_distance
-from continuar.evaluation.networks import FeatureNetwork
+from continuar.evaluation.metrics import MomentAccumulator, frechet_distance
+from continuar.evaluation.networks import FeatureNetwork, exact_float32
+from continuar.evaluation.samples import Images
 from continuar.pipeline import to_uint8
 from continuar.tokenizers import Tokenizer
 

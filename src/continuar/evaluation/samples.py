@@ -1,21 +1,258 @@
-"""What is evaluated: images that a model generates, or images that lie somewhere."""
+"""Images to be measured, read block by block so that any number of them fits: folders, Parquet, tars, npz files.
+
+What is evaluated: images that a model generates, or images that lie somewhere.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import warnings
+import zipfile
+import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 
-from continuar.configs import to_json
-from continuar.errors import require
-from continuar.evaluation.images import Images
+from continuar.config import to_json
+from continuar.data.decode import Unusable, decode
+from continuar.data.loader import DIGITS, load_images
+from continuar.data.sources import SUFFIXES, FolderSource, Source, find_source
+from continuar.errors import UserError, require
 from continuar.evaluation.networks import sha256_of_state
-from continuar.generation.engines import EngineName, chosen
-from continuar.generation.plan import make_plan
-from continuar.generation.weights import Precision
 from continuar.pipeline import Pipeline
+from continuar.sampling.engines import EngineName, chosen
+from continuar.sampling.fast.weights import Precision
+from continuar.sampling.generate import make_plan
+
+LOSSY = frozenset({".jpg", ".jpeg", ".webp"})
+ARRAY = "arr_0"
+
+
+class Images(ABC):
+    """Images of one size, by index.
+
+    Attributes:
+        size: height and width. name: where they lie. notes: what a reader of the result should know.
+    """
+
+    size: tuple[int, int]
+    name: str
+    notes: tuple[str, ...] = ()
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def read(self, first: int, stop: int) -> np.ndarray:
+        """uint8 [stop - first, H, W, 3].
+
+        Raises:
+            UserError: an image that is unreadable or of another size.
+        """
+
+    @abstractmethod
+    def identity(self) -> str:
+        """Changes with the files: names, sizes and times, not their contents."""
+
+    def blocks(self, size: int) -> Iterator[tuple[int, np.ndarray]]:
+        """(first index, block) of all images; the next block is read while one is used."""
+        starts = range(0, len(self), size)
+        with ThreadPoolExecutor(1) as ahead:
+            pending = [ahead.submit(self.read, first, min(first + size, len(self))) for first in starts[:1]]
+            for first in starts:
+                block = pending.pop().result()
+                if first + size < len(self):
+                    pending.append(ahead.submit(self.read, first + size, min(first + 2 * size, len(self))))
+                yield first, block
+
+
+def open_images(path: str | Path, *, size: int | None = None, split: str = "train") -> Images:
+    """The images at ``path``.
+
+    Args:
+        path: a folder of images or of class folders, Parquet or WebDataset tars, an npz file with ``arr_0``, or "digits".
+        size: every image is brought to this by ADM's centre crop, as for training; None leaves them as they are.
+        split: which part, where the source has several.
+
+    Raises:
+        UserError: nothing there, no images, or images of several sizes.
+    """
+    if str(path) == DIGITS:
+        return Digits(size)
+    path = Path(path)
+    require(path.exists(), f"{path} does not exist; allowed: a folder of images, a .parquet, .tar or .npz file")
+    if path.suffix == ".npz":
+        found: Images = NpzImages(path)
+        require(
+            size is None or found.size == (size, size),
+            f"{path} holds images of {by(found.size)} pixels, not of {size}x{size}; cropping is for the other kinds",
+        )
+        return found
+    loose = path.is_dir() and any(_is_image(p) for p in path.iterdir())
+    return EncodedImages(path, LooseFolder(path) if loose else find_source(path, split), size)
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+
+
+class LooseFolder(Source):
+    """ROOT/IMAGE, sorted by name, without classes."""
+
+    def __init__(self, root: Path) -> None:
+        self.paths = sorted(
+            p for p in root.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file()
+        )
+        self.classes, self.labels = ("",), np.zeros(len(self.paths), np.int64)
+
+    def read(self, index: int) -> bytes:
+        return self.paths[index].read_bytes()
+
+    def name(self, index: int) -> str:
+        return str(self.paths[index])
+
+
+class EncodedImages(Images):
+    """Files of a source, decoded by a pool of threads."""
+
+    def __init__(self, path: Path, source: Source, size: int | None) -> None:
+        self._path, self._source, self._crop, self.name = path, source, size, str(path)
+        require(len(source) > 0, f"{path} has no images")
+        height, width = self._decode(0, None).shape[:2]
+        self.size = (height, width) if size is None else (size, size)
+        names = [source.name(i) for i in range(len(source))]
+        self._files = names if isinstance(source, FolderSource | LooseFolder) else _archives(path)
+        lossy = {Path(name).suffix.lower() for name in names} & LOSSY
+        if lossy:
+            self.notes = (f"{path} holds {', '.join(sorted(lossy))} files: lossy compression changes features",)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def read(self, first: int, stop: int) -> np.ndarray:
+        block = np.empty((stop - first, *self.size, 3), np.uint8)
+
+        def one(index: int) -> None:
+            pixels = self._decode(index, self._crop)
+            require(
+                pixels.shape[:2] == self.size,
+                f"{self._source.name(index)} is of {by(pixels.shape[:2])} pixels, {self._source.name(0)} of {by(self.size)}; "
+                "allowed: one size",
+            )
+            block[index - first] = pixels
+
+        with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
+            warnings.simplefilter("ignore")
+            list(pool.map(one, range(first, stop)))
+        return block
+
+    def _decode(self, index: int, size: int | None) -> np.ndarray:
+        try:
+            return decode(self._source.read(index), size)
+        except Unusable as problem:
+            raise UserError(f"{self._source.name(index)} cannot be used: {problem}") from problem
+
+    def identity(self) -> str:
+        return f"{len(self)} {by(self.size)} {_files_identity(self._files)}"
+
+
+class Digits(Images):
+    """scikit-learn's handwritten digits, which no folder holds."""
+
+    def __init__(self, size: int | None = None) -> None:
+        self._images = load_images(DIGITS, size=size or 8).images
+        self.size, self.name = (8, 8), DIGITS
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def read(self, first: int, stop: int) -> np.ndarray:
+        return self._images[first:stop]
+
+    def identity(self) -> str:
+        return hashlib.sha256(self._images.tobytes()).hexdigest()
+
+
+class NpzImages(Images):
+    """``arr_0`` of an npz file, uint8 [n, H, W, 3], as ADM's suite stores samples and references; never all in memory."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self.name = path, str(path)
+        with reading(path), zipfile.ZipFile(path) as archive:
+            require(
+                f"{ARRAY}.npy" in archive.namelist(),
+                f"{path} has the entries {', '.join(npz_names(archive)) or 'none'}; allowed: {ARRAY}, uint8 [n, H, W, 3]",
+            )
+            with archive.open(f"{ARRAY}.npy") as file:
+                shape, self._offset = _header(file, path)
+        require(
+            len(shape) == 4 and shape[3] == 3 and min(shape) >= 1,
+            f"{path}: {ARRAY} is {shape}; allowed: [n, H, W, 3]",
+        )
+        self._count, self.size = shape[0], (shape[1], shape[2])
+
+    def __len__(self) -> int:
+        return self._count
+
+    def read(self, first: int, stop: int) -> np.ndarray:
+        each = self.size[0] * self.size[1] * 3
+        with reading(self._path), zipfile.ZipFile(self._path) as archive, archive.open(f"{ARRAY}.npy") as file:
+            file.seek(self._offset + first * each)
+            data = file.read((stop - first) * each)
+            if len(data) < (stop - first) * each:
+                raise EOFError(f"{ARRAY} ends early")
+        return np.frombuffer(bytearray(data), np.uint8).reshape(stop - first, *self.size, 3)
+
+    def identity(self) -> str:
+        return f"{len(self)} {by(self.size)} {_files_identity([self.name])}"
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns what a damaged npz file raises into one line."""
+    try:
+        yield
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as problem:
+        raise UserError(f"{path} is truncated or not an npz file: {problem}") from problem
+
+
+def _header(file: IO[bytes], path: Path) -> tuple[tuple[int, ...], int]:
+    """Shape, and where the data begin."""
+    try:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(file)
+    except ValueError as problem:
+        raise UserError(f"{path} is truncated or not an npz file: {problem}") from problem
+    require(dtype == np.uint8 and not fortran, f"{path}: {ARRAY} is of {dtype}; allowed: uint8, in C order")
+    return tuple(int(n) for n in shape), file.tell()
+
+
+def npz_names(archive: zipfile.ZipFile) -> list[str]:
+    """The entries of an npz file."""
+    return [name.removesuffix(".npy") for name in archive.namelist()]
+
+
+def _archives(path: Path) -> list[str]:
+    return [str(p) for p in sorted(path.iterdir()) if p.suffix in (".parquet", ".tar")] if path.is_dir() else [str(path)]
+
+
+def _files_identity(files: list[str]) -> str:
+    digest = hashlib.sha256()
+    for path in map(Path, files):
+        stat = path.stat()
+        digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def by(size: tuple[int, ...]) -> str:
+    """(h, w) as "hxw"."""
+    return "x".join(map(str, size))
 
 
 class Samples(ABC):

@@ -1,11 +1,10 @@
 """Heads: z -> loss in training, z -> token in generation. `HeadConfig` and `HeadOptions` are the closed tables of them."""
 
-from continuar.heads.base import Head, HeadSample
+from continuar.heads.base import Head, HeadSample, Options, option_names, with_values
 from continuar.heads.categorical import CategoricalHead, CategoricalHeadConfig, CategoricalOptions
 from continuar.heads.diffusion import DiffusionHead, DiffusionHeadConfig, DiffusionOptions
 from continuar.heads.flow import FlowHead, FlowHeadConfig, FlowOptions
 from continuar.heads.mixture import MixtureHead, MixtureHeadConfig, MixtureOptions
-from continuar.heads.options import Options, option_names, with_values
 from continuar.heads.regression import RegressionHead, RegressionHeadConfig, RegressionOptions
 
 HeadConfig = DiffusionHeadConfig | FlowHeadConfig | CategoricalHeadConfig | MixtureHeadConfig | RegressionHeadConfig

@@ -1,4 +1,6 @@
-"""What a head is: the model of one token's distribution given its condition vector z.
+"""What every head's sampling options share. Each head's file declares its own, with a literal ``kind``.
+
+What a head is: the model of one token's distribution given its condition vector z.
 
 A head's config says what it makes (``token_kind``), whether it knows the probability of what it drew (``has_log_prob``), and its
 default ``options``.
@@ -6,17 +8,52 @@ default ``options``.
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from continuar.errors import require
-from continuar.guidance import Guidance, check_scale
-from continuar.heads.options import Options, with_values
+from continuar.errors import UserError, require
 from continuar.noise import GeneratorNoise, RowNoise
+
+T = TypeVar("T", bound="Options")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How to draw a token, besides temperature and guidance: those are tensors beside it, because a captured graph would bake in
+    a number."""
+
+    def check_temperature(self, temperature: float) -> None:
+        """Refuses a temperature that the head cannot apply."""
+        check_scale("temperature", temperature)
+
+    def check_tokens(self, size: int) -> None:
+        """Refuses options that do not fit tokens of ``size`` dimensions, or ids of that many."""
+
+
+def option_names(kind: type[Options]) -> list[str]:
+    """The names of a head's options."""
+    return [f.name for f in dataclasses.fields(kind) if f.name != "kind"]
+
+
+def with_values(options: T, values: dict[str, Any]) -> T:
+    """The options with some values replaced.
+
+    Raises:
+        UserError: an option this head does not have.
+    """
+    allowed = option_names(type(options))
+    for name, value in values.items():
+        if name not in allowed:
+            raise UserError(
+                f"{name} is {value}, an option that the {getattr(options, 'kind', '')} head does not have; "
+                f"allowed: {', '.join(allowed) or 'none'}"
+            )
+    return dataclasses.replace(options, **values)
 
 
 @dataclass(frozen=True)
@@ -25,6 +62,22 @@ class HeadSample:
 
     tokens: Tensor
     log_prob: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """What a head needs to guide: the unconditional condition vectors [M, Z] and the scale, a 0-d tensor on their device.
+
+    The scale is a tensor because it changes at every step: as a Python float it would be baked into a captured graph.
+    """
+
+    z_uncond: Tensor
+    scale: Tensor
+
+
+def check_scale(name: str, value: float) -> None:
+    """Refuses a guidance scale or temperature that is negative, infinite or NaN."""
+    require(0 <= value < float("inf"), f"{name} is {value}; allowed: 0 or more, finite")
 
 
 class Timed(nn.Module):

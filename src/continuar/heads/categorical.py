@@ -17,11 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from continuar.errors import require
-from continuar.guidance import Guidance
-from continuar.heads.base import Head, HeadSample, check_sizes
-from continuar.heads.options import Options
+from continuar.heads.base import Guidance, Head, HeadSample, Options, check_sizes
 from continuar.noise import Purpose, RowNoise
-from continuar.precision import without_autocast
+from continuar.tensors import without_autocast
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,10 @@ import torch
 from torch import Tensor
 
 from continuar.errors import require
-from continuar.guidance import Guidance
-from continuar.heads.base import Head, HeadSample, check_rows, check_sizes
-from continuar.heads.mlp import DenoisingMLP
-from continuar.heads.options import Options
+from continuar.heads.base import Guidance, Head, HeadSample, Options, check_rows, check_sizes
+from continuar.heads.diffusion import DenoisingMLP
 from continuar.noise import Purpose, RowNoise
-from continuar.precision import without_autocast
+from continuar.tensors import without_autocast
 
 Solver = Literal["euler", "heun"]
 TIME_SCALE = 1000.0

@@ -12,11 +12,9 @@ from typing import ClassVar, Literal
 from torch import Tensor, nn
 
 from continuar.errors import require
-from continuar.guidance import Guidance
-from continuar.heads.base import Head, HeadSample, check_rows, check_sizes
-from continuar.heads.options import Options
+from continuar.heads.base import Guidance, Head, HeadSample, Options, check_rows, check_sizes
 from continuar.noise import RowNoise
-from continuar.precision import without_autocast
+from continuar.tensors import without_autocast
 
 
 @dataclass(frozen=True)

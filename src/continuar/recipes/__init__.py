@@ -8,18 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from continuar.errors import unknown_name
-from continuar.recipes.cifar10 import cifar10
-from continuar.recipes.comparison import comparison_recipes
-from continuar.recipes.digits import digits
-from continuar.recipes.dit import dit_cifar10, dit_digits
-from continuar.recipes.folder import folder, folder_gpu
-from continuar.recipes.imagenet256 import (
+from continuar.recipes.comparison import ar_vq_cifar10, comparison_recipes, dit_cifar10, dit_digits, mar_kl_cifar10
+from continuar.recipes.images import (
+    cifar10,
+    digits,
+    folder,
+    folder_gpu,
     mar_b_imagenet256,
     mar_h_imagenet256,
     mar_l_imagenet256,
     mar_l_imagenet256_ablation,
 )
-from continuar.recipes.latents import ar_vq_cifar10, mar_kl_cifar10
 from continuar.training.config import BaseRun
 
 RECIPES: dict[str, Callable[[], BaseRun]] = {

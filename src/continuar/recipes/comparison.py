@@ -10,28 +10,40 @@
 
 Within a data set, backbones have equal width and equally many blocks, and heads see the same images for equally long. Categorical
 heads see ids of a k-means codebook of the same patches; their learning rate falls by a cosine, which suits cross-entropy better.
+
+CIFAR-10 as latents of tokenizers that are trained here: continuous ones for a MAR, ids for an AR model.
+
+Each takes three commands: a tokenizer, a cache of its latents, and the model, which takes its tokenizer from the cache. Both
+have run end to end on 2 million images, not yet at their full length (docs/results.md).
+
+The baseline DiT (Peebles & Xie 2023) on the same tokens as `digits` and `cifar10`, for the paper's Figure 6.
+
+Needs the extra [diffusers]. Its speed is a matter of ``--diffusion-steps``: every one of them is a pass through the whole network.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from continuar.backbones import BackboneConfig, CausalConfig, MAEConfig
 from continuar.heads import (
     CategoricalHeadConfig,
     DiffusionHeadConfig,
+    DiffusionOptions,
     FlowHeadConfig,
     HeadConfig,
     MixtureHeadConfig,
     RegressionHeadConfig,
 )
+from continuar.models import BackboneConfig, CausalConfig, MAEConfig
+from continuar.models.dit import DiTNetworkConfig
 from continuar.orders import ConfidenceOrderConfig, MAROrderConfig, OrderConfig, RandomOrderConfig, RasterOrderConfig
-from continuar.recipes.cifar10 import cifar10
-from continuar.recipes.digits import digits
-from continuar.tokenizers import CodebookConfig, PixelConfig
-from continuar.training.config import Run
+from continuar.recipes.images import cifar10, digits
+from continuar.recipes.tokenizers import kl_cifar10, vq_cifar10
+from continuar.sampling.generate import SamplingOptions
+from continuar.tokenizers import CodebookConfig, PixelConfig, VQConfig
+from continuar.training.config import DiTRun, Run
 
 
 @dataclass(frozen=True)
@@ -133,3 +145,66 @@ def comparison_recipes() -> Iterator[Callable[[], Run]]:
             for head_name, head in _heads(start, min_std).items():
                 if not row.order.needs_log_prob or head.has_log_prob:
                     yield _recipe(prefix, row_name, head_name, base, vocabulary, min_std)
+
+
+def mar_kl_cifar10() -> Run:
+    """MAR on KL latents of CIFAR-10: 8 x 8 tokens of 8 channels, on one GPU.
+
+    continuar tokenizer train kl_cifar10 --data.path DATA --loss.perceptual-weights squeezenet1_1.safetensors
+    continuar cache DATA runs/kl_cifar10 latents/kl_cifar10
+    continuar train mar_kl_cifar10 --data.path latents/kl_cifar10
+
+    The model is that of the recipe `cifar10`, whose tokens are as many patches of pixels.
+    """
+    return replace(cifar10(), tokenizer=kl_cifar10().tokenizer)
+
+
+def ar_vq_cifar10() -> Run:
+    """AR on VQ ids of CIFAR-10, raster order, causal: 8 x 8 ids of a codebook of 1,024, on one GPU.
+
+    continuar tokenizer train vq_cifar10 --data.path DATA --loss.perceptual-weights squeezenet1_1.safetensors
+    continuar cache DATA runs/vq_cifar10 latents/vq_cifar10
+    continuar train ar_vq_cifar10 --data.path latents/vq_cifar10
+
+    The model is that of the recipe `cifar10_ar_raster_categorical`, whose ids are of patches of pixels.
+    """
+    tokenizer = vq_cifar10().tokenizer
+    assert isinstance(tokenizer, VQConfig)
+    run = comparison_run(cifar10(), ROWS["ar_raster"], CategoricalHeadConfig(), tokenizer.spec.vocabulary)
+    return replace(run, tokenizer=tokenizer)
+
+
+def dit_digits() -> DiTRun:
+    """DiT on scikit-learn's 8x8 handwritten digits, 16 tokens of 2x2 pixels, on a CPU.
+
+    continuar train dit_digits
+
+    About 100 s on one core. 300 of 300 samples are read as what was asked for (`docs/results.md`).
+    """
+    return _like(digits(), DiTNetworkConfig(width=96, depth=4, heads=4, prediction="velocity"), diffusion_steps=50)
+
+
+def dit_cifar10() -> DiTRun:
+    """DiT on CIFAR-10 (32x32), 64 tokens of 4x4 pixels, on one GPU.
+
+    continuar train dit_cifar10 --data.path DIR_OR_PARQUET
+
+    9.8 M parameters; images, batch and learning rate are those of `cifar10`. Trained on 2 million images
+    (docs/results.md, Figure 6); guidance is a guess.
+    """
+    return _like(cifar10(), DiTNetworkConfig(width=256, depth=8, heads=8, prediction="velocity"), diffusion_steps=100)
+
+
+def _like(base: Run, network: DiTNetworkConfig, diffusion_steps: int) -> DiTRun:
+    """A DiT on the tokens of a run, trained as that is."""
+    return DiTRun(
+        data=base.data,
+        tokenizer=base.tokenizer,
+        network=network,
+        optim=base.optim,
+        ema=base.ema,
+        train=base.train,
+        sampling=SamplingOptions(
+            guidance=1.5, guidance_schedule="constant", head=DiffusionOptions(diffusion_steps=diffusion_steps)
+        ),
+    )

@@ -8,18 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from continuar.autoencoders.config import (
+from continuar.errors import unknown_name
+from continuar.tokenizers import VAEConfig, VQConfig
+from continuar.tokenizers.networks import KLNetwork, VQNetwork
+from continuar.tokenizers.vae import KL16_MAR, VQ16_LDM
+from continuar.training.config import (
     CodebookLearning,
     DiscriminatorConfig,
     LossConfig,
+    OptimConfig,
     TokenizerLoopConfig,
     TokenizerRun,
 )
-from continuar.errors import unknown_name
-from continuar.tokenizers import VAEConfig, VQConfig
-from continuar.tokenizers.named import KL16_MAR, VQ16_LDM
-from continuar.tokenizers.networks import KLNetwork, VQNetwork
-from continuar.training.config import OptimConfig
 
 _ADAM = OptimConfig(lr=2e-4, betas=(0.5, 0.9), weight_decay=0.0, clip=1.0, decay="cosine", final_lr=0.05)
 """Momentum 0.5 as in adversarial training since Radford et al. 2016."""

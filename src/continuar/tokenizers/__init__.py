@@ -1,10 +1,9 @@
 """Tokenizers: images <-> tokens. `TokenizerConfig` is the closed table of them."""
 
 from continuar.tokenizers.base import Tokenizer, TokenKind, TokenSpec
-from continuar.tokenizers.codebook import CodebookConfig, CodebookTokenizer
-from continuar.tokenizers.diffusers_vae import VAEConfig, VAETokenizer
-from continuar.tokenizers.latent import LatentConfig, LatentTokenizer
+from continuar.tokenizers.kmeans import CodebookConfig, CodebookTokenizer
 from continuar.tokenizers.pixel import PixelConfig, PixelTokenizer
+from continuar.tokenizers.vae import LatentConfig, LatentTokenizer, VAEConfig, VAETokenizer
 from continuar.tokenizers.vq import VQConfig, VQTokenizer
 
 TokenizerConfig = PixelConfig | CodebookConfig | LatentConfig | VAEConfig | VQConfig

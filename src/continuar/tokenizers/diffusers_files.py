@@ -15,10 +15,10 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from safetensors import SafetensorError, safe_open
 
-from continuar.configs import from_json
+from continuar.config import from_json
 from continuar.errors import UserError, require, unknown_name
-from continuar.tokenizers.diffusers_vae import VAEConfig, VAETokenizer
 from continuar.tokenizers.networks import NetworkConfig, VQNetwork, diffusers_class
+from continuar.tokenizers.vae import VAEConfig, VAETokenizer
 from continuar.tokenizers.vq import VQConfig, VQTokenizer
 
 NETWORKS: dict[str, type[Any]] = {network.class_name: network for network in get_args(NetworkConfig)}

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from continuar.errors import UserError, require
 from continuar.tokenizers.base import Tokenizer, TokenSpec
-from continuar.tokenizers.diffusers_vae import NO_WEIGHTS, check_image_size, check_images
 from continuar.tokenizers.networks import VQNetwork
+from continuar.tokenizers.vae import NO_WEIGHTS, check_image_size, check_images
 
 
 @dataclass(frozen=True)

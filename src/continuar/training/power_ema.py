@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from continuar.checkpoints.store import read_tensors, write_tensors
+from continuar.distributed import Single, local, whole
 from continuar.errors import require
-from continuar.token_model import TokenModel
+from continuar.models.base import TokenModel
 from continuar.training.config import EMAConfig
-from continuar.training.parallel import Single, local, whole
 
 Numbers = float | np.ndarray
 FOLDER = "averages"

@@ -1,1 +1,0 @@
-"""Training of tokenizers: autoencoders with a KL or a codebook, from images."""

@@ -1,1 +1,0 @@
-"""Generation: the plan, the engine that follows it, and the pipeline from labels to images."""

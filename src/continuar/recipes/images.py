@@ -1,0 +1,189 @@
+"""Handwritten digits on a CPU.
+
+CIFAR-10.
+
+Any folder of class folders.
+
+The paper's ImageNet 256x256 models (Li et al., NeurIPS 2024, Section 4, Tables 3 and 4, Appendix B).
+
+Tokens are the latents of KL-16: 16 x 16 of 16 channels, times 0.2325. The FIDs are the paper's, of 50,000 samples; none of these
+models has been trained here. ``--dry-run`` sizes one up without any data. Training reads a cache of latents:
+
+    continuar convert kl16.ckpt kl16 --like kl16_mar         the paper's autoencoder with its scale
+    continuar cache IMAGENET kl16 latents/imagenet256        every image and its mirror image, once
+    continuar train mar_l_imagenet256 --data.path latents/imagenet256
+
+Another autoencoder of stride 16 and 16 channels goes the same way (`continuar tokenizer train kl16_imagenet256`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from continuar.heads import DiffusionHeadConfig, DiffusionOptions
+from continuar.models import MAEConfig
+from continuar.sampling.generate import SamplingOptions
+from continuar.tokenizers import LatentConfig, PixelConfig
+from continuar.training.config import DataConfig, EMAConfig, LoopConfig, OptimConfig, Run
+
+
+def digits() -> Run:
+    """MAR on scikit-learn's 8x8 handwritten digits (1,797 images), 16 tokens of 2x2 pixels, on a CPU.
+
+    continuar train digits
+    """
+    return Run(
+        data=DataConfig(path="digits", classes=10),
+        tokenizer=PixelConfig(image_size=8, patch=2, channels=1),
+        backbone=MAEConfig(width=96, encoder_depth=2, heads=4, decoder_depth=2, buffer=4, attention_dropout=0.0, dropout=0.0),
+        head=DiffusionHeadConfig(width=128, depth=3, prediction="velocity"),
+        optim=OptimConfig(lr=2e-3, warmup_images=6_400, decay="linear", decay_images=50_000),
+        ema=EMAConfig(decay=0.998),
+        train=LoopConfig(images=75_000, batch_size=64, log_images=6_400, sample_images=75_000, save_images=75_000),
+        sampling=SamplingOptions(steps=16, guidance=2.0, head=DiffusionOptions(diffusion_steps=50)),
+    )
+
+
+def cifar10() -> Run:
+    """MAR on CIFAR-10 (32x32), 64 tokens of 4x4 pixels, on one GPU.
+
+    continuar train cifar10 --data.path DIR_OR_PARQUET
+
+    Training hides 16 to 64 tokens: by the cosine schedule most are generated with less than the paper's 70% hidden
+    (docs/results.md: Frechet distance 338, and 376 with the paper's range).
+    """
+    return Run(
+        data=DataConfig(classes=10, flip=True),
+        tokenizer=PixelConfig(image_size=32, patch=4),
+        backbone=MAEConfig(width=224, encoder_depth=4, heads=7, decoder_depth=4, buffer=16, mask_ratio_min=0.2, mask_granularity=8),
+        head=DiffusionHeadConfig(width=384, depth=3, timesteps_per_token=2, prediction="velocity"),
+        optim=OptimConfig(lr=1e-3, warmup_images=500_000, decay="linear", decay_images=12_000_000),
+        ema=EMAConfig(decay=0.9998),
+        train=LoopConfig(
+            images=30_000_000,
+            batch_size=512,
+            log_images=100_000,
+            sample_images=10_000_000,
+            save_images=5_000_000,
+            engine="compile-graphs",
+        ),
+        sampling=SamplingOptions(steps=32, guidance=2.5, guidance_schedule="constant"),
+    )
+
+
+def folder() -> Run:
+    """MAR on any folder of class folders (ROOT/CLASS/IMAGE), pixel patches as tokens.
+
+    continuar train folder --data.path DIR --tokenizer.image-size 64 --tokenizer.patch 4
+
+    Tokens per image are (image_size / patch)^2; more than 256 get slow, and patches over 8x8 pixels lose detail.
+    """
+    return Run(
+        data=DataConfig(flip=True),
+        tokenizer=PixelConfig(image_size=32, patch=4),
+        backbone=MAEConfig(width=384, encoder_depth=6, heads=6, decoder_depth=6, buffer=16),
+        head=DiffusionHeadConfig(width=512, depth=3, prediction="velocity"),
+        optim=OptimConfig(lr=4e-4, warmup_images=50_000),
+        ema=EMAConfig(decay=0.9995),
+        train=LoopConfig(images=5_000_000, batch_size=128, log_images=10_000, sample_images=250_000, save_images=250_000),
+        sampling=SamplingOptions(steps=32, guidance=2.5, guidance_schedule="constant"),
+    )
+
+
+def folder_gpu() -> Run:
+    """MAR on any small data set of class folders or Parquet at 64x64, 256 tokens of 4x4 pixels, on one GPU.
+
+    continuar train folder_gpu --data.path DIR_OR_PARQUET
+
+    4x4 pixel patches are the paper's own for ImageNet 64x64 (Section 5). Mask counts are multiples of 16, so that compiling is
+    short.
+    """
+    return Run(
+        data=DataConfig(flip=True),
+        tokenizer=PixelConfig(image_size=64, patch=4),
+        backbone=MAEConfig(width=384, encoder_depth=6, heads=6, decoder_depth=6, buffer=32, mask_granularity=16),
+        head=DiffusionHeadConfig(width=512, depth=3, timesteps_per_token=2, prediction="velocity"),
+        optim=OptimConfig(lr=6e-4, warmup_images=100_000, decay="linear"),
+        ema=EMAConfig(decay=0.9995),
+        train=LoopConfig(
+            images=10_000_000,
+            batch_size=256,
+            log_images=25_000,
+            sample_images=2_000_000,
+            save_images=500_000,
+            engine="compile-graphs",
+        ),
+        sampling=SamplingOptions(steps=64, guidance=2.5, guidance_schedule="constant"),
+    )
+
+
+IMAGENET_IMAGES = 1_281_167
+BATCH = 2048
+
+
+def _imagenet256(backbone: MAEConfig, head: DiffusionHeadConfig, guidance: float) -> Run:
+    """What all sizes share: 800 epochs at batch 2048, lr 1e-4 per 256 images, constant after 100 epochs of warm-up."""
+    return Run(
+        data=DataConfig(classes=1000, flip=True),
+        tokenizer=LatentConfig(),
+        backbone=backbone,
+        head=head,
+        optim=OptimConfig(
+            lr=1e-4 * BATCH / 256,
+            warmup_images=100 * IMAGENET_IMAGES,
+            betas=(0.9, 0.95),
+            weight_decay=0.02,
+            clip=3.0,
+        ),
+        ema=EMAConfig(decay=0.9999),
+        train=LoopConfig(
+            images=800 * IMAGENET_IMAGES,
+            batch_size=BATCH,
+            label_dropout=0.1,
+            log_images=100 * BATCH,
+            sample_images=5 * IMAGENET_IMAGES,
+            save_images=5 * IMAGENET_IMAGES,
+        ),
+        sampling=SamplingOptions(steps=256, guidance=guidance, guidance_schedule="linear"),
+    )
+
+
+def mar_b_imagenet256() -> Run:
+    """MAR-B, 208M parameters: 768 wide, 12 + 12 blocks, head 6 x 1024. Paper: FID 3.48, guided 2.31.
+
+    continuar train mar_b_imagenet256 --data.path latents/imagenet256
+    """
+    backbone = MAEConfig(width=768, encoder_depth=12, heads=12, decoder_depth=12)
+    return _imagenet256(backbone, DiffusionHeadConfig(width=1024, depth=6), guidance=2.9)
+
+
+def mar_l_imagenet256() -> Run:
+    """MAR-L, 479M parameters: 1024 wide, 16 + 16 blocks, head 8 x 1280. Paper: FID 2.60, guided 1.78.
+
+    continuar train mar_l_imagenet256 --data.path latents/imagenet256
+    """
+    backbone = MAEConfig(width=1024, encoder_depth=16, heads=16, decoder_depth=16)
+    return _imagenet256(backbone, DiffusionHeadConfig(width=1280, depth=8), guidance=3.0)
+
+
+def mar_h_imagenet256() -> Run:
+    """MAR-H, 943M parameters: 1280 wide, 20 + 20 blocks, head 12 x 1536. Paper: FID 2.35, guided 1.55.
+
+    continuar train mar_h_imagenet256 --data.path latents/imagenet256
+    """
+    backbone = MAEConfig(width=1280, encoder_depth=20, heads=16, decoder_depth=20)
+    return _imagenet256(backbone, DiffusionHeadConfig(width=1536, depth=12), guidance=3.2)
+
+
+def mar_l_imagenet256_ablation() -> Run:
+    """MAR-L with the ablations' head 3 x 1024, 400 epochs (Tables 1 to 3). Paper: FID 3.50, guided 1.98, at 64 steps.
+
+    continuar train mar_l_imagenet256_ablation --data.path latents/imagenet256
+    """
+    run = mar_l_imagenet256()
+    return dataclasses.replace(
+        run,
+        head=DiffusionHeadConfig(width=1024, depth=3),
+        train=dataclasses.replace(run.train, images=400 * IMAGENET_IMAGES),
+        sampling=dataclasses.replace(run.sampling, steps=64),
+    )

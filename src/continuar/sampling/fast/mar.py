@@ -1,0 +1,118 @@
+"""The bidirectional backbone in generation, on buffers in the order of generation. Equal to `MAE.predict`.
+
+G is 2 with guidance and 1 without, B images, N tokens, E encoder width, Z decoder width.
+
+1. Attention has no order of its own, so rows stand in the order in which they become known: what is known is a slice, what is
+   predicted now is the slice behind it, and nothing is gathered.
+2. What enters the encoder is LayerNorm(token + position), row by row: a row is computed once, when its token is committed, and the
+   buffer's rows when a generation begins. Mask tokens with their positions are made once too.
+3. In the decoder's last block only rows predicted now are asked for: keys and values of all rows, the rest of those alone.
+
+Shapes depend on (known, predicted now) alone, and there is no host synchronisation: such a step can be captured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from continuar.models.mar import MAE
+from continuar.models.transformer import Block
+from continuar.sampling.fast.kernels import Kernels
+from continuar.sampling.fast.weights import PackedLinear, sliced_linear
+from continuar.tensors import take
+
+
+class FastMAE:
+    """See the module's docstring.
+
+    Args:
+        mae: with the weights to compute with. images: B. copies: G.
+        kernels: fused operations or their plain twins.
+    """
+
+    def __init__(self, mae: MAE, images: int, copies: int, condition_tokens: int, kernels: Kernels) -> None:
+        self.mae, self.images, self.copies, self.kernels = mae, images, copies, kernels
+        parameter = mae.encoder_positions
+        positions = len(mae.z_positions)
+
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
+
+        self.inputs = empty(copies * images, mae.buffer + positions, mae.width)
+        self.token_positions = empty(images, positions, mae.width)
+        self.decoder_positions = empty(images, mae.buffer + positions, mae.z_dim)
+        self.masked = empty(images, positions, mae.z_dim)
+        self.z_positions = empty(images, positions, mae.z_dim)
+        last = mae.decoder[-1]
+        assert isinstance(last, Block)
+        self.last = LastBlock(last)
+
+    def begin(self, cond: Tensor, order_BN: Tensor) -> None:
+        """A new generation: conditions [G B, C, E] and the order of its positions."""
+        mae = self.mae
+        self.inputs[:, : mae.buffer] = mae.input_norm(mae._fill(cond.to(self.inputs.dtype)) + mae.encoder_positions[: mae.buffer])
+        self.token_positions.copy_(take(mae.encoder_positions[None, mae.buffer :], order_BN))
+        self.decoder_positions[:, : mae.buffer] = mae.decoder_positions[: mae.buffer]
+        self.decoder_positions[:, mae.buffer :] = take(mae.decoder_positions[None, mae.buffer :], order_BN)
+        self.masked.copy_(mae.mask_token + self.decoder_positions[:, mae.buffer :])
+        self.z_positions.copy_(take(mae.z_positions[None], order_BN))
+
+    def commit(self, first: int, x_BKE: Tensor) -> None:
+        """Embedded tokens of places ``first`` on of the order."""
+        end = first + x_BKE.shape[1]
+        places = slice(self.mae.buffer + first, self.mae.buffer + end)
+        rows = self.mae.input_norm(x_BKE.to(self.inputs.dtype) + self.token_positions[:, first:end])
+        self.inputs.unflatten(0, (self.copies, self.images))[:, :, places] = rows
+
+    def aim(self, known: int) -> None:
+        """Nothing to prepare: places are part of the shapes."""
+
+    def key(self, known: int, size: int) -> tuple[int, ...]:
+        """What a captured `predict` depends on."""
+        return known, size
+
+    def predict(self, known: int, size: int) -> Tensor:
+        """z [G B, size, Z] float32 of the ``size`` places behind the ``known`` ones."""
+        mae, given, halves = self.mae, self.mae.buffer + known, (self.copies, self.images)
+        _, n = self.kernels.add_norm(*self._blocks(mae.encoder, self.inputs[:, :given]), mae.encoder_norm)
+        h = mae.decoder_input(n).unflatten(0, halves) + self.decoder_positions[:, :given]
+        masked = self.masked[:, known:].expand(self.copies, -1, -1, -1)
+        h, y = self._blocks(mae.decoder[:-1], torch.cat((h, masked), 2).flatten(0, 1))
+        _, n = self.kernels.add_norm(*self.last(h, y, given, given + size, self.kernels), mae.decoder_norm)
+        return (n.unflatten(0, halves).float() + self.z_positions[:, known : known + size].float()).flatten(0, 1)
+
+    def _blocks(self, blocks: nn.Module, h: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`Block`s in a row: (h, what is yet to be added to it), for it is added where the next norm reads it."""
+        y = None
+        for block in cast(Iterable[Block], blocks):
+            h, n = self.kernels.add_norm(h, y, block.norm1)
+            h, n = self.kernels.add_norm(h, block.attention(n), block.norm2)
+            y = self.kernels.mlp(block.mlp, n)
+        return h, y
+
+
+class LastBlock:
+    """`Block` for some rows: those from ``first`` to below ``end`` attend to all."""
+
+    def __init__(self, block: Block) -> None:
+        qkv, width = block.attention.qkv, block.norm1.normalized_shape[0]
+        parts: list[nn.Module] = [sliced_linear(qkv, slice(0, width)), sliced_linear(qkv, slice(width, None))]
+        if isinstance(qkv, PackedLinear):
+            parts = [PackedLinear(part) for part in parts if isinstance(part, nn.Linear)]
+        self.block, (self.q, self.kv) = block, parts
+
+    def __call__(self, h_BLE: Tensor, y_BLE: Tensor | None, first: int, end: int, kernels: Kernels) -> tuple[Tensor, Tensor]:
+        """Of h + y, as of `FastMAE._blocks`: (h, what is yet to be added to it), [B, end - first, E]."""
+        block, attention = self.block, self.block.attention
+        h, n = kernels.add_norm(h_BLE, y_BLE, block.norm1)
+        heads = (attention.heads, -1)
+        q = self.q(n[:, first:end]).unflatten(-1, heads).transpose(1, 2)
+        k, v = self.kv(n).unflatten(-1, (2, *heads)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v)
+        h, n = kernels.add_norm(h[:, first:end], attention.projection(y.transpose(1, 2).flatten(-2)), block.norm2)
+        return h, kernels.mlp(block.mlp, n)

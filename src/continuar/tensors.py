@@ -1,0 +1,59 @@
+"""Rows of each image at its own positions: reading and writing [B, N, ...] tensors by [B, K] indices.
+
+Where autocast must not reach: timestep embeddings, posteriors and outputs run in the dtype of their inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+
+def take(x_BN: Tensor, index_BK: Tensor) -> Tensor:
+    """[B, N, ...], [B, K] -> [B, K, ...]. A batch of one in x is shared by all."""
+    x_BN = x_BN.expand(index_BK.shape[0], *x_BN.shape[1:])
+    return torch.gather(x_BN, 1, _like(index_BK, x_BN))
+
+
+def put_(x_BN: Tensor, index_BK: Tensor, values_BK: Tensor) -> None:
+    """Writes values [B, K, ...] into x [B, N, ...] in place, in x's dtype."""
+    x_BN.scatter_(1, _like(index_BK, x_BN), values_BK.to(x_BN.dtype))
+
+
+def _like(index_BK: Tensor, x_BN: Tensor) -> Tensor:
+    """The index, repeated over the trailing dimensions of x."""
+    return index_BK.view(*index_BK.shape, *(1 for _ in x_BN.shape[2:])).expand(*index_BK.shape, *x_BN.shape[2:])
+
+
+META_AUTOCAST: ContextVar[bool] = ContextVar("META_AUTOCAST", default=False)
+"""The meta device, on which costs are counted, has no autocast; this is the switch of those who count as if it had."""
+
+
+def without_autocast(like: Tensor) -> AbstractContextManager[object]:
+    """Turns autocast off for ``like``'s device."""
+    return meta_autocast(False) if like.is_meta else torch.autocast(like.device.type, enabled=False)
+
+
+@contextmanager
+def meta_autocast(enabled: bool) -> Iterator[None]:
+    """Within the block `META_AUTOCAST` is ``enabled``."""
+    before = META_AUTOCAST.set(enabled)
+    try:
+        yield
+    finally:
+        META_AUTOCAST.reset(before)
+
+
+@contextmanager
+def matmul_precision(level: str) -> Iterator[None]:
+    """Within the block, float32 matrix products are "highest" (float32) or "high" (TF32, on GPUs that have it)."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(level)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -1,0 +1,255 @@
+"""Latents of an autoencoder that is kept elsewhere: the shape and scale of its tokens, without its network.
+
+Models converted from the official checkpoints, and the ImageNet recipes, see tokens of this kind. Tokens are
+``latents * scale``, with 2-D latents cut into patches; ``decode`` needs the autoencoder itself and says so.
+
+Continuous tokens from any autoencoder of diffusers.
+
+1. ``encode``: images -> posterior moments [B, 2C, h, w], or latents [B, C, h, w] where the encoder is deterministic. A cache keeps
+   these, so that the posterior is drawn anew at every use.
+2. ``tokenize``: draw from the posterior, subtract the shift, multiply by the scale, merge p x p latents into one token.
+3. ``decode``: the same backwards, then the decoder.
+
+The scale is 1/std of the latents over the training set (paper, Section 4: KL-16 x 0.2325); this config is its only home.
+
+The tokenizers of the paper's Table 2 (Li et al., NeurIPS 2024), for images of 256 x 256, by name.
+
+| name | what | rFID there |
+|---|---|---|
+| vq16 | LDM's vq-f16, vectors before quantisation | 5.87 |
+| kl16 | LDM's kl-f16 | 1.43 |
+| kl8 | LDM's kl-f8, 2 x 2 latents merged | 1.20 |
+| consistency | the consistency decoder on latents of kl8, 2 x 2 merged | 1.30 |
+| kl16_mar | the paper's own KL-16: no attention in the decoder's upsampling path | 1.22 |
+
+They are architectures; weights come from files. Where no scale is known it is 0, to be measured.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from continuar.errors import UserError, require, unknown_name
+from continuar.tokenizers.base import Tokenizer, TokenSpec, patchify, unpatchify
+from continuar.tokenizers.networks import ConsistencyNetwork, DownBlock, KLNetwork, NetworkConfig, UpBlock, VQNetwork
+
+
+@dataclass(frozen=True)
+class LatentConfig:
+    """Latents [channels, image_size / stride, image_size / stride] of an external autoencoder."""
+
+    kind: Literal["latent"] = "latent"
+    autoencoder: str = "kl16"
+    """Its name, for people."""
+    image_size: int = 256
+    """Side of the image in pixels."""
+    stride: int = 16
+    """Pixels per latent."""
+    channels: int = 16
+    """Channels of the latent."""
+    patch: int = 1
+    """Side of the square of latents that makes one token (KL-8: 2)."""
+    scale: float = 0.2325
+    """Multiplies latents to unit std: 1/std over the training set. 0.2325 is that of the paper's KL-16 on ImageNet."""
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "stride", "channels", "patch"):
+            require(getattr(self, name) >= 1, f"tokenizer.{name} is {getattr(self, name)}; allowed: 1 or more")
+        step = self.stride * self.patch
+        require(self.image_size % step == 0, f"image size {self.image_size} is not divisible by stride x patch = {step}")
+        require(0 < self.scale < float("inf"), f"tokenizer.scale is {self.scale}; allowed: above 0")
+
+    @property
+    def spec(self) -> TokenSpec:
+        """The tokens of one image."""
+        side = self.image_size // (self.stride * self.patch)
+        return TokenSpec((side, side), self.channels * self.patch**2)
+
+    def build(self) -> LatentTokenizer:
+        """The tokenizer."""
+        return LatentTokenizer(self)
+
+
+class LatentTokenizer(Tokenizer):
+    """See the module's docstring."""
+
+    def __init__(self, config: LatentConfig) -> None:
+        super().__init__()
+        self.config, self.spec = config, config.spec
+
+    def encode(self, images_B3HW: Tensor) -> Tensor:
+        raise UserError(f"encoding images needs the autoencoder '{self.config.autoencoder}', which is not part of this model")
+
+    def tokenize(self, latents: Tensor) -> Tensor:
+        return patchify(latents, self.config.patch) * self.config.scale
+
+    def latents(self, tokens_BND: Tensor) -> Tensor:
+        """Tokens back to the autoencoder's latents [B, C, h, w]."""
+        return unpatchify(tokens_BND / self.config.scale, self.config.patch, self.spec.grid)
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        raise UserError(
+            f"images need the autoencoder '{self.config.autoencoder}', which is not part of this model; give it "
+            "(`continuar sample --tokenizer`), or take `pipe.tokens(...)` and decode `pipe.tokenizer.latents(tokens)` with it"
+        )
+
+
+NO_WEIGHTS = "the autoencoder has random weights; `continuar cache DATA TOKENIZER DST` keeps latents of a trained one, to train on"
+NO_SCALE = "the tokenizer has no scale yet: `continuar tokenizer stats TOKENIZER DATA` measures it, or give --scale"
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """Square images as continuous latents of an autoencoder."""
+
+    kind: Literal["vae"] = "vae"
+    network: NetworkConfig = field(default_factory=KLNetwork)
+    """The autoencoder's architecture; its weights are saved beside the config."""
+    image_size: int = 256
+    """Side of the image in pixels; must be divisible by stride x patch."""
+    patch: int = 1
+    """Side of the square of latents that makes one token (paper: 2 for KL-8)."""
+    scale: float = 0.0
+    """Multiplies latents to unit std: 1/std over the training set. 0: not measured yet."""
+    shift: float = 0.0
+    """Subtracted from latents before scaling. The paper has none; some 16-channel autoencoders do."""
+
+    def __post_init__(self) -> None:
+        check_image_size(self.image_size, self.network.stride, self.patch)
+        require(0 <= self.scale < math.inf, f"tokenizer.scale is {self.scale}; allowed: above 0, or 0 if not measured yet")
+        require(math.isfinite(self.shift), f"tokenizer.shift is {self.shift}; allowed: any finite number")
+
+    @property
+    def spec(self) -> TokenSpec:
+        """The tokens of one image."""
+        side = self.image_size // (self.network.stride * self.patch)
+        return TokenSpec((side, side), self.network.channels * self.patch**2)
+
+    def build(self) -> VAETokenizer:
+        """The tokenizer, with random weights."""
+        return VAETokenizer(self)
+
+
+def check_image_size(size: int, stride: int, patch: int = 1) -> None:
+    """Refuses an image size that latents do not tile."""
+    require(patch >= 1, f"tokenizer.patch is {patch}; allowed: 1 or more")
+    step = stride * patch
+    require(
+        size >= step and size % step == 0,
+        f"image size {size} is not divisible by stride x patch = {stride} x {patch} = {step}; "
+        f"nearest allowed: {max(1, size // step) * step} or {(size // step + 1) * step}",
+    )
+
+
+def check_images(images_B3HW: Tensor, size: int) -> None:
+    """Refuses images of another shape than [B, 3, size, size]."""
+    fits = images_B3HW.shape[1:] == (3, size, size)
+    require(fits, f"images are {tuple(images_B3HW.shape)}; allowed: [B, 3, {size}, {size}]")
+
+
+def posterior(moments_B2Chw: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean, std) [B, C, h, w] of a Gaussian posterior; log variances are clamped to -30..20 as in LDM."""
+    mean, log_variance = moments_B2Chw.float().chunk(2, dim=1)
+    return mean, (log_variance.clamp(-30, 20) / 2).exp()
+
+
+class VAETokenizer(Tokenizer):
+    """See the module's docstring.
+
+    Attributes:
+        network: the diffusers model, frozen, in evaluation mode; ``network.save_pretrained(DIR)`` writes it for diffusers.
+    """
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        self.config, self.spec = config, config.spec
+        self.network = config.network.build()
+        self.eval().requires_grad_(False)
+
+    def fit(self, images_n3HW: Tensor) -> None:
+        raise UserError(NO_WEIGHTS)
+
+    def encode(self, images_B3HW: Tensor) -> Tensor:
+        check_images(images_B3HW, self.config.image_size)
+        return self.config.network.encode(self.network, images_B3HW)
+
+    def encoding_state(self) -> dict[str, Tensor]:
+        parts = tuple(f"network.{name}." for name in self.config.network.encoder_parts)
+        return {k: v for k, v in self.state_dict().items() if k.startswith(parts)}
+
+    def tokenize(self, latents: Tensor) -> Tensor:
+        require(self.config.scale > 0, NO_SCALE)
+        if self.config.network.has_variance:
+            mean, std = posterior(latents)
+            x = mean + std * torch.randn_like(mean)
+        else:
+            x = latents.float()
+        return patchify((x - self.config.shift) * self.config.scale, self.config.patch)
+
+    def latents(self, tokens_BND: Tensor) -> Tensor:
+        """Tokens back to the autoencoder's latents [B, C, h, w]."""
+        require(self.config.scale > 0, NO_SCALE)
+        return unpatchify(tokens_BND / self.config.scale, self.config.patch, self.spec.grid) + self.config.shift
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        return self.config.network.decode(self.network, self.latents(tokens)).clamp(-1, 1)
+
+    def reconstruct(self, latents: Tensor) -> Tensor:
+        x = posterior(latents)[0] if self.config.network.has_variance else latents.float()
+        return self.config.network.decode(self.network, x).clamp(-1, 1)
+
+
+_DOWN: tuple[DownBlock, ...] = ("DownEncoderBlock2D",) * 4
+_UP: tuple[UpBlock, ...] = ("UpDecoderBlock2D",) * 4
+_F16 = (128, 128, 256, 256, 512)
+
+KL16_LDM = KLNetwork(
+    latent_channels=16,
+    down_block_types=(*_DOWN, "AttnDownEncoderBlock2D"),
+    up_block_types=("AttnUpDecoderBlock2D", *_UP),
+    block_out_channels=_F16,
+    layers_per_block=2,
+)
+KL16_MAR = replace(KL16_LDM, up_block_types=("UpDecoderBlock2D", *_UP))
+KL8_LDM = KLNetwork(
+    latent_channels=4,
+    down_block_types=_DOWN,
+    up_block_types=_UP,
+    block_out_channels=(128, 256, 512, 512),
+    layers_per_block=2,
+)
+VQ16_LDM = VQNetwork(
+    latent_channels=8,
+    down_block_types=KL16_LDM.down_block_types,
+    up_block_types=KL16_LDM.up_block_types,
+    block_out_channels=_F16,
+    layers_per_block=2,
+    num_vq_embeddings=16384,
+    vq_embed_dim=8,
+)
+# What multiplies the latents of Stable Diffusion's autoencoder, of this architecture (Rombach et al. 2022).
+_KL8_SCALE = ConsistencyNetwork.scaling_factor
+
+NAMED: dict[str, VAEConfig] = {
+    "vq16": VAEConfig(network=VQ16_LDM),
+    "kl16": VAEConfig(network=KL16_LDM),
+    "kl8": VAEConfig(network=KL8_LDM, patch=2, scale=_KL8_SCALE),
+    "consistency": VAEConfig(network=ConsistencyNetwork(), patch=2, scale=_KL8_SCALE),
+    "kl16_mar": VAEConfig(network=KL16_MAR, scale=LatentConfig.scale),
+}
+
+
+def named_tokenizer(name: str) -> VAEConfig:
+    """The config of that name.
+
+    Raises:
+        UserError: unknown; the nearest names are suggested.
+    """
+    if name not in NAMED:
+        raise unknown_name("tokenizer", name, NAMED)
+    return NAMED[name]
