@@ -1,7 +1,7 @@
 """Frechet distances of SqueezeNet features of a model's samples by several samplers, same seeds and labels, few enough for a CPU.
 
     python benchmarks/compare_samplers.py cifar10 --real cifar10-test.parquet --squeezenet squeezenet1_1_imagenet.safetensors \
-        --samplers dpmpp:15 dpmpp-sde:15
+        --samplers dpmpp_2m:15 dpmpp_2m_sde:15
 
 With so few images all distances are too large, by as much as real images' own distance, which is printed too: compare them with one
 another only.
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--real", type=Path, required=True, help="images to compare with")
     parser.add_argument("--squeezenet", type=Path, required=True)
-    parser.add_argument("--samplers", nargs="+", default=["dpmpp:15", "dpmpp-sde:15"], help="NAME:STEPS")
+    parser.add_argument("--samplers", nargs="+", default=["dpmpp_2m:15", "dpmpp_2m_sde:15"], help="NAME:STEPS")
     parser.add_argument("--images", type=int, default=500, help="samples of each, all classes alike often")
     parser.add_argument("--real-images", type=int, default=2000)
     parser.add_argument("--batch-size", type=int, default=50)

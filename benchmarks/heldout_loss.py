@@ -30,7 +30,7 @@ def losses(pipe: Pipeline, images: ImageSet, count: int, draws: int, block: int 
     model, device, spec = pipe.model.eval(), pipe.device, pipe.file.model.tokens
     # Draws per token come from `draws` passes, whatever the model was trained with.
     generator = torch.Generator().manual_seed(0)
-    order = torch.rand(count, spec.positions, generator=generator).argsort(1).to(device)
+    order = torch.rand(count, spec.seq_len, generator=generator).argsort(1).to(device)
     results: list[float] = []
     for share in SHARES:
         torch.manual_seed(0)
@@ -40,7 +40,7 @@ def losses(pipe: Pipeline, images: ImageSet, count: int, draws: int, block: int 
             pixels = torch.from_numpy(images.images[rows]).to(device).permute(0, 3, 1, 2)
             tokens = pipe.tokenizer.tokenize(pipe.tokenizer.encode(pixels.float().div(127.5).sub(1)))
             labels = torch.from_numpy(images.labels[rows]).to(device)
-            view = View(order[rows], int(share * spec.positions))
+            view = View(order[rows], int(share * spec.seq_len))
             for _ in range(draws):
                 sums.append(model.loss(tokens, labels, view).double().mean(1))
         results.append(torch.cat(sums).mean().item())

@@ -33,7 +33,7 @@ from continuar.orders import MAROrderConfig, RasterOrderConfig
 from continuar.pipeline import to_uint8
 from continuar.sampling import generate as eager
 from continuar.sampling.engines import make_engine
-from continuar.sampling.fast.engine import GraphEngine
+from continuar.sampling.fast.engine import FastEngine
 from continuar.sampling.fast.kernels import Kernels
 from continuar.sampling.generate import SamplingOptions, make_plan
 from continuar.sampling.memory import bytes_per_image
@@ -120,9 +120,9 @@ def build(backbone: BackboneConfig, order: Any, head: DiffusionHeadConfig, devic
     return model
 
 
-def start_of(model: Model, batch: int, device: torch.device, known: int = 0) -> eager.Start:
+def start_of(model: Model, batch: int, device: torch.device, known: int = 0) -> eager.SamplingInput:
     seeds = torch.arange(batch, device=device)
-    start = eager.Start.blank(model.config.tokens, seeds, seeds % 1000)
+    start = eager.SamplingInput.blank(model.config.tokens, seeds, seeds % 1000)
     if known:
         start.tokens.normal_()
         start.known_BN[:, :known] = True
@@ -133,11 +133,11 @@ def run_case(case: Case, kind: str, precision: Any, peak: float, device: torch.d
     """One case as a row of the results."""
     model, options = case.model(device), case.options()
     start = start_of(model, case.batch, device)
-    engine = GraphEngine(model, precision, kernels=KERNELS[kind](), strict=True)
+    engine = FastEngine(model, precision, kernels=KERNELS[kind](), strict=True)
     speed = measure(engine, start, options, repeats)
     floor = generation_flops(model.config, options) / peak
     assert options.head is not None
-    plan = make_plan(model.order, options, model.order.positions)
+    plan = make_plan(model.order, options, model.order.seq_len)
     estimate = bytes_per_image(model, plan, options.head, 2, torch.bfloat16 if precision == "bfloat16" else torch.float32)
     return {
         "case": case.title,
@@ -168,7 +168,7 @@ def _per_call(case: Case, speed: Speed) -> dict[str, float]:
 
 def equality(device: torch.device) -> Iterator[dict[str, Any]]:
     """Largest differences between the engines on a model of middling size; bf16 on one autoregressive step, as chains amplify."""
-    head = DiffusionHeadConfig(width=512, depth=3, prediction="velocity")
+    head = DiffusionHeadConfig(width=512, depth=3, prediction="v_prediction")
     mae = MAEConfig(width=256, encoder_depth=4, heads=8, decoder_depth=4)
     families = (
         ("MAR", mae, MAROrderConfig(), 16),
@@ -176,7 +176,7 @@ def equality(device: torch.device) -> Iterator[dict[str, Any]]:
     )
     for name, backbone, order, steps in families:
         model = build(backbone, order, head, device)
-        exact, low = (GraphEngine(model, precision, strict=True) for precision in ("float32", "bfloat16"))
+        exact, low = (FastEngine(model, precision, strict=True) for precision in ("float32", "bfloat16"))
         for batch in (1, 8, 256):
             for guidance in (1.0, 3.0):
                 for known in (0, 100):
@@ -220,7 +220,7 @@ def profile_case(case: Case, kind: str, precision: Any, device: torch.device) ->
     """The kernels of one warm generation, per image."""
     model = case.model(device)
     engine, start, options = (
-        GraphEngine(model, precision, kernels=KERNELS[kind](), strict=True),
+        FastEngine(model, precision, kernels=KERNELS[kind](), strict=True),
         start_of(model, case.batch, device),
         case.options(),
     )

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from shipping.planning import override
 
-from continuar.checkpoints.store import ModelFile
+from continuar.checkpoints.store import PipelineConfig
 from continuar.pipeline import Pipeline
 from continuar.recipes import find_recipe
 
@@ -59,7 +59,7 @@ def main() -> None:
     classes = run.data.classes or 10
     torch.manual_seed(0)
     model = run.model_config(classes).build()
-    pipe = Pipeline(ModelFile(model.config, run.tokenizer, tuple(str(i) for i in range(classes)), run.sampling), model)
+    pipe = Pipeline(PipelineConfig(model.config, run.tokenizer, tuple(str(i) for i in range(classes)), run.sampling), model)
     if options.compare:
         settings = {"steps": options.steps[-1], "diffusion_steps": options.diffusion_steps[-1], "guidance": options.guidance}
         print(f"{options.recipe}, {settings}, {torch.get_num_threads()} threads, torch {torch.__version__}")

@@ -44,7 +44,7 @@ def measure(run: Run, device: torch.device, steps: int, profile: bool = False) -
         model = config.build()
     trainer = TrainStep(model, run)
     batch = run.train.batch_size
-    tokens = torch.randn(batch, config.tokens.positions, config.tokens.dim, device=device)
+    tokens = torch.randn(batch, config.tokens.seq_len, config.tokens.dim, device=device)
     labels = torch.randint(config.classes, (batch,), device=device)
 
     def stream(step: int, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,10 +57,10 @@ def measure(run: Run, device: torch.device, steps: int, profile: bool = False) -
     began = time.perf_counter()
     seen: set[int] = set()
     step = 0
-    wanted = set(model.queried_counts()) if run.train.engine != "eager" else set()
+    wanted = set(model.num_masked_distribution()) if run.train.engine != "eager" else set()
     while step < 3 or (wanted - seen and step < 400):
         trainer.seed(step)
-        seen.add(model.draw_queried())
+        seen.add(model.sample_num_masked())
         trainer(step, stream)
         step += 1
     synchronize(device)

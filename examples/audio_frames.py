@@ -29,7 +29,7 @@ from continuar import Model, ModelConfig, SamplingOptions
 from continuar.heads import DiffusionHeadConfig, DiffusionOptions
 from continuar.models import CausalConfig
 from continuar.orders import RasterOrderConfig
-from continuar.sampling.generate import Start, generate
+from continuar.sampling.generate import SamplingInput, generate
 from continuar.tokenizers import TokenSpec
 
 RATE = 4000
@@ -90,7 +90,7 @@ def build(frames: int = FRAMES, width: int = 96) -> Model:
         len(PITCHES),
         RasterOrderConfig(),
         CausalConfig(width=width, depth=4, heads=4, attention_dropout=0.0, dropout=0.0),
-        DiffusionHeadConfig(width=width, depth=3, timesteps_per_token=1, prediction="velocity"),
+        DiffusionHeadConfig(width=width, depth=3, diffusion_batch_mul=1, prediction="v_prediction"),
     ).build()
 
 
@@ -98,7 +98,7 @@ def train(model: Model, steps: int, std: Tensor, batch: int = 64) -> Model:
     """Fresh tones at every step; tokens are divided by ``std``, for the head expects about unit standard deviation."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.1)
-    frames = model.config.tokens.positions
+    frames = model.config.tokens.seq_len
     for step in range(steps):
         labels = torch.randint(len(PITCHES), (batch,))
         view = model.training_view(batch, labels.device)
@@ -116,7 +116,7 @@ def train(model: Model, steps: int, std: Tensor, batch: int = 64) -> Model:
 def sample(model: Model, labels_B: Tensor, std: Tensor, guidance: float = 1.0, diffusion_steps: int = 50) -> Tensor:
     """One tone [N, 64] per label."""
     options = SamplingOptions(guidance=guidance, head=DiffusionOptions(diffusion_steps=diffusion_steps))
-    return generate(model, Start.blank(model.config.tokens, torch.arange(len(labels_B)), labels_B), options) * std
+    return generate(model, SamplingInput.blank(model.config.tokens, torch.arange(len(labels_B)), labels_B), options) * std
 
 
 def report(name: str, tones: Tensor, labels: Tensor, reference: Tensor) -> None:

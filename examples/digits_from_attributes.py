@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 
 from continuar import Model, ModelConfig, Pipeline, SamplingOptions
-from continuar.checkpoints.store import ModelFile
+from continuar.checkpoints.store import PipelineConfig
 from continuar.data.loader import load_digits
 from continuar.heads import DiffusionHeadConfig, DiffusionOptions
 from continuar.models import MAEConfig
 from continuar.models.conditions import VectorsConfig
-from continuar.sampling.generate import Start, generate
+from continuar.sampling.generate import SamplingInput, generate
 from continuar.tokenizers import PixelConfig, PixelTokenizer
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -88,7 +88,7 @@ def build(std: float, width: int = 96, depth: int = 2) -> tuple[Model, PixelToke
     sizes = {"width": width, "encoder_depth": depth, "heads": 4, "decoder_depth": depth}
     # As many places in the buffer as condition vectors: each stands there once.
     backbone = MAEConfig(**sizes, buffer=CONDITION.count, attention_dropout=0.0, dropout=0.0)
-    head = DiffusionHeadConfig(width=128, depth=3, prediction="velocity")
+    head = DiffusionHeadConfig(width=128, depth=3, prediction="v_prediction")
     return ModelConfig(tokenizer.spec, backbone=backbone, head=head, condition=CONDITION).build(), tokenizer
 
 
@@ -114,7 +114,7 @@ def train(model: Model, tokenizer: PixelTokenizer, data: Digits, images: int, ba
 
 def sample(pipe: Pipeline, told: Tensor, seeds: Tensor) -> Tensor:
     """One image [8, 8] in [0, 1] per sequence and seed."""
-    tokens = generate(pipe.model, Start.blank(pipe.model.config.tokens, seeds, told), pipe.defaults)
+    tokens = generate(pipe.model, SamplingInput.blank(pipe.model.config.tokens, seeds, told), pipe.defaults)
     return (pipe.tokenizer.decode(tokens)[:, 0] + 1) / 2
 
 
@@ -167,7 +167,7 @@ def main() -> None:
     train(model, tokenizer, data, options.images)
     print(f"CPU time of training: {time.process_time() - began:.0f} s")
     sampling = SamplingOptions(steps=16, guidance=2.0, head=DiffusionOptions(diffusion_steps=50))
-    pipe = Pipeline(ModelFile(model.config, tokenizer.config, (), sampling), model, tokenizer)
+    pipe = Pipeline(PipelineConfig(model.config, tokenizer.config, (), sampling), model, tokenizer)
     pipe.save_pretrained(options.out / "model")
     report(pipe, data, options.samples)
     plot(pipe, options.out / "attributes.png")

@@ -38,7 +38,7 @@ def energy_distance(x: Tensor, y: Tensor) -> float:
 
 def train(steps: int, batch: int = 256) -> DiffusionHead:
     """A head for 2-D tokens with a 2-D condition."""
-    head = DiffusionHead(token_dim=2, cond_dim=2, width=128, depth=3, prediction="velocity")
+    head = DiffusionHead(token_dim=2, cond_dim=2, width=128, depth=3, prediction="v_prediction")
     optimizer = torch.optim.AdamW(head.parameters(), lr=2e-3, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     scale = 1 / 0.7  # the head expects tokens of about unit standard deviation

@@ -29,7 +29,7 @@ from continuar import Model, ModelConfig, SamplingOptions
 from continuar.heads import DiffusionHeadConfig, DiffusionOptions
 from continuar.models import CausalConfig
 from continuar.orders import RandomOrderConfig
-from continuar.sampling.generate import Start, generate
+from continuar.sampling.generate import SamplingInput, generate
 from continuar.tokenizers import TokenSpec
 
 LENGTH = 32
@@ -88,7 +88,7 @@ def build(length: int = LENGTH, width: int = 64) -> Model:
         TokenSpec((1, length), CHANNELS),
         order=RandomOrderConfig(),
         backbone=CausalConfig(width=width, depth=4, heads=4, positions="rotary", attention_dropout=0.0, dropout=0.0),
-        head=DiffusionHeadConfig(width=width, depth=3, timesteps_per_token=2, prediction="velocity"),
+        head=DiffusionHeadConfig(width=width, depth=3, diffusion_batch_mul=2, prediction="v_prediction"),
     ).build()
 
 
@@ -96,7 +96,7 @@ def train(model: Model, steps: int, std: Tensor, batch: int = 64) -> Model:
     """Fresh series at every step; tokens are divided by ``std``, for the head expects about unit standard deviation."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.1)
-    length = model.config.tokens.positions
+    length = model.config.tokens.seq_len
     for step in range(steps):
         tokens = draw_series(batch, length) / std
         loss = model.loss(tokens, None, model.training_view(batch, tokens.device)).mean()
@@ -113,14 +113,14 @@ def train(model: Model, steps: int, std: Tensor, batch: int = 64) -> Model:
 def sample(model: Model, count: int, std: Tensor, diffusion_steps: int = 50) -> Tensor:
     """Series [count, N, 3] from nothing, one moment after the other in an order drawn from each seed."""
     options = SamplingOptions(head=DiffusionOptions(diffusion_steps=diffusion_steps))
-    return generate(model, Start.blank(model.config.tokens, torch.arange(count)), options) * std
+    return generate(model, SamplingInput.blank(model.config.tokens, torch.arange(count)), options) * std
 
 
 def fill(model: Model, series_ND: Tensor, gap: slice, count: int, std: Tensor, diffusion_steps: int = 50) -> Tensor:
     """``count`` versions [count, N, 3] of a series, different within the gap."""
     known = torch.ones(count, len(series_ND), dtype=torch.bool)
     known[:, gap] = False
-    start = Start(None, torch.arange(count), series_ND.expand(count, -1, -1) / std, known)
+    start = SamplingInput(None, torch.arange(count), series_ND.expand(count, -1, -1) / std, known)
     return generate(model, start, SamplingOptions(head=DiffusionOptions(diffusion_steps=diffusion_steps))) * std
 
 

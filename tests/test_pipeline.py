@@ -37,7 +37,7 @@ def test_one_seed_counts_upwards_and_no_labels_means_no_class(pipe: Pipeline) ->
 
 
 def test_auto_is_the_engine_it_chooses(pipe: Pipeline) -> None:
-    assert pipe.engine("auto") is pipe.engine("graphs") is pipe.engine()
+    assert pipe.engine("auto") is pipe.engine("fast") is pipe.engine()
     assert pipe.engine("eager") is not pipe.engine("auto")
 
 

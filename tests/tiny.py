@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from continuar.checkpoints.store import ModelFile
+from continuar.checkpoints.store import PipelineConfig
 from continuar.config import members
 from continuar.errors import UserError
 from continuar.heads import (
@@ -78,7 +78,9 @@ def model_configs() -> list[ModelConfig]:
         except UserError:
             continue
         found.append(ModelConfig(tokens, 3, order(), backbone(**SMALL.get(backbone, {})), head(**SMALL.get(head, {}))))
-    velocity = [replace(c, head=replace(c.head, prediction="velocity")) for c in found if isinstance(c.head, DiffusionHeadConfig)]
+    velocity = [
+        replace(c, head=replace(c.head, prediction="v_prediction")) for c in found if isinstance(c.head, DiffusionHeadConfig)
+    ]
     rotary = [replace(c, backbone=replace(c.backbone, positions="rotary")) for c in found if c.head.kind in ("flow", "categorical")]
     rotary = [c for c in rotary if c.head.kind == "flow" or c.order.needs_log_prob]
     return [*found, *velocity, *rotary]
@@ -89,8 +91,8 @@ def random_tokens(config: ModelConfig, batch: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     spec = config.tokens
     if spec.kind == "id":
-        return torch.randint(spec.vocabulary, (batch, spec.positions), generator=generator)
-    return torch.randn(batch, spec.positions, spec.dim, generator=generator)
+        return torch.randint(spec.vocabulary, (batch, spec.seq_len), generator=generator)
+    return torch.randn(batch, spec.seq_len, spec.dim, generator=generator)
 
 
 def name(config: ModelConfig) -> str:
@@ -110,8 +112,8 @@ def shaken(config: ModelConfig, seed: int = 0) -> Model:
     return model
 
 
-def model_file(config: ModelConfig, options: SamplingOptions | None = None) -> ModelFile:
-    return ModelFile(config, tokenizer_of(config), ("ant", "bee", "cat"), options or options_of(config))
+def model_file(config: ModelConfig, options: SamplingOptions | None = None) -> PipelineConfig:
+    return PipelineConfig(config, tokenizer_of(config), ("ant", "bee", "cat"), options or options_of(config))
 
 
 def pipeline(config: ModelConfig, model: Model | None = None, options: SamplingOptions | None = None) -> Pipeline:

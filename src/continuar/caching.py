@@ -45,7 +45,7 @@ from continuar.config import differences, to_json
 from continuar.data.latent_cache import INDEX, CacheInfo, DType, LatentCache, ShardInfo, is_cache, read_info, read_shard, shard_path
 from continuar.data.loader import check_skipped, decode_block, image_blocks
 from continuar.data.sources import Source
-from continuar.distributed import Single
+from continuar.distributed import SingleProcess
 from continuar.errors import UserError, require
 from continuar.pipeline import to_uint8
 from continuar.tokenizers import Tokenizer, VAETokenizer
@@ -91,7 +91,7 @@ class LatentSums:
         self._images += len(latents)
         self._values += first.numel() // first.shape[1]
 
-    def join(self, parallel: Single) -> None:
+    def join(self, parallel: SingleProcess) -> None:
         """Counts what every process has added; all of them together, each having added something."""
         counts = parallel.total(torch.tensor([self._images, self._values])).tolist()
         self._images, self._values = counts

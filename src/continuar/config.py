@@ -119,3 +119,23 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
             lines += differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
         return lines
     return [] if old == new else [f"{path}: {json.dumps(old)} -> {json.dumps(new)}"]
+
+
+RENAMED_FIELDS = {"timesteps_per_token": "diffusion_batch_mul", "recompute": "activation_checkpointing"}
+RENAMED_VALUES = {
+    "prediction": {"eps": "epsilon", "velocity": "v_prediction"},
+    "sampler": {"dpmpp": "dpmpp_2m", "dpmpp-sde": "dpmpp_2m_sde"},
+}
+
+
+def rename_old_fields(value: Any) -> Any:
+    """JSON of a config with the names of version 0.1.0 replaced by today's; everything else as it is."""
+    if isinstance(value, list):
+        return [rename_old_fields(v) for v in value]
+    if not isinstance(value, dict):
+        return value
+    renamed = {RENAMED_FIELDS.get(k, k): rename_old_fields(v) for k, v in value.items()}
+    for name, values in RENAMED_VALUES.items():
+        if isinstance(renamed.get(name), str):
+            renamed[name] = values.get(renamed[name], renamed[name])
+    return renamed

@@ -3,12 +3,12 @@
 1. A global batch of B images is B/m micro-batches of m. Process r of W takes the r-th W-th part of them, one after another.
 2. What a micro-batch draws is a function of (seed, step, its number in the global batch), and all micro-batches of a step hide the
    same number of tokens. So loss and gradient are plain means over micro-batches, and do not depend on W.
-3. Gradients are averaged over processes while backward runs (after it, of tokenizers and where CUDA graphs replay it): `Replicated`
-   by DistributedDataParallel, every process with all weights; `Sharded` by FSDP2, each with a W-th part of weights, gradients,
+3. Gradients are averaged over processes while backward runs (after it, of tokenizers and where CUDA graphs replay it): `DDP`
+   by DistributedDataParallel, every process with all weights; `FSDP` by FSDP2, each with a W-th part of weights, gradients,
    moments and averages.
 4. Decisions (skip a step, stop, roll back) are taken on numbers that every process has.
 
-`Single` is one process, in which all of this costs nothing.
+`SingleProcess` is one process, in which all of this costs nothing.
 
 EvaluationProcesses that share work through files of one directory, and torch.distributed (gloo) only to wait for one another.
 
@@ -34,7 +34,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from continuar.errors import SaidElsewhere, UserError, require
+from continuar.errors import RemoteRankError, UserError, require
 from continuar.heads import Head
 from continuar.models.base import TokenModel
 from continuar.models.transformer import Block
@@ -45,7 +45,7 @@ TIMEOUT = timedelta(minutes=30)
 _LOST = re.compile("closed by peer|reset by peer|Broken pipe|refused|timed out|timeout|NCCL|gloo", re.IGNORECASE)
 
 
-class Single:
+class SingleProcess:
     """One process, and what the others have in common.
 
     Attributes:
@@ -126,7 +126,7 @@ class Single:
         """Overwrites tensors by the first process's."""
 
 
-class Replicated(Single):
+class DDP(SingleProcess):
     """See the module's docstring. Made by `joined`."""
 
     def __init__(self, device: torch.device) -> None:
@@ -167,7 +167,7 @@ class Replicated(Single):
             dist.broadcast(tensor, 0)
 
 
-class Sharded(Replicated):
+class FSDP(DDP):
     """See the module's docstring. Made by `joined`.
 
     A transformer block's matrices are gathered when it runs, in bfloat16 where autocast would round them to it; the head's, whose
@@ -204,26 +204,26 @@ def local(x: Tensor) -> Tensor:
     return x.to_local() if isinstance(x, DTensor) else x
 
 
-def whole(x: Tensor) -> Tensor:
+def gathered(x: Tensor) -> Tensor:
     """All of a sharded tensor, gathered by all processes together; any other tensor as it is."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-def whole_state(model: TokenModel, parallel: Single) -> dict[str, Tensor]:
+def gathered_state(model: TokenModel, parallel: SingleProcess) -> dict[str, Tensor]:
     """A model's whole weights, on the CPU where they were sharded, in the first process; nothing in the others, which take part."""
     state = {}
     for name, tensor in model.state_dict().items():
-        gathered = whole(tensor)
+        full = gathered(tensor)
         if parallel.first:
-            state[name] = gathered.cpu() if parallel.sharded else gathered
+            state[name] = full.cpu() if parallel.sharded else full
     return state
 
 
-def whole_model(model: TokenModel, parallel: Single) -> TokenModel | None:
+def gathered_model(model: TokenModel, parallel: SingleProcess) -> TokenModel | None:
     """The model in the first process, as an unsharded copy where it is sharded; None in the others, which take part."""
     if not parallel.sharded:
         return model if parallel.first else None
-    device, state = next(model.parameters()).device, whole_state(model, parallel)
+    device, state = next(model.parameters()).device, gathered_state(model, parallel)
     if not parallel.first:
         return None
     with torch.device("meta"):
@@ -233,7 +233,7 @@ def whole_model(model: TokenModel, parallel: Single) -> TokenModel | None:
 
 
 @contextmanager
-def together(parallel: Single) -> Iterator[None]:
+def raise_on_all_ranks(parallel: SingleProcess) -> Iterator[None]:
     """What fails in one process fails in all of them, at the end of the block."""
     problem: Exception | None = None
     try:
@@ -245,7 +245,7 @@ def together(parallel: Single) -> Iterator[None]:
     if problem and speaker == parallel.rank:
         raise problem
     if speaker < parallel.world:
-        raise SaidElsewhere(f"process {speaker} of the run has failed")
+        raise RemoteRankError(f"process {speaker} of the run has failed")
 
 
 def like(x: Tensor, other: Tensor) -> Tensor:
@@ -277,7 +277,7 @@ def local_device(device: torch.device) -> torch.device:
 
 
 @contextmanager
-def joined(kind: Kind, device: torch.device) -> Iterator[Single]:
+def joined(kind: Kind, device: torch.device) -> Iterator[SingleProcess]:
     """Within the block this process belongs to the group that torchrun's environment variables describe, if they do.
 
     Args:
@@ -288,7 +288,7 @@ def joined(kind: Kind, device: torch.device) -> Iterator[Single]:
     """
     if not processes():
         require(kind == "ddp", "--parallel fsdp spreads weights over processes; start them: torchrun ... -m continuar train ...")
-        yield Single()
+        yield SingleProcess()
         return
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
@@ -296,7 +296,7 @@ def joined(kind: Kind, device: torch.device) -> Iterator[Single]:
     except (RuntimeError, ValueError) as problem:
         raise UserError(_unreachable(where, str(problem))) from problem
     try:
-        yield Replicated(device) if kind == "ddp" else Sharded(device)
+        yield DDP(device) if kind == "ddp" else FSDP(device)
     except RuntimeError as problem:
         if not _LOST.search(str(problem)):
             raise

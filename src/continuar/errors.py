@@ -13,7 +13,7 @@ class UserError(ValueError):
     """
 
 
-class SaidElsewhere(UserError):
+class RemoteRankError(UserError):
     """Something went wrong in another process of the run, which says what."""
 
 

@@ -71,8 +71,8 @@ class Order(ABC):
     chooses: bool = False
     """Whether `choose` decides during generation which of all unknown positions come next; else `arrange` has decided before it."""
 
-    def __init__(self, positions: int) -> None:
-        self.positions = positions
+    def __init__(self, seq_len: int) -> None:
+        self.seq_len = seq_len
 
     @abstractmethod
     def group_sizes(self, steps: int | None, unknown: int) -> tuple[int, ...]:
@@ -104,13 +104,13 @@ class Order(ABC):
         raise TypeError(f"{type(self).__name__} arranges positions beforehand")
 
 
-def one_by_one(steps: int | None, unknown: int, positions: int) -> tuple[int, ...]:
+def one_by_one(steps: int | None, unknown: int, seq_len: int) -> tuple[int, ...]:
     """Groups of one token.
 
     Raises:
         UserError: steps other than one per token.
     """
-    allowed = sorted({unknown, positions})
+    allowed = sorted({unknown, seq_len})
     require(
         steps is None or steps in allowed,
         f"steps is {steps}; the order predicts one token per step; allowed: {' or '.join(map(str, allowed))}, or not given",
@@ -133,22 +133,22 @@ class RasterOrderConfig:
     fixed: ClassVar[bool] = True
     needs_log_prob: ClassVar[bool] = False
 
-    def build(self, positions: int) -> RasterOrder:
+    def build(self, seq_len: int) -> RasterOrder:
         """The order over ``positions`` tokens."""
-        return RasterOrder(positions)
+        return RasterOrder(seq_len)
 
 
 class RasterOrder(Order):
     """See the module's docstring. Known positions that are not a prefix come first all the same, and the rest in raster order."""
 
     def group_sizes(self, steps: int | None, unknown: int) -> tuple[int, ...]:
-        return one_by_one(steps, unknown, self.positions)
+        return one_by_one(steps, unknown, self.seq_len)
 
     def arrange(self, known_BN: Tensor, seeds_B: Tensor) -> Tensor:
         return known_first(self.training_order(len(known_BN), known_BN.device), known_BN)
 
     def training_order(self, batch: int, device: torch.device) -> Tensor:
-        return torch.arange(self.positions, device=device).expand(batch, -1)
+        return torch.arange(self.seq_len, device=device).expand(batch, -1)
 
 
 @dataclass(frozen=True)
@@ -160,22 +160,22 @@ class RandomOrderConfig:
     fixed: ClassVar[bool] = False
     needs_log_prob: ClassVar[bool] = False
 
-    def build(self, positions: int) -> RandomOrder:
+    def build(self, seq_len: int) -> RandomOrder:
         """The order over ``positions`` tokens."""
-        return RandomOrder(positions)
+        return RandomOrder(seq_len)
 
 
 class RandomOrder(Order):
     """See the module's docstring."""
 
     def group_sizes(self, steps: int | None, unknown: int) -> tuple[int, ...]:
-        return one_by_one(steps, unknown, self.positions)
+        return one_by_one(steps, unknown, self.seq_len)
 
     def arrange(self, known_BN: Tensor, seeds_B: Tensor) -> Tensor:
-        return known_first(keyed_permutation(seeds_B, self.positions), known_BN)
+        return known_first(keyed_permutation(seeds_B, self.seq_len), known_BN)
 
     def training_order(self, batch: int, device: torch.device) -> Tensor:
-        return torch.rand(batch, self.positions, device=device).argsort(dim=1)
+        return torch.rand(batch, self.seq_len, device=device).argsort(dim=1)
 
 
 DEFAULT_STEPS = 64
@@ -190,17 +190,17 @@ class MAROrderConfig:
     fixed: ClassVar[bool] = False
     needs_log_prob: ClassVar[bool] = False
 
-    def build(self, positions: int) -> MAROrder:
+    def build(self, seq_len: int) -> MAROrder:
         """The order over ``positions`` tokens."""
-        return MAROrder(positions)
+        return MAROrder(seq_len)
 
 
 class MAROrder(RandomOrder):
     """See the module's docstring. 64 steps unless said otherwise, or one per token where there are fewer."""
 
     def group_sizes(self, steps: int | None, unknown: int) -> tuple[int, ...]:
-        steps = min(DEFAULT_STEPS, self.positions) if steps is None else steps
-        require(1 <= steps <= self.positions, f"steps is {steps}; allowed: 1 to {self.positions}, the number of tokens")
+        steps = min(DEFAULT_STEPS, self.seq_len) if steps is None else steps
+        require(1 <= steps <= self.seq_len, f"steps is {steps}; allowed: 1 to {self.seq_len}, the number of tokens")
         steps = min(steps, unknown)
         sizes: list[int] = []
         left = unknown
@@ -229,9 +229,9 @@ class ConfidenceOrderConfig:
         value = self.choice_temperature
         require(0 <= value < float("inf"), f"order.choice_temperature is {value}; allowed: 0 or more, finite")
 
-    def build(self, positions: int) -> ConfidenceOrder:
+    def build(self, seq_len: int) -> ConfidenceOrder:
         """The order over ``positions`` tokens."""
-        return ConfidenceOrder(positions, self.choice_temperature)
+        return ConfidenceOrder(seq_len, self.choice_temperature)
 
 
 class ConfidenceOrder(MAROrder):
@@ -239,8 +239,8 @@ class ConfidenceOrder(MAROrder):
 
     chooses = True
 
-    def __init__(self, positions: int, choice_temperature: float = 4.5) -> None:
-        super().__init__(positions)
+    def __init__(self, seq_len: int, choice_temperature: float = 4.5) -> None:
+        super().__init__(seq_len)
         self.choice_temperature = choice_temperature
 
     def choose(self, size: int, progress: float, log_prob_BQ: Tensor, noise: RowNoise) -> Tensor:
@@ -251,7 +251,7 @@ class ConfidenceOrder(MAROrder):
         return confidence.topk(size, dim=1).indices
 
 
-class WholeOrder(Order):
+class SingleStepOrder(Order):
     """One step that predicts every token. Nothing can be known beforehand."""
 
     def group_sizes(self, steps: int | None, unknown: int) -> tuple[int, ...]:
@@ -259,15 +259,15 @@ class WholeOrder(Order):
             steps in (None, 1),
             f"steps is {steps}; the model makes all tokens of an image in one; allowed: 1, or not given (but see diffusion_steps)",
         )
-        known = self.positions - unknown
-        require(unknown in (0, self.positions), f"{known} tokens are known; the model makes whole images; allowed: none, or all")
+        known = self.seq_len - unknown
+        require(unknown in (0, self.seq_len), f"{known} tokens are known; the model makes whole images; allowed: none, or all")
         return (unknown,) if unknown else ()
 
     def arrange(self, known_BN: Tensor, seeds_B: Tensor) -> Tensor:
         return self.training_order(len(known_BN), known_BN.device)
 
     def training_order(self, batch: int, device: torch.device) -> Tensor:
-        return torch.arange(self.positions, device=device).expand(batch, -1)
+        return torch.arange(self.seq_len, device=device).expand(batch, -1)
 
 
 OrderConfig = MAROrderConfig | RandomOrderConfig | RasterOrderConfig | ConfidenceOrderConfig

@@ -18,11 +18,11 @@ from continuar.checkpoints.store import (
     EMA,
     SHARDS,
     WEIGHTS,
-    ModelFile,
+    PipelineConfig,
     atomic_directory,
     is_replaceable,
     load_state,
-    read_model_file,
+    read_pipeline_config,
     read_tensors,
     read_tokenizer,
     write_json,
@@ -34,7 +34,7 @@ from continuar.errors import UserError, require, unknown_name
 from continuar.models.base import TokenModel
 from continuar.sampling.engines import Engine, EngineName, chosen, make_engine
 from continuar.sampling.fast.weights import Precision
-from continuar.sampling.generate import GuidanceSchedule, SamplingOptions, Start, make_plan
+from continuar.sampling.generate import GuidanceSchedule, SamplingInput, SamplingOptions, make_plan
 from continuar.sampling.known_tokens import Array, Snapshot, equal_batches, snapshots, with_known
 from continuar.tokenizers import Tokenizer
 
@@ -51,7 +51,7 @@ class Pipeline:
         defaults: sampling settings used where a call does not say otherwise.
     """
 
-    def __init__(self, file: ModelFile, model: TokenModel, tokenizer: Tokenizer | None = None) -> None:
+    def __init__(self, file: PipelineConfig, model: TokenModel, tokenizer: Tokenizer | None = None) -> None:
         """``tokenizer``: one that is ready, where it has a state; else it is built from the config."""
         self.file, self.model = file, model.eval()
         self.tokenizer = (tokenizer or file.tokenizer.build()).to(self.device)
@@ -67,7 +67,7 @@ class Pipeline:
         """Who generates; made once, for what the fast one has captured serves the next call too.
 
         Args:
-            name: "eager", readably; "graphs", faster and equal to it; "auto", "graphs" where it can run the model.
+            name: "eager", readably; "fast", faster and equal to it; "auto", "fast" where it can run the model.
             precision: "bfloat16" halves the weights and rounds more; only of the fast engine.
 
         Raises:
@@ -222,7 +222,7 @@ class Pipeline:
         batch_size: int,
         known_tokens: Array | None,
         known_mask: Array | None,
-    ) -> Start:
+    ) -> SamplingInput:
         """All images at the start of their generation."""
         require(batch_size >= 1, f"batch size is {batch_size}; allowed: 1 or more")
         names = self._labels(labels, seeds)
@@ -248,13 +248,13 @@ class Pipeline:
             require(-_SEED_LIMIT <= s < _SEED_LIMIT, f"seed is {s}; allowed: -2^63 to 2^63-1")
         return numbers
 
-    def _start(self, labels: list[int], seeds: list[int]) -> Start:
+    def _start(self, labels: list[int], seeds: list[int]) -> SamplingInput:
         spec, batch, device = self.file.model.tokens, len(labels), self.device
-        return Start(
+        return SamplingInput(
             torch.tensor(labels, device=device) if any(label != self.model.null_label for label in labels) else None,
             torch.tensor(seeds, device=device),
             spec.blank(batch, device),
-            torch.zeros(batch, spec.positions, dtype=torch.bool, device=device),
+            torch.zeros(batch, spec.seq_len, dtype=torch.bool, device=device),
         )
 
     def save_pretrained(self, directory: str | Path, dtype: torch.dtype | None = None) -> Path:
@@ -284,7 +284,7 @@ class Pipeline:
         """
         require(weights in ("ema", "raw"), f"weights is '{weights}'; allowed: ema, raw")
         directory = find_model(model)
-        file = read_model_file(directory)
+        file = read_pipeline_config(directory)
         with torch.device("meta"):
             network = file.model.build()
         network.to_empty(device="cpu")
@@ -298,9 +298,9 @@ load = Pipeline.from_pretrained
 def read_weights(directory: Path, weights: Weights) -> tuple[dict[str, Tensor], str]:
     """The weights of a saved model or checkpoint, and where they were found; those that several processes wrote are joined."""
     if not (directory / WEIGHTS).is_file():
-        from continuar.checkpoints.sharded import read_whole
+        from continuar.checkpoints.sharded import read_full
 
-        return read_whole(directory, "ema." if weights == "ema" else "model."), str(directory / SHARDS)
+        return read_full(directory, "ema." if weights == "ema" else "model."), str(directory / SHARDS)
     source = directory / (EMA if weights == "ema" and (directory / EMA).is_file() else WEIGHTS)
     return read_tensors(source), str(source)
 

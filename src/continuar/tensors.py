@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 
-def take(x_BN: Tensor, index_BK: Tensor) -> Tensor:
+def batched_gather(x_BN: Tensor, index_BK: Tensor) -> Tensor:
     """[B, N, ...], [B, K] -> [B, K, ...]. A batch of one in x is shared by all."""
     x_BN = x_BN.expand(index_BK.shape[0], *x_BN.shape[1:])
     return torch.gather(x_BN, 1, _like(index_BK, x_BN))
 
 
-def put_(x_BN: Tensor, index_BK: Tensor, values_BK: Tensor) -> None:
+def batched_scatter_(x_BN: Tensor, index_BK: Tensor, values_BK: Tensor) -> None:
     """Writes values [B, K, ...] into x [B, N, ...] in place, in x's dtype."""
     x_BN.scatter_(1, _like(index_BK, x_BN), values_BK.to(x_BN.dtype))
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from continuar.checkpoints.tokenizers import load_tokenizer
 from continuar.cli.main import main
-from continuar.distributed import Single, joined
+from continuar.distributed import SingleProcess, joined
 from continuar.errors import UserError
 from continuar.recipes.tokenizers import TOKENIZER_RECIPES
 from continuar.training import autoencoder as checkpoints
@@ -80,7 +80,7 @@ class Infinite(Perceptual):
         return 0 * images_B3HW.flatten(1).sum(1) + torch.zeros(len(far)).masked_fill(far, torch.inf)
 
 
-def taken(run: TokenizerRun, parallel: Single, spoilt: str = "") -> tuple[dict[str, Tensor], dict[str, float]]:
+def taken(run: TokenizerRun, parallel: SingleProcess, spoilt: str = "") -> tuple[dict[str, Tensor], dict[str, float]]:
     """Some steps, each process's part of the same batches: all that is learned, and what was measured."""
     torch.manual_seed(parallel.rank)  # all begin with the first process's weights
     trainer = TokenizerStep(run.tokenizer.build(), run, Infinite() if spoilt == "loss" else None, parallel)
@@ -110,7 +110,7 @@ def kept(path: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
     return load_file(f"{path}.safetensors"), json.loads(Path(f"{path}.json").read_text())
 
 
-def interrupted(run: TokenizerRun, directory: Path, parallel: Single) -> None:
+def interrupted(run: TokenizerRun, directory: Path, parallel: SingleProcess) -> None:
     """The last process is told to end after step 3; then the same command again, for which it cannot read the newest checkpoint."""
 
     def report(now: Report) -> None:
@@ -127,7 +127,7 @@ def interrupted(run: TokenizerRun, directory: Path, parallel: Single) -> None:
         train_tokenizer(run, directory, device=CPU, parallel=parallel, resume=True)
 
 
-def diverging(run: TokenizerRun, directory: Path, parallel: Single) -> None:
+def diverging(run: TokenizerRun, directory: Path, parallel: SingleProcess) -> None:
     """Images of the last process are not numbers, always; the first process says what that means."""
     with pytest.MonkeyPatch.context() as patch:
         if not parallel.first:
@@ -181,7 +181,7 @@ def check_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("name", CODEBOOKS)
 def test_two_processes_learn_what_one_does(root: Path, name: str) -> None:
     with without_draws():
-        expected, measured = taken(run_of("", name), Single())
+        expected, measured = taken(run_of("", name), SingleProcess())
     assert measured["adaptive_weight"] > 0
     for rank in range(2):
         found, means = kept(root / f"exact-{rank}" / name)
@@ -202,7 +202,7 @@ def test_all_processes_end_with_the_same_bits(root: Path, name: str) -> None:
 @pytest.mark.parametrize("name", CODEBOOKS)
 def test_a_bad_part_of_one_process_is_skipped_by_all_alike(root: Path, name: str, spoilt: str) -> None:
     with without_draws():
-        expected, measured = taken(run_of("", name), Single(), spoilt)
+        expected, measured = taken(run_of("", name), SingleProcess(), spoilt)
     assert (measured["skipped"], measured["streak"]) == (1, 1)
     for rank in range(2):
         found, means = kept(root / f"{spoilt}-{rank}" / name)
@@ -248,8 +248,8 @@ def test_processes_stop_together_and_resume_to_the_same_bits(root: Path, name: s
     assert lines(root / f"torn-{name}") == lines(root / f"whole-{name}")
 
 
-def of_world(world: int, rank: int = 0) -> Single:
-    parallel = Single()
+def of_world(world: int, rank: int = 0) -> SingleProcess:
+    parallel = SingleProcess()
     parallel.world, parallel.rank = world, rank
     return parallel
 
@@ -266,7 +266,7 @@ def test_parts_are_those_of_one_batch(data: Path) -> None:
 def test_draws_are_each_processs_own_and_one_process_draws_as_ever() -> None:
     run = run_of("", "kl")
     found = []
-    for parallel in (Single(), of_world(2, 0), of_world(2, 1)):
+    for parallel in (SingleProcess(), of_world(2, 0), of_world(2, 1)):
         TokenizerStep(run.tokenizer.build(), run, None, parallel).seed(5)
         found.append(torch.initial_seed())
     digests = [hashlib.blake2b(name, digest_size=8).digest() for name in (b"0/5", b"0/5/0", b"0/5/1")]
@@ -284,7 +284,7 @@ def test_graphs_are_of_one_process() -> None:
     assert [pick_engine("auto", cuda, of_world(world)) for world in (1, 2)] == ["compile-graphs", "compile"]
     assert [pick_engine("auto", CPU, of_world(world)) for world in (1, 2)] == ["eager", "eager"]
     for chosen in ("graphs", "compile-graphs"):
-        assert pick_engine(chosen, cuda, Single()) == chosen
+        assert pick_engine(chosen, cuda, SingleProcess()) == chosen
         with pytest.raises(UserError, match=f"train.engine is '{chosen}', CUDA graphs, which do not hold what 2 processes send"):
             pick_engine(chosen, cuda, of_world(2))
 

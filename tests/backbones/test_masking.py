@@ -8,12 +8,12 @@ from scipy import stats
 
 from continuar.errors import UserError
 from continuar.models import MAEConfig
-from continuar.models.mar import MaskCount
+from continuar.models.mar import MaskRatio
 from tests.tiny import model_configs, shaken
 
 
 def test_mask_ratio_is_the_truncated_normal() -> None:
-    count = MaskCount(256, 0.7, 1)
+    count = MaskRatio(256, 0.7, 1)
     grid = [(i + 0.5) / 200 for i in range(200)]
     theirs = stats.truncnorm((0.7 - 1) / 0.25, 0.0, loc=1.0, scale=0.25).ppf(grid)
     assert max(abs(count.ratio(u) - b) for u, b in zip(grid, theirs, strict=True)) < 1e-9
@@ -21,7 +21,7 @@ def test_mask_ratio_is_the_truncated_normal() -> None:
 
 def test_counts_follow_their_distribution() -> None:
     torch.manual_seed(0)
-    count = MaskCount(64, 0.5, 1)
+    count = MaskRatio(64, 0.5, 1)
     expected = count.distribution()
     drawn = [count.draw() for _ in range(4000)]
     assert sum(expected.values()) == pytest.approx(1)
@@ -33,7 +33,7 @@ def test_counts_follow_their_distribution() -> None:
 @given(st.integers(1, 64), st.integers(0, 100))
 def test_granularity_leaves_few_counts(granularity: int, seed: int) -> None:
     torch.manual_seed(seed)
-    masked = MaskCount(64, 0.5, granularity).draw()
+    masked = MaskRatio(64, 0.5, granularity).draw()
     assert masked == 64 or masked % granularity == 0
 
 
@@ -44,7 +44,7 @@ def test_training_view_is_a_permutation_with_a_common_known_count(config) -> Non
     for _ in range(20):
         view = model.training_view(3, torch.device("cpu"))
         assert torch.equal(view.order_BN.sort(dim=1).values, torch.arange(16).expand(3, 16))
-        assert view.query_BQ.shape[1] in model.backbone.queried_counts()
+        assert view.query_BQ.shape[1] in model.backbone.num_masked_distribution()
 
 
 @pytest.mark.parametrize("values", [{"mask_ratio_min": 1.5}, {"mask_ratio_min": -0.1}, {"mask_granularity": 0}])

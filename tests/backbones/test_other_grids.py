@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from continuar.checkpoints.mar import write_official
-from continuar.checkpoints.store import ModelFile
+from continuar.checkpoints.store import PipelineConfig
 from continuar.cli.main import main
 from continuar.errors import UserError
 from continuar.heads import FlowHeadConfig
@@ -20,7 +20,7 @@ from continuar.models.autoregressive import ModelConfig
 from continuar.models.positions import resize_rows
 from continuar.orders import RandomOrderConfig
 from continuar.pipeline import Pipeline, newest_checkpoints
-from continuar.sampling.generate import Start, generate
+from continuar.sampling.generate import SamplingInput, generate
 from continuar.tokenizers import CodebookConfig, LatentConfig, PixelConfig
 from continuar.training.config import Run
 from continuar.training.finetune import at_grid, begin_from
@@ -87,12 +87,14 @@ def test_a_model_at_another_grid_generates_and_comes_home(config: ModelConfig) -
     model = shaken(config)
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in at_grid(model, (4, 4)).state_dict().items())
     larger = at_grid(model, (6, 5))
-    assert larger.config.tokens.positions == 30
+    assert larger.config.tokens.seq_len == 30
     assert not larger.training
     tables = {f"backbone.{name}" for name in model.backbone.position_tables()}
     same = {k for k, v in larger.state_dict().items() if torch.equal(v, model.state_dict().get(k, v * 0))}
     assert same == model.state_dict().keys() - tables
-    out = generate(larger, Start.blank(larger.config.tokens, torch.tensor([1, 2]), torch.tensor([0, 1])), options_of(config))
+    out = generate(
+        larger, SamplingInput.blank(larger.config.tokens, torch.tensor([1, 2]), torch.tensor([0, 1])), options_of(config)
+    )
     assert out.shape[:2] == (2, 30)
     assert not out.is_floating_point() or out.isfinite().all()
 
@@ -155,7 +157,7 @@ def test_an_order_of_another_kind_goes_on_with_the_weights(small: Path, tmp_path
             lambda r: replace(r, backbone=replace(r.backbone, heads=4)),
             "heads: 2 -> 4; backbone.decoder_heads: 2 -> 4",
         ),
-        (lambda r: replace(r, head=replace(r.head, prediction="velocity")), r'head.prediction: "eps" -> "velocity"'),
+        (lambda r: replace(r, head=replace(r.head, prediction="v_prediction")), r'head.prediction: "epsilon" -> "v_prediction"'),
         (lambda r: replace(r, tokenizer=PixelConfig(image_size=16, patch=2)), r"\(tokens.dim: 48 -> 12\)"),
         (lambda r: replace(r, head=FlowHeadConfig(**SMALL[FlowHeadConfig]), sampling=replace(r.sampling, head=None)), "head.kind"),
         (lambda r: replace(r, init="nowhere"), "unknown model 'nowhere'"),
@@ -206,10 +208,12 @@ def test_ids_of_another_codebook_are_refused(tmp_path: Path) -> None:
 
 
 def test_an_official_checkpoint_begins_a_run_at_another_grid(tmp_path: Path) -> None:
-    config = next(c for c in model_configs() if c.head.kind == "diffusion" and c.order.kind == "mar" and c.head.prediction == "eps")
+    config = next(
+        c for c in model_configs() if c.head.kind == "diffusion" and c.order.kind == "mar" and c.head.prediction == "epsilon"
+    )
     config = replace(config, tokens=replace(config.tokens, dim=16))
     model = shaken(config)
-    file = ModelFile(config, LatentConfig(image_size=64), ("a", "b", "c"), options_of(config))
+    file = PipelineConfig(config, LatentConfig(image_size=64), ("a", "b", "c"), options_of(config))
     write_official(tmp_path / "m.pth", file, model.state_dict(), model.state_dict())
     new = replace(config, tokens=replace(config.tokens, grid=(8, 8))).build()
     begin_from(new, str(tmp_path / "m.pth"), TOKENIZER.build())

@@ -16,7 +16,7 @@ from continuar.checkpoints.mar import export_official
 from continuar.config import from_json, members, to_json
 from continuar.errors import UserError
 from continuar.models import BackboneConfig, CausalConfig, MAEConfig
-from continuar.models.positions import BASE, NOWHERE, Rotary, Rotation, turn
+from continuar.models.positions import BASE, NO_POSITION, Rotary, Rotation, apply_rotary
 from continuar.models.transformer import Attention
 from continuar.orders import View
 from continuar.training.engines import EagerEngine
@@ -41,15 +41,15 @@ def test_scores_depend_on_the_offset_alone(p: tuple, r: tuple, offset: tuple, se
 
     def score(shift: tuple[int, int]) -> Tensor:
         at = [rotary(torch.tensor([[index_of(place, shift)]])) for place in (p, r)]
-        return (turn(q, at[0]) * turn(k, at[1])).sum(-1)
+        return (apply_rotary(q, at[0]) * apply_rotary(k, at[1])).sum(-1)
 
     torch.testing.assert_close(score(offset), score((0, 0)), rtol=1e-4, atol=1e-4)
 
 
 def test_turns_are_those_of_the_equation_and_keep_lengths() -> None:
     """Pair i of an axis turns by its coordinate times BASE^(-i/P), here with complex numbers in double precision."""
-    x, index = torch.randn(1, 1, 3, 8), torch.tensor([[0, 37, NOWHERE]])
-    out = turn(x, Rotary(GRID, 8)(index))
+    x, index = torch.randn(1, 1, 3, 8), torch.tensor([[0, 37, NO_POSITION]])
+    out = apply_rotary(x, Rotary(GRID, 8)(index))
     pairs = torch.complex(x[..., :4].double(), x[..., 4:].double())
     y, column = 37 // 32, 37 % 32
     angle = torch.tensor([y, y * BASE**-0.5, column, column * BASE**-0.5], dtype=torch.float64)
@@ -147,7 +147,9 @@ def test_heads_that_cannot_be_turned_are_refused() -> None:
 
 
 def test_the_official_layout_has_no_place_for_it(tmp_path: Path) -> None:
-    config = next(c for c in model_configs() if c.head.kind == "diffusion" and c.order.kind == "mar" and c.head.prediction == "eps")
+    config = next(
+        c for c in model_configs() if c.head.kind == "diffusion" and c.order.kind == "mar" and c.head.prediction == "epsilon"
+    )
     config = replace(config, backbone=replace(config.backbone, positions="rotary"))
     saved = pipeline(config, shaken(config)).save_pretrained(tmp_path / "m")
     with pytest.raises(UserError, match="is 'rotary', which the official MAR layout has no place for; allowed: learned"):

@@ -25,7 +25,7 @@ diffusers = pytest.importorskip("diffusers", reason="the extra [diffusers] is no
 CONFIG = DiTConfig(TokenSpec((4, 4), 3), 3, DiTNetworkConfig(patch=2, width=16, depth=2, heads=2))
 LABELS, SEEDS = torch.tensor([0, 2, 3, 1]), torch.tensor([7, -1, 2**40, 0])
 
-each_prediction = pytest.mark.parametrize("prediction", ["eps", "velocity"])
+each_prediction = pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 
 
 def shaken(tokens: TokenSpec = CONFIG.tokens, classes: int = 3, **changes: Any) -> DiT:
@@ -46,7 +46,7 @@ def loss_of(model: DiT, tokens: Tensor, labels: Tensor | None, dropout: float = 
 def inputs(model: DiT, batch: int = 4) -> tuple[Tensor, Tensor]:
     """Tokens and timesteps."""
     spec, generator = model.config.tokens, torch.Generator().manual_seed(1)
-    return torch.randn(batch, spec.positions, spec.dim, generator=generator), torch.randint(1000, (batch,), generator=generator)
+    return torch.randn(batch, spec.seq_len, spec.dim, generator=generator), torch.randint(1000, (batch,), generator=generator)
 
 
 @pytest.mark.parametrize(
@@ -109,16 +109,16 @@ def test_loss_of_a_network_that_says_zero_is_the_closed_form(prediction: str) ->
     c, noise, i = training_coefficients(x0.device), torch.randn_like(x0), t.unsqueeze(-1)
     x = add_noise(c, x0, i, noise)
     terms = model.loss_terms(x0, LABELS, t, noise)
-    target = noise if prediction == "eps" else velocity(c, x0, i, noise)
+    target = noise if prediction == "epsilon" else velocity(c, x0, i, noise)
     torch.testing.assert_close(terms.mse, target.square().mean(-1))
-    eps = torch.zeros_like(x) if prediction == "eps" else c.sqrt_one_minus_abar[t][:, None, None] * x
+    eps = torch.zeros_like(x) if prediction == "epsilon" else c.sqrt_one_minus_abar[t][:, None, None] * x
     torch.testing.assert_close(terms.vb, variational_bound(c, eps, torch.zeros_like(x), x0, x, i.expand(4, 16)))
     assert loss_of(model, x0, LABELS, 0.1).shape == (4, 16)
 
 
 def test_training_lowers_the_loss_and_samples_follow_their_label() -> None:
     torch.manual_seed(0)
-    network = DiTNetworkConfig(width=32, depth=1, heads=2, prediction="velocity")
+    network = DiTNetworkConfig(width=32, depth=1, heads=2, prediction="v_prediction")
     model = DiTConfig(TokenSpec((2, 2), 2), 2, network).build()
     decayed, others = model.parameter_groups()
     optimizer = torch.optim.AdamW([{"params": decayed}, {"params": others}], lr=5e-3, weight_decay=0.0)
@@ -206,7 +206,7 @@ def test_an_image_does_not_depend_on_its_batch(prediction: str, name: str) -> No
 
 
 def test_temperature_changes_ddpm_alone() -> None:
-    model = shaken(prediction="velocity")
+    model = shaken(prediction="v_prediction")
     assert not torch.equal(
         model.sample(LABELS, SEEDS, steps=5, temperature=0.5), model.sample(LABELS, SEEDS, steps=5, temperature=1.0)
     )
@@ -248,7 +248,7 @@ def test_it_survives_copying_json_and_groups_each_parameter_once() -> None:
         ({"patch": 0}, "network.patch is 0; allowed: 1 or more"),
         ({"width": 18}, "network.width is 18; allowed: multiples of 4"),
         ({"heads": 3}, "network.width 16 is not divisible by its 3 heads"),
-        ({"prediction": "x0"}, "network.prediction is 'x0'; allowed: eps, velocity"),
+        ({"prediction": "x0"}, "network.prediction is 'x0'; allowed: epsilon, v_prediction"),
     ],
 )
 def test_configs_that_cannot_work_are_refused(values: dict, message: str) -> None:
@@ -260,10 +260,10 @@ def test_configs_that_cannot_work_are_refused(values: dict, message: str) -> Non
     ("options", "message"),
     [
         ({"seeds_B": SEEDS[:2]}, r"labels are \(4,\) and seeds \(2,\); allowed: \[B\] and \[B\]"),
-        ({"sampler": "euler"}, "sampler is 'euler'; allowed: ddpm, ddim, dpmpp, dpmpp-sde"),
+        ({"sampler": "euler"}, "sampler is 'euler'; allowed: ddpm, ddim, dpmpp_2m, dpmpp_2m_sde"),
         ({"steps": 0}, "diffusion steps is 0; allowed: 1 to 1000"),
-        ({"steps": 981, "sampler": "dpmpp"}, "diffusion steps is 981; allowed: 1 to 980"),
-        ({"temperature": 0.9, "sampler": "dpmpp"}, "temperature is 0.9 with the sampler 'dpmpp', which adds no noise"),
+        ({"steps": 981, "sampler": "dpmpp_2m"}, "diffusion steps is 981; allowed: 1 to 980"),
+        ({"temperature": 0.9, "sampler": "dpmpp_2m"}, "temperature is 0.9 with the sampler 'dpmpp_2m', which adds no noise"),
         ({"temperature": -1.0}, "temperature is -1.0; allowed: 0 or more"),
         ({"guidance": float("inf")}, "guidance is inf; allowed: 0 or more, finite"),
     ],

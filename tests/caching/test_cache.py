@@ -66,7 +66,7 @@ def test_a_cache_holds_the_latents_of_every_image_and_its_mirror_image(config: T
     assert found.read(np.array([], np.int64)).shape[0] == 0
     assert found.info.fingerprint == fingerprint(tokenizer)
     tokens = tokenizer.tokenize(found.read(shuffled))
-    assert tokens.shape[:2] == (4, config.spec.positions)
+    assert tokens.shape[:2] == (4, config.spec.seq_len)
 
 
 def test_bfloat16_rounds_once(root: Path, tmp_path: Path) -> None:

@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from continuar.checkpoints.mar import OfficialFile, model_file, official_args, read_official, write_official
-from continuar.checkpoints.store import CONFIG, EMA, WEIGHTS, ModelFile, read_model_file, read_tensors, write_json, write_tensors
+from continuar.checkpoints.store import (
+    CONFIG,
+    EMA,
+    WEIGHTS,
+    PipelineConfig,
+    read_pipeline_config,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
 from continuar.cli.convert import main
 from continuar.cli.main import main as continuar
 from continuar.errors import UserError
@@ -46,9 +55,9 @@ def test_convert_keeps_what_args_say_of_training(save: Callable[..., str], tmp_p
     told = {"attn_dropout": 0.0, "proj_dropout": 0.25, "mask_ratio_min": 0.5, "diffusion_batch_mul": 2}
     source = save(args=args(Sizes(), **told))
     main([source, str(tmp_path / "model")])
-    config = read_model_file(tmp_path / "model").model
+    config = read_pipeline_config(tmp_path / "model").model
     assert (config.backbone.attention_dropout, config.backbone.dropout) == (0.0, 0.25)
-    assert (config.backbone.mask_ratio_min, config.head.timesteps_per_token) == (0.5, 2)
+    assert (config.backbone.mask_ratio_min, config.head.diffusion_batch_mul) == (0.5, 2)
     main([str(tmp_path / "model"), str(tmp_path / "back.pth")])
     assert {k: getattr(read(tmp_path / "back.pth")["args"], k) for k in told} == told
 
@@ -86,8 +95,8 @@ def test_convert_strips_the_prefix_of_distributed_training(save: Callable[..., s
 def test_convert_reads_a_bare_state_dict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save(state(Sizes()), tmp_path / "bare.pt")
     main([str(tmp_path / "bare.pt"), str(tmp_path / "model"), "--heads", "4"])
-    assert read_model_file(tmp_path / "model").model.backbone.heads == 4
-    assert read_model_file(tmp_path / "model").tokenizer == LatentConfig(image_size=32)
+    assert read_pipeline_config(tmp_path / "model").model.backbone.heads == 4
+    assert read_pipeline_config(tmp_path / "model").tokenizer == LatentConfig(image_size=32)
     out = capsys.readouterr().out
     assert "(a bare state dict)" in out
     assert "note     args name no tokenizer; assumed: KL-16, images of 32 pixels" in out
@@ -103,7 +112,7 @@ def test_convert_accepts_the_1000_class_rows_of_early_official_code(
 ) -> None:
     sizes = replace(Sizes(), classes=1000)
     main([save(sizes, args=args(sizes, class_num=200)), str(tmp_path / "model")])
-    assert len(read_model_file(tmp_path / "model").classes) == 1000
+    assert len(read_pipeline_config(tmp_path / "model").classes) == 1000
     assert "args.class_num is 200, but there are 1000 class embeddings; all are kept" in capsys.readouterr().out
 
 
@@ -250,7 +259,7 @@ def test_convert_overwrites_a_file_only_when_told(save: Callable[..., str], tmp_
     assert "folder.pth is a directory" in refused([saved, str(tmp_path / "folder.pth"), "--overwrite"])
 
 
-def training_run(directory: Path, file: ModelFile, raw: dict[str, Tensor], ema: dict[str, Tensor]) -> None:
+def training_run(directory: Path, file: PipelineConfig, raw: dict[str, Tensor], ema: dict[str, Tensor]) -> None:
     checkpoint = directory / "checkpoints" / "step-00000007"
     checkpoint.mkdir(parents=True)
     write_json(checkpoint / CONFIG, file)
@@ -265,7 +274,7 @@ def test_convert_writes_both_weights_of_a_run(
     source, back = save(), tmp_path / "back.pth"
     for kind in ("raw", "ema"):
         main([source, str(tmp_path / kind), "--weights", kind])
-    file, raw, ema = (read_model_file(tmp_path / "raw"), *(read_tensors(tmp_path / k / WEIGHTS) for k in ("raw", "ema")))
+    file, raw, ema = (read_pipeline_config(tmp_path / "raw"), *(read_tensors(tmp_path / k / WEIGHTS) for k in ("raw", "ema")))
     training_run(tmp_path / "run", file, raw, ema)
     main([str(tmp_path / "run"), str(back), *options])
     assert_same_bits(read(back)["model"], state(Sizes(), seed=seeds[0]))
@@ -277,18 +286,18 @@ def test_convert_keeps_the_scale_of_other_tokens(
 ) -> None:
     sizes = replace(Sizes(), channels=3, patch=2)
     main([save(sizes), str(tmp_path / "model")])
-    file = replace(read_model_file(tmp_path / "model"), tokenizer=PixelConfig(image_size=4, patch=2, std=0.3))
+    file = replace(read_pipeline_config(tmp_path / "model"), tokenizer=PixelConfig(image_size=4, patch=2, std=0.3))
     write_json(tmp_path / "model" / CONFIG, file)
     main([str(tmp_path / "model"), str(tmp_path / "back.pth")])
     assert "note     tokens are latents x 3.33333; official code has x 0.2325 written into it" in capsys.readouterr().out
     main([str(tmp_path / "back.pth"), str(tmp_path / "again")])
-    assert read_model_file(tmp_path / "again").tokenizer == LatentConfig("latent", "pixels", 4, 1, 3, 2, 1 / 0.3)
-    assert read_model_file(tmp_path / "again").model == file.model
+    assert read_pipeline_config(tmp_path / "again").tokenizer == LatentConfig("latent", "pixels", 4, 1, 3, 2, 1 / 0.3)
+    assert read_pipeline_config(tmp_path / "again").model == file.model
 
 
 def test_write_official_refuses_weights_of_another_model(save: Callable[..., str], tmp_path: Path) -> None:
     main([save(), str(tmp_path / "model")])
-    file, weights = read_model_file(tmp_path / "model"), read_tensors(tmp_path / "model" / WEIGHTS)
+    file, weights = read_pipeline_config(tmp_path / "model"), read_tensors(tmp_path / "model" / WEIGHTS)
     del weights["backbone.mask_token"]
     with pytest.raises(UserError, match=r"the source does not fit the model: missing: backbone\.mask_token"):
         write_official(tmp_path / "back.pth", file, weights, weights)

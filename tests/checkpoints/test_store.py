@@ -13,13 +13,13 @@ from torch import nn
 from continuar.checkpoints.store import (
     CONFIG,
     WEIGHTS,
-    ModelFile,
+    PipelineConfig,
     atomic_directory,
     check_keys,
     checksum,
     load_state,
     read_json,
-    read_model_file,
+    read_pipeline_config,
     read_tensors,
     write_json,
     write_tensors,
@@ -34,7 +34,7 @@ from continuar.sampling.generate import SamplingOptions
 from continuar.tokenizers import LatentConfig, PixelConfig, TokenizerConfig
 
 
-def model_file(tokenizer: TokenizerConfig, classes: tuple[str, ...] = ("cat", "dög")) -> ModelFile:
+def model_file(tokenizer: TokenizerConfig, classes: tuple[str, ...] = ("cat", "dög")) -> PipelineConfig:
     config = ModelConfig(
         tokenizer.spec,
         len(classes),
@@ -42,9 +42,9 @@ def model_file(tokenizer: TokenizerConfig, classes: tuple[str, ...] = ("cat", "d
         MAEConfig(
             width=8, encoder_depth=1, heads=2, decoder_width=4, decoder_depth=1, decoder_heads=1, buffer=2, mask_ratio_min=0.5
         ),
-        DiffusionHeadConfig(width=8, depth=1, timesteps_per_token=2),
+        DiffusionHeadConfig(width=8, depth=1, diffusion_batch_mul=2),
     )
-    return ModelFile(config, tokenizer, classes, SamplingOptions(steps=3, guidance=2.5, temperature=0.9))
+    return PipelineConfig(config, tokenizer, classes, SamplingOptions(steps=3, guidance=2.5, temperature=0.9))
 
 
 FILES = [model_file(LatentConfig(image_size=64, scale=0.1)), model_file(PixelConfig(image_size=8, patch=2, std=0.5), ())]
@@ -96,9 +96,9 @@ def test_write_text_replaces_at_once_and_leaves_no_other_file(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("file", FILES, ids=["latent", "pixel"])
-def test_model_file_survives_json(tmp_path: Path, file: ModelFile) -> None:
+def test_model_file_survives_json(tmp_path: Path, file: PipelineConfig) -> None:
     write_json(tmp_path / CONFIG, file)
-    assert read_model_file(tmp_path) == file
+    assert read_pipeline_config(tmp_path) == file
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_read_model_file_refuses_what_does_not_fit(tmp_path: Path, change: dict[
     value = json.loads((tmp_path / CONFIG).read_text(encoding="utf-8"))
     write_json(tmp_path / CONFIG, value | change)
     with pytest.raises(UserError, match=message):
-        read_model_file(tmp_path)
+        read_pipeline_config(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_read_model_file_refuses_other_directories(tmp_path: Path, text: str | N
     if text is not None:
         (tmp_path / CONFIG).write_text(text)
     with pytest.raises(UserError, match=message):
-        read_model_file(tmp_path)
+        read_pipeline_config(tmp_path)
 
 
 def test_read_json_names_a_missing_file(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from continuar.checkpoints.store import TOKENIZER, ModelFile, write_tensors
+from continuar.checkpoints.store import TOKENIZER, PipelineConfig, write_tensors
 from continuar.checkpoints.tokenizers import (
     TOKENIZER_CONFIG,
     Changes,
@@ -101,7 +101,7 @@ def pipeline(config: TokenizerConfig) -> Pipeline:
     kind = config.spec.kind
     model = next(c for c in model_configs() if c.tokens.kind == kind)
     model = replace(model, tokens=config.spec)
-    file = ModelFile(model, config, ("a", "b", "c"), options_of(model))
+    file = PipelineConfig(model, config, ("a", "b", "c"), options_of(model))
     return Pipeline(file, shaken_model(model), shaken(config.build()))
 
 

@@ -120,7 +120,7 @@ def test_sample_writes_images_grid_and_settings(model: Path, tmp_path: Path) -> 
         (["--temperature", "nan"], "temperature is nan; allowed: 0 or more"),
         (["--temperature", "-0.5"], "temperature is -0.5; allowed: 0 or more"),
         (["--sampler", "ddim", "--temperature", "0.9"], "temperature is 0.9 with the sampler 'ddim'"),
-        (["--sampler", "dpmpp", "--diffusion-steps", "990"], "diffusion steps is 990; allowed: 1 to 980"),
+        (["--sampler", "dpmpp_2m", "--diffusion-steps", "990"], "diffusion steps is 990; allowed: 1 to 980"),
         (["--per-class", "0"], "--per-class is 0; allowed: 1 or more"),
         (["--batch-size", "0"], "--batch-size is 0; allowed: 1 or more"),
         (["--animate", "--seed", str(2**63)], "seed is 9223372036854775808; allowed: -2^63 to 2^63-1"),

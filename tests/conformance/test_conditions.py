@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from continuar.checkpoints.mar import official_parts
-from continuar.checkpoints.store import CONFIG, WEIGHTS, ModelFile, read_tensors, write_tensors
+from continuar.checkpoints.store import CONFIG, WEIGHTS, PipelineConfig, read_tensors, write_tensors
 from continuar.config import from_json, members, to_json
 from continuar.errors import UserError
 from continuar.heads import FlowHeadConfig, FlowOptions
@@ -21,8 +21,8 @@ from continuar.models.autoregressive import ModelConfig
 from continuar.models.conditions import ConditionConfig, LabelsConfig, VectorsConfig
 from continuar.orders import MAROrderConfig, RandomOrderConfig, View
 from continuar.pipeline import Pipeline
-from continuar.sampling.generate import Start, generate
-from continuar.tensors import take
+from continuar.sampling.generate import SamplingInput, generate
+from continuar.tensors import batched_gather
 from continuar.tokenizers import TokenSpec
 from continuar.training.estimate import generation_flops, training_flops
 from tests.tiny import SMALL, TOKENIZER, options_of, random_tokens, shaken
@@ -70,10 +70,10 @@ def test_dropped_rows_are_null_as_often_as_asked_and_others_untouched(config: Mo
 @every_model
 def test_null_is_what_guidance_sees_as_its_unconditional_half(config: ModelConfig) -> None:
     model, seeds = shaken(config), torch.tensor([4, 5])
-    told = Start.blank(config.tokens, seeds, 5 * values_of(config, 2))
+    told = SamplingInput.blank(config.tokens, seeds, 5 * values_of(config, 2))
     if config.condition.labelled:
-        told = Start.blank(config.tokens, seeds, values_of(config, 2))
-    untold = Start.blank(config.tokens, seeds)
+        told = SamplingInput.blank(config.tokens, seeds, values_of(config, 2))
+    untold = SamplingInput.blank(config.tokens, seeds)
     options = options_of(config, guidance_schedule="constant")
     only_null = generate(model, told, options.override(guidance=0.0))
     without = generate(model, untold, options.override(guidance=1.0))
@@ -100,28 +100,28 @@ def test_the_loss_hears_the_condition_and_reaches_every_parameter(config: ModelC
 def test_an_image_does_not_depend_on_its_batch(config: ModelConfig) -> None:
     model, options, seeds = shaken(config), options_of(config), [7, -3, 2**40]
     values = values_of(config, 3)
-    together = generate(model, Start.blank(config.tokens, torch.tensor(seeds), values), options)
+    together = generate(model, SamplingInput.blank(config.tokens, torch.tensor(seeds), values), options)
     for i, seed in enumerate(seeds):
-        alone = generate(model, Start.blank(config.tokens, torch.tensor([seed]), values[i : i + 1]), options)
+        alone = generate(model, SamplingInput.blank(config.tokens, torch.tensor([seed]), values[i : i + 1]), options)
         torch.testing.assert_close(alone[0], together[i], rtol=1e-3, atol=1e-3)
 
 
 @every_model
 def test_saving_and_loading_gives_the_same_tokens_bit_for_bit(config: ModelConfig, tmp_path: Path) -> None:
     names = ("ant", "bee", "cat")[: config.classes]
-    pipe = Pipeline(ModelFile(config, TOKENIZER, names, options_of(config)), shaken(config))
+    pipe = Pipeline(PipelineConfig(config, TOKENIZER, names, options_of(config)), shaken(config))
     again = Pipeline.from_pretrained(pipe.save_pretrained(tmp_path / "m"), device="cpu")
     assert again.file == pipe.file
-    start = Start.blank(config.tokens, torch.tensor([1, 2]), values_of(config, 2))
+    start = SamplingInput.blank(config.tokens, torch.tensor([1, 2]), values_of(config, 2))
     assert torch.equal(*(generate(p.model, start, p.defaults) for p in (pipe, again)))
     # Without labels the pipeline generates unconditionally, whatever the model's condition is.
-    unconditional = generate(pipe.model, Start.blank(config.tokens, torch.tensor([1, 2])), pipe.defaults)
+    unconditional = generate(pipe.model, SamplingInput.blank(config.tokens, torch.tensor([1, 2])), pipe.defaults)
     assert torch.equal(again.tokens(seeds=[1, 2], engine="eager"), unconditional)
     assert from_json(ModelConfig, to_json(config)) == config
 
 
 def test_files_of_before_the_conditions_are_read(tmp_path: Path) -> None:
-    pipe = Pipeline(ModelFile(CONFIGS[0], TOKENIZER, ("ant", "bee", "cat"), options_of(CONFIGS[0])), shaken(CONFIGS[0]))
+    pipe = Pipeline(PipelineConfig(CONFIGS[0], TOKENIZER, ("ant", "bee", "cat"), options_of(CONFIGS[0])), shaken(CONFIGS[0]))
     saved = pipe.save_pretrained(tmp_path / "m")
     config, weights = json.loads((saved / CONFIG).read_text()), read_tensors(saved / WEIGHTS)
     del config["model"]["condition"]
@@ -149,7 +149,7 @@ def test_predict_after_commit_equals_forward_for_every_number_of_condition_token
     view = View(torch.rand(2, N, generator=torch.Generator().manual_seed(known)).argsort(dim=1), known)
     with torch.no_grad():
         state = model.backbone.start(cond, N)
-        model.backbone.commit(state, view.known_BK, take(x, view.known_BK))
+        model.backbone.commit(state, view.known_BK, batched_gather(x, view.known_BK))
         stepwise = model.backbone.predict(state, view.query_BQ[:, :1])
         torch.testing.assert_close(stepwise, model.backbone(x, cond, view)[:, :1], rtol=1e-4, atol=1e-5)
 
@@ -184,7 +184,7 @@ def test_condition_tokens_are_repeated_until_the_buffer_is_full() -> None:
 def test_a_causal_backbone_reads_any_number_of_condition_tokens_as_a_prefix() -> None:
     config = model_config(CausalConfig, VectorsConfig(5, 40))
     assert (
-        generate(shaken(config), Start.blank(config.tokens, torch.tensor([1]), values_of(config, 1)), options_of(config))
+        generate(shaken(config), SamplingInput.blank(config.tokens, torch.tensor([1]), values_of(config, 1)), options_of(config))
         .isfinite()
         .all()
     )
@@ -258,6 +258,6 @@ def test_sequences_of_vectors_are_learned_by_heart(backbone: Any) -> None:
         schedule.step()
     options = options_of(config, steps=None, guidance=1.0)
     assert isinstance(options.head, FlowOptions)
-    drawn = generate(model.eval(), Start.blank(config.tokens, which, words[which]), options.override(flow_steps=20))
+    drawn = generate(model.eval(), SamplingInput.blank(config.tokens, which, words[which]), options.override(flow_steps=20))
     far = (drawn[:, None] - images).square().flatten(2).sum(-1)
     assert (far.argmin(1) == which).float().mean() > 0.85

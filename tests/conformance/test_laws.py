@@ -15,8 +15,8 @@ from continuar.heads import HeadConfig
 from continuar.models.autoregressive import Model, ModelConfig
 from continuar.orders import OrderConfig, View
 from continuar.pipeline import Pipeline
-from continuar.sampling.generate import Start, generate, stream
-from continuar.tensors import take
+from continuar.sampling.generate import SamplingInput, generate, stream
+from continuar.tensors import batched_gather
 from continuar.tokenizers import TokenSpec
 from tests.tiny import model_configs, name, options_of, pipeline, random_tokens, shaken, takes_steps
 
@@ -25,10 +25,10 @@ every_model = pytest.mark.parametrize("config", CONFIGS, ids=name)
 N = 16
 
 
-def start_of(model: Model, seeds: list[int], labels: list[int], known: torch.Tensor | None = None) -> Start:
+def start_of(model: Model, seeds: list[int], labels: list[int], known: torch.Tensor | None = None) -> SamplingInput:
     """A start with random values at known positions."""
     known = torch.zeros(len(seeds), N, dtype=torch.bool) if known is None else known
-    return Start(torch.tensor(labels), torch.tensor(seeds), random_tokens(model.config, len(seeds), 3), known)
+    return SamplingInput(torch.tensor(labels), torch.tensor(seeds), random_tokens(model.config, len(seeds), 3), known)
 
 
 def known_mask(batch: int, count: int, seed: int = 0) -> torch.Tensor:
@@ -68,7 +68,7 @@ def test_predict_after_commit_equals_the_teacher_forced_forward(config: ModelCon
             for part in order[:, known : known + size].split(size if number == 0 else largest, dim=1):
                 if number > 0:
                     model.backbone.predict(state, part)
-                model.backbone.commit(state, part, take(x, part))
+                model.backbone.commit(state, part, batched_gather(x, part))
             known += size
         view = View(order, known)
         query = view.query_BQ[:, :largest]
@@ -219,7 +219,7 @@ def test_a_few_short_sequences_are_learned_by_heart(config: ModelConfig) -> None
         schedule.step()
     given = options_of(small, steps=None, guidance=1.0)
     steps = {k: 50 for k in ("diffusion_steps", "flow_steps") if k in given.to_dict()}
-    start = Start(labels.repeat(8), torch.arange(24), spec.blank(24), torch.zeros(24, 4, dtype=torch.bool))
+    start = SamplingInput(labels.repeat(8), torch.arange(24), spec.blank(24), torch.zeros(24, 4, dtype=torch.bool))
     drawn = generate(model.eval(), start, given.override(**steps))
     # Which of the three images does each drawn token belong to? Guessing would be right for a third.
     far = (drawn[:, None] - images).abs().float().view(24, 3, 4, -1).sum(-1)
@@ -234,7 +234,7 @@ def still(backbone):
 
 def larger(head):
     """The head, predicting what a short training can learn: an error of eps is multiplied by 300 at the first step."""
-    values = {**vars(head)} | ({"prediction": "velocity"} if head.kind == "diffusion" else {})
+    values = {**vars(head)} | ({"prediction": "v_prediction"} if head.kind == "diffusion" else {})
     return type(head)(**values | ({"width": 48} if "width" in values else {}))
 
 

@@ -68,10 +68,10 @@ def test_ddpm_with_a_learned_variance(steps: int) -> None:
 
 
 @pytest.mark.parametrize("steps", [3, 20, 100])
-@pytest.mark.parametrize(("name", "kind"), [("dpmpp", "dpmsolver++"), ("dpmpp-sde", "sde-dpmsolver++")])
+@pytest.mark.parametrize(("name", "kind"), [("dpmpp_2m", "dpmsolver++"), ("dpmpp_2m_sde", "sde-dpmsolver++")])
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 def test_dpmpp(name: str, kind: str, steps: int) -> None:
     scheduler = scheduler_of("DPMSolverMultistepScheduler", algorithm_type=kind, solver_order=2, solver_type="midpoint")
     schedule = SAMPLERS[name].schedule(steps)
     scheduler.set_timesteps(timesteps=list(reversed(schedule.timesteps)))
-    torch.testing.assert_close(ours(name, schedule), theirs(scheduler, stochastic=name != "dpmpp"), rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(ours(name, schedule), theirs(scheduler, stochastic=name != "dpmpp_2m"), rtol=2e-5, atol=2e-5)

@@ -33,8 +33,8 @@ def solver_error(name: str, steps: int, grid: Grid) -> float:
     [
         ("ddim", uniform_t, 1),
         ("ddim", partial(uniform_t, last=LAST), 1),
-        ("dpmpp", partial(uniform_t, last=LAST), 2),
-        ("dpmpp", SAMPLERS["dpmpp"].grid, 2),
+        ("dpmpp_2m", partial(uniform_t, last=LAST), 2),
+        ("dpmpp_2m", SAMPLERS["dpmpp_2m"].grid, 2),
     ],
 )
 def test_error_falls_with_the_number_of_steps_at_the_solver_s_order(name: str, grid: Grid, order: int) -> None:
@@ -46,10 +46,10 @@ def test_error_falls_with_the_number_of_steps_at_the_solver_s_order(name: str, g
 
 
 def test_dpmpp_needs_a_fraction_of_ddim_s_steps() -> None:
-    assert solver_error("dpmpp", 20, SAMPLERS["dpmpp"].grid) < solver_error("ddim", 100, uniform_t)
+    assert solver_error("dpmpp_2m", 20, SAMPLERS["dpmpp_2m"].grid) < solver_error("ddim", 100, uniform_t)
 
 
-@pytest.mark.parametrize(("name", "steps"), [("ddim", 200), ("dpmpp", 25)])
+@pytest.mark.parametrize(("name", "steps"), [("ddim", 200), ("dpmpp_2m", 25)])
 def test_deterministic_samplers_reproduce_mean_and_covariance(name: str, steps: int) -> None:
     """Within 0.02 for the solver, and for the start what N(0, I) in place of x_last makes of mean and covariance."""
     schedule = SAMPLERS[name].schedule(steps)
@@ -74,8 +74,8 @@ def test_ddpm_with_the_exact_variance_is_exact_at_any_number_of_steps(steps: int
 def test_dpmpp_sde_is_of_second_order_in_the_covariance() -> None:
     errors = []
     for steps in (20, 40, 80):
-        schedule = SAMPLERS["dpmpp-sde"].schedule(steps)
-        found = push(SAMPLERS["dpmpp-sde"].run, CORRELATED.denoise(schedule), schedule, 3)
+        schedule = SAMPLERS["dpmpp_2m_sde"].schedule(steps)
+        found = push(SAMPLERS["dpmpp_2m_sde"].run, CORRELATED.denoise(schedule), schedule, 3)
         errors.append((found.covariance - CORRELATED.covariance).abs().max())
         assert (found.mean - CORRELATED.mean).abs().max() < 0.01
         assert found.noise[1:].abs().amax((1, 2)).min() > 0
@@ -86,8 +86,8 @@ def test_dpmpp_sde_is_of_second_order_in_the_covariance() -> None:
 
 def test_dpmpp_sde_forgets_where_it_began() -> None:
     """x_T has next to no say in x_0, which in the deterministic solver is a function of it."""
-    schedule = SAMPLERS["dpmpp-sde"].schedule(20)
-    pushed = [push(SAMPLERS[name].run, CORRELATED.denoise(schedule), schedule, 3) for name in ("dpmpp-sde", "dpmpp")]
+    schedule = SAMPLERS["dpmpp_2m_sde"].schedule(20)
+    pushed = [push(SAMPLERS[name].run, CORRELATED.denoise(schedule), schedule, 3) for name in ("dpmpp_2m_sde", "dpmpp_2m")]
     assert pushed[0].matrix.abs().max() < 0.05
     assert pushed[1].matrix.abs().max() > 0.5
 
@@ -134,8 +134,8 @@ def test_a_point_is_found_exactly_whatever_the_steps(name: str, steps: int) -> N
 
 @pytest.mark.parametrize("steps", [1, 2])
 def test_dpmpp_without_a_past_is_ddim(steps: int) -> None:
-    schedule = SAMPLERS["dpmpp"].schedule(steps)
-    pushed = [push(SAMPLERS[name].run, CORRELATED.denoise(schedule), schedule, 3) for name in ("ddim", "dpmpp")]
+    schedule = SAMPLERS["dpmpp_2m"].schedule(steps)
+    pushed = [push(SAMPLERS[name].run, CORRELATED.denoise(schedule), schedule, 3) for name in ("ddim", "dpmpp_2m")]
     assert distance(*pushed) < 1e-5
 
 
@@ -151,8 +151,8 @@ def test_an_error_of_the_first_eps_is_what_the_docstring_of_dpmpp_says() -> None
         return abs((wrong.offset - push(SAMPLERS[name].run, exact, schedule, 1).offset).item())
 
     assert round(response("ddim", uniform_t)) == 1574
-    assert round(response("dpmpp", uniform_log_snr)) == 28
-    assert round(response("dpmpp", SAMPLERS["dpmpp"].grid), 2) == 0.08
+    assert round(response("dpmpp_2m", uniform_log_snr)) == 28
+    assert round(response("dpmpp_2m", SAMPLERS["dpmpp_2m"].grid), 2) == 0.08
 
 
 def test_the_table_has_every_name() -> None:
@@ -162,10 +162,10 @@ def test_the_table_has_every_name() -> None:
 @pytest.mark.parametrize(
     ("name", "steps", "message"),
     [
-        ("euler", 10, "sampler is 'euler'; allowed: ddpm, ddim, dpmpp, dpmpp-sde"),
+        ("euler", 10, "sampler is 'euler'; allowed: ddpm, ddim, dpmpp_2m, dpmpp_2m_sde"),
         ("ddpm", 1001, "diffusion steps is 1001; allowed: 1 to 1000"),
-        ("dpmpp", 981, "diffusion steps is 981; allowed: 1 to 980"),
-        ("dpmpp", 0, "diffusion steps is 0; allowed: 1 to 980"),
+        ("dpmpp_2m", 981, "diffusion steps is 981; allowed: 1 to 980"),
+        ("dpmpp_2m", 0, "diffusion steps is 0; allowed: 1 to 980"),
     ],
 )
 def test_names_and_counts_outside_the_table_are_refused(name: str, steps: int, message: str) -> None:

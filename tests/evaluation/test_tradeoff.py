@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from continuar.checkpoints.store import ModelFile
+from continuar.checkpoints.store import PipelineConfig
 from continuar.cli.main import main
 from continuar.heads import DiffusionOptions
 from continuar.models.dit import DiTConfig, DiTNetworkConfig
@@ -27,9 +27,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_model(root / "mar")
     found = (c for c in model_configs() if (c.order.kind, c.backbone.kind, c.head.kind) == ("raster", "causal", "flow"))
     pipeline(next(found)).save_pretrained(root / "ar")
-    config = DiTConfig(TOKENIZER.spec, 3, DiTNetworkConfig(width=16, depth=1, heads=2, prediction="velocity"))
+    config = DiTConfig(TOKENIZER.spec, 3, DiTNetworkConfig(width=16, depth=1, heads=2, prediction="v_prediction"))
     torch.manual_seed(0)
-    file = ModelFile(config, TOKENIZER, CLASSES, SamplingOptions(head=DiffusionOptions(diffusion_steps=2)))
+    file = PipelineConfig(config, TOKENIZER, CLASSES, SamplingOptions(head=DiffusionOptions(diffusion_steps=2)))
     Pipeline(file, config.build()).save_pretrained(root / "dit")
     save_classifier(root / "classifier0")
     write_images(root / "data", per_class=4, classes=CLASSES)

@@ -31,7 +31,7 @@ def tiny_network(directory: Path, seed: int = 0) -> FeatureNetwork:
 def save_model(directory: Path) -> Path:
     """A masked model with three classes; velocity, so that few denoising steps do not make everything black and white."""
     found = (c for c in model_configs() if (c.order.kind, c.backbone.kind, c.head.kind) == ("mar", "mae", "diffusion"))
-    config = next(c for c in found if c.head.prediction == "velocity")
+    config = next(c for c in found if c.head.prediction == "v_prediction")
     return pipeline(config).save_pretrained(directory)
 
 

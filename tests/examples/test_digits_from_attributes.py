@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from continuar.checkpoints.store import ModelFile
+from continuar.checkpoints.store import PipelineConfig
 from continuar.heads import DiffusionOptions
 from continuar.pipeline import Pipeline
 from continuar.sampling.generate import SamplingOptions
@@ -52,7 +52,7 @@ def test_pieces_train_save_sample_report_and_plot(tmp_path: Path, capsys: pytest
     model, tokenizer = example.build(0.7, width=16, depth=1)
     example.train(model, tokenizer, data, images=12, batch=4)
     options = SamplingOptions(steps=2, guidance=2.0, head=DiffusionOptions(diffusion_steps=2))
-    pipe = Pipeline(ModelFile(model.config, tokenizer.config, (), options), model, tokenizer)
+    pipe = Pipeline(PipelineConfig(model.config, tokenizer.config, (), options), model, tokenizer)
     again = Pipeline.from_pretrained(pipe.save_pretrained(tmp_path / "model"), device="cpu")
     told, seeds = example.describe(torch.arange(4), torch.zeros(4, 2)), torch.arange(4)
     drawn = example.sample(pipe, told, seeds)

@@ -12,25 +12,25 @@ from continuar.heads import DiffusionHeadConfig, DiffusionOptions
 from continuar.models.autoregressive import ModelConfig
 from continuar.noise import KeyedNoise
 from continuar.sampling.engines import make_engine
-from continuar.sampling.fast.engine import IDLE_DESKS, GraphEngine, why_not
-from continuar.sampling.generate import Start, generate, make_plan
+from continuar.sampling.fast.engine import IDLE_DESKS, FastEngine, why_not
+from continuar.sampling.generate import SamplingInput, generate, make_plan
 from continuar.sampling.memory import bytes_per_image, check_fits
 from tests.tiny import model_configs, name, options_of, random_tokens, shaken
 
 CONFIGS = [c for c in model_configs() if not c.order.needs_log_prob and c.backbone.positions == "learned"]
-DIFFUSION = [c for c in CONFIGS if isinstance(c.head, DiffusionHeadConfig) and c.head.prediction == "velocity"]
+DIFFUSION = [c for c in CONFIGS if isinstance(c.head, DiffusionHeadConfig) and c.head.prediction == "v_prediction"]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))]
 LEVEL = 1 / 255 * 2
 """One of 255 levels of an image in [-1, 1]."""
 
 
-def start_of(config: ModelConfig, batch: int, known: int, device: str = "cpu") -> Start:
+def start_of(config: ModelConfig, batch: int, known: int, device: str = "cpu") -> SamplingInput:
     """Labels and seeds of a batch whose images know ``known`` tokens, each its own."""
     seeds = torch.arange(batch, device=device) + 7
-    start = Start.blank(config.tokens, seeds, torch.arange(batch, device=device) % 3)
+    start = SamplingInput.blank(config.tokens, seeds, torch.arange(batch, device=device) % 3)
     if not known:
         return start
-    count = config.tokens.positions
+    count = config.tokens.seq_len
     places = torch.stack([torch.randperm(count, generator=torch.Generator().manual_seed(i)) for i in range(batch)])
     if config.order.fixed:
         places = torch.arange(count).expand(batch, -1)
@@ -51,7 +51,7 @@ def assert_equal(config: ModelConfig, fast: torch.Tensor, eager: torch.Tensor) -
 @pytest.mark.parametrize("config", CONFIGS, ids=name)
 def test_graphs_equals_eager(config: ModelConfig, guidance: float, known: int, device: str) -> None:
     model = shaken(config).to(device)
-    options, engine = options_of(config, guidance=guidance), GraphEngine(model, strict=True)
+    options, engine = options_of(config, guidance=guidance), FastEngine(model, strict=True)
     for batch in (3, 1, 3) if device == "cuda" else (3,):  # a shape that comes again is replayed
         start = start_of(config, batch, known, device)
         fast = engine.generate(start, options)
@@ -60,21 +60,21 @@ def test_graphs_equals_eager(config: ModelConfig, guidance: float, known: int, d
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp", "dpmpp-sde"])
-@pytest.mark.parametrize("prediction", ["eps", "velocity"])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_every_sampler_equals_eager(sampler: str, prediction: str, device: str) -> None:
     config = dataclasses.replace(DIFFUSION[0], head=dataclasses.replace(DIFFUSION[0].head, prediction=prediction))
     model, start = shaken(config).to(device), start_of(config, 2, 0, device)
     # Of fewer steps, eager's own x_0 of a velocity is a difference of numbers 20,000 times as large, rounded.
     for steps in (4, 9):
         options = options_of(config, sampler=sampler, diffusion_steps=steps)
-        assert_equal(config, GraphEngine(model, strict=True).generate(start, options), generate(model, start, options))
+        assert_equal(config, FastEngine(model, strict=True).generate(start, options), generate(model, start, options))
 
 
 def test_what_is_yielded_is_what_eager_yields() -> None:
     config = DIFFUSION[0]
     model, start, options = shaken(config), start_of(config, 2, 3), options_of(config)
-    ours, theirs = (make_engine(model, name).stream(start, options) for name in ("graphs", "eager"))
+    ours, theirs = (make_engine(model, name).stream(start, options) for name in ("fast", "eager"))
     for fast, slow in zip(ours, theirs, strict=True):
         assert torch.equal(fast.known_BN, slow.known_BN)
         assert (fast.step, fast.steps) == (slow.step, slow.steps)
@@ -85,7 +85,7 @@ def test_what_is_yielded_is_what_eager_yields() -> None:
 def test_temperature_and_guidance_are_not_baked_in() -> None:
     config = DIFFUSION[0]
     model, start = shaken(config), start_of(config, 2, 0)
-    engine = GraphEngine(model)
+    engine = FastEngine(model)
     for values in ({"guidance": 3.0}, {"guidance": 1.5}, {"temperature": 0.5}, {"guidance_schedule": "constant"}):
         options = options_of(config, **values)
         assert_equal(config, engine.generate(start, options), generate(model, start, options))
@@ -97,18 +97,18 @@ def test_temperature_and_guidance_are_not_baked_in() -> None:
 def test_weights_copied_into_the_model_are_used(config: ModelConfig, precision: str, device: str) -> None:
     model, other = shaken(config, 0).to(device), shaken(config, 1).to(device)
     start, options = start_of(config, 2, 0, device), options_of(config)
-    engine = GraphEngine(model, precision, strict=True)
+    engine = FastEngine(model, precision, strict=True)
     before = engine.generate(start, options)
     model.load_state_dict(other.state_dict())
     after = engine.generate(start, options)
     assert not torch.allclose(before, after, atol=0.1)
-    torch.testing.assert_close(after, GraphEngine(other, precision).generate(start, options))
+    torch.testing.assert_close(after, FastEngine(other, precision).generate(start, options))
 
 
 def test_two_generations_at_a_time_do_not_mix() -> None:
     config = DIFFUSION[0]
     model, options = shaken(config), options_of(config)
-    engine = GraphEngine(model)
+    engine = FastEngine(model)
     starts = [start_of(config, 2, known) for known in (0, 0, 4)]
     starts[1] = dataclasses.replace(starts[1], seeds_B=starts[1].seeds_B + 100)
     alone = [engine.generate(start, options) for start in starts]
@@ -125,7 +125,7 @@ def test_two_generations_at_a_time_do_not_mix() -> None:
 def test_an_abandoned_generation_leaves_nothing_behind() -> None:
     config = DIFFUSION[0]
     model, start, options = shaken(config), start_of(config, 2, 0), options_of(config)
-    engine = GraphEngine(model)
+    engine = FastEngine(model)
     expected = engine.generate(start, options)
     stream = engine.stream(start, options)
     next(stream)
@@ -153,8 +153,8 @@ def test_bfloat16_is_near_in_every_z_and_in_every_token(config: ModelConfig, dev
     for known in (0, 6):
         start = start_of(config, 3, known, device)
         options = options_of(config)
-        low = next(iter(GraphEngine(model, "bfloat16", strict=True).stream(start, options, noise_of=recorded("low"))))
-        exact = next(iter(GraphEngine(model).stream(start, options, noise_of=recorded("exact"))))
+        low = next(iter(FastEngine(model, "bfloat16", strict=True).stream(start, options, noise_of=recorded("low"))))
+        exact = next(iter(FastEngine(model).stream(start, options, noise_of=recorded("exact"))))
         drawn = exact.known_BN & ~start.known_BN
         error = (low.tokens - exact.tokens)[drawn].square().mean().sqrt()
         assert 0 < error < 0.02 * exact.tokens[drawn].square().mean().sqrt()
@@ -166,7 +166,7 @@ def test_user_errors_of_the_engine() -> None:
     model = shaken(chooses)
     assert "confidence" in (why_not(model) or "")
     with pytest.raises(UserError, match=r"engine is 'graphs', but the confidence order .*allowed: eager"):
-        make_engine(model, "graphs")
+        make_engine(model, "fast")
     with pytest.raises(UserError, match="precision is 'bfloat16' with the eager engine, for the confidence order"):
         make_engine(model, "auto", "bfloat16")
     assert make_engine(model, "auto").model is model
@@ -175,9 +175,9 @@ def test_user_errors_of_the_engine() -> None:
     with pytest.raises(UserError, match="engine is 'fast'; allowed: auto, eager, graphs"):
         make_engine(model, "fast")  # pyright: ignore[reportArgumentType]
     with pytest.raises(UserError, match="precision is 'half'; allowed: float32, bfloat16"):
-        make_engine(shaken(CONFIGS[0]), "graphs", "half")  # pyright: ignore[reportArgumentType]
+        make_engine(shaken(CONFIGS[0]), "fast", "half")  # pyright: ignore[reportArgumentType]
     with pytest.raises(UserError, match="training mode"):
-        GraphEngine(shaken(CONFIGS[0]).train()).generate(start_of(CONFIGS[0], 1, 0), options_of(CONFIGS[0]))
+        FastEngine(shaken(CONFIGS[0]).train()).generate(start_of(CONFIGS[0], 1, 0), options_of(CONFIGS[0]))
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=name)
@@ -222,7 +222,7 @@ def test_a_capture_that_fails_goes_on_without_and_says_so_once(caplog: pytest.Lo
 def test_diffusion_options_are_part_of_what_is_captured() -> None:
     config = DIFFUSION[0]
     model, start = shaken(config), start_of(config, 1, 0)
-    engine = GraphEngine(model)
+    engine = FastEngine(model)
     for steps in (3, 9, 3):
         options = dataclasses.replace(options_of(config), head=DiffusionOptions(diffusion_steps=steps))
         assert_equal(config, engine.generate(start, options), generate(model, start, options))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from continuar.errors import UserError
 from continuar.models.autoregressive import ModelConfig
 from continuar.pipeline import Pipeline
-from continuar.sampling.generate import Start
+from continuar.sampling.generate import SamplingInput
 from continuar.sampling.known_tokens import GREY, equal_batches
 from tests.tiny import model_configs, name, options_of, pipeline, random_tokens
 
@@ -158,7 +158,7 @@ def test_progress_counts_the_steps_of_every_batch() -> None:
 def test_equal_batches_hold_every_image_once_and_equal_counts(counts: list[int], size: int) -> None:
     rows = torch.arange(len(counts))
     known_BN = torch.arange(N) < torch.tensor(counts)[:, None]
-    batches = equal_batches(Start(rows, 10 * rows, rows[:, None].expand(-1, N), known_BN), size)
+    batches = equal_batches(SamplingInput(rows, 10 * rows, rows[:, None].expand(-1, N), known_BN), size)
     assert Counter(int(i) for b in batches for i in b.rows_b) == Counter(range(len(counts)))
     fewest = sum(-(-times // size) for times in Counter(counts).values())
     assert len(batches) == fewest

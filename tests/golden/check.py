@@ -38,7 +38,7 @@ from continuar.heads import DiffusionHead, DiffusionOptions
 from continuar.models.autoregressive import Model
 from continuar.noise import Purpose
 from continuar.orders import MAROrder, View
-from continuar.sampling.generate import Guidance, SamplingOptions, Start, generate
+from continuar.sampling.generate import Guidance, SamplingInput, SamplingOptions, generate
 from continuar.tokenizers import LatentConfig
 
 TOLERANCE = 1e-4
@@ -275,7 +275,7 @@ def replay_generation(model: Model, g: dict[str, Tensor], name: str, sampling: d
     batch, positions = order.shape
     conditional = sampling.get("conditional", True)
     labels = g["labels"] if conditional else torch.full((batch,), model.null_label)
-    start = Start(
+    start = SamplingInput(
         labels,
         torch.zeros(batch, dtype=torch.int64),
         torch.zeros(batch, positions, model.config.tokens.dim),

@@ -18,7 +18,7 @@ def mixture(z: Tensor) -> Tensor:
     return sign * z + 0.2 * torch.randn_like(z)
 
 
-def shaken_head(prediction: str = "eps") -> DiffusionHead:
+def shaken_head(prediction: str = "epsilon") -> DiffusionHead:
     torch.manual_seed(0)
     head = DiffusionHead(3, 5, width=16, depth=2, prediction=prediction)
     with torch.no_grad():
@@ -55,7 +55,7 @@ def test_the_loss_is_the_mean_over_draws_of_the_loss_at_each(rows: int) -> None:
     torch.testing.assert_close(found, torch.stack(draws).mean(0), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("prediction", ["eps", "velocity"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_samples_approach_a_mixture_that_depends_on_z(prediction: str) -> None:
     torch.manual_seed(0)
     head = DiffusionHead(2, 2, width=48, depth=2, prediction=prediction)
@@ -80,7 +80,7 @@ def test_samples_approach_a_mixture_that_depends_on_z(prediction: str) -> None:
     assert distance() < 0.15 * before
 
 
-@pytest.mark.parametrize("prediction", ["eps", "velocity"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_loss_is_one_value_per_row_and_reaches_z(prediction: str) -> None:
     head = shaken_head(prediction)
     z = torch.randn(7, 5, requires_grad=True)
@@ -92,7 +92,7 @@ def test_loss_is_one_value_per_row_and_reaches_z(prediction: str) -> None:
     assert not z.grad[[0, 1, 3, 4, 5, 6]].any()
 
 
-@pytest.mark.parametrize("prediction", ["eps", "velocity"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_loss_under_bfloat16_autocast_is_close_to_float32(prediction: str) -> None:
     head = shaken_head(prediction)
     z, x = torch.randn(64, 5), torch.randn(64, 3)
@@ -142,5 +142,5 @@ def test_shapes_that_do_not_fit_are_named() -> None:
     for values in ({"token_dim": 0}, {"width": 0}):
         with pytest.raises(UserError, match="is 0; allowed: 1 or more"):
             DiffusionHead(**({"token_dim": 2, "cond_dim": 2} | values))
-    with pytest.raises(UserError, match="prediction is 'x0'; allowed: eps, velocity"):
+    with pytest.raises(UserError, match="prediction is 'x0'; allowed: epsilon, v_prediction"):
         DiffusionHead(2, 2, prediction="x0")

@@ -20,10 +20,10 @@ NOISE = KeyedNoise(torch.arange(6), torch.arange(6) + 3)
 Z, Z_UNCOND = (torch.randn(6, 5, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
 
 each_sampler = pytest.mark.parametrize("name", SAMPLERS)
-each_prediction = pytest.mark.parametrize("prediction", ["eps", "velocity"])
+each_prediction = pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 
 
-def shaken_head(prediction: str = "eps") -> DiffusionHead:
+def shaken_head(prediction: str = "epsilon") -> DiffusionHead:
     """A head whose zero-initialised layers are not zero."""
     torch.manual_seed(0)
     head = DiffusionHead(3, 5, width=16, depth=2, prediction=prediction)
@@ -45,7 +45,7 @@ def plain_denoise(head: DiffusionHead, z: Tensor) -> Callable[[Tensor, Tensor], 
 
     def denoise(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         out, v = head.net(x, t, z)
-        return (out if head.prediction == "eps" else eps_from_velocity(training_coefficients(z.device), x, t[None], out)), v
+        return (out if head.prediction == "epsilon" else eps_from_velocity(training_coefficients(z.device), x, t[None], out)), v
 
     return denoise
 
@@ -91,7 +91,7 @@ def test_temperature_is_refused_by_every_door_where_no_noise_is_added(name: str)
 
 
 def test_steps_that_a_grid_does_not_have_are_refused_when_options_are_made() -> None:
-    DiffusionOptions(diffusion_steps=980, sampler="dpmpp")
+    DiffusionOptions(diffusion_steps=980, sampler="dpmpp_2m")
     for refuse in (DiffusionOptions, lambda **o: shaken_head().sample(Z, **o)):
         with pytest.raises(UserError, match="diffusion steps is 981; allowed: 1 to 980"):
-            refuse(diffusion_steps=981, sampler="dpmpp")
+            refuse(diffusion_steps=981, sampler="dpmpp_2m")

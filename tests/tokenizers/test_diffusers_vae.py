@@ -41,7 +41,7 @@ def test_tokens_have_the_shape_that_the_config_promises(network: NetworkConfig, 
     latents = tokenizer.encode(images())
     assert latents.shape == (2, network.channels * (2 if network.has_variance else 1), 4, 4)
     tokens = tokenizer.tokenize(latents)
-    assert tokens.shape == (2, config.spec.positions, config.spec.dim)
+    assert tokens.shape == (2, config.spec.seq_len, config.spec.dim)
     assert (config.spec.grid, config.spec.dim) == ((4 // patch, 4 // patch), network.channels * patch**2)
     decoded = tokenizer.decode(tokens)
     assert decoded.shape == (2, 3, 8, 8)
@@ -59,7 +59,7 @@ def test_config_survives_json_and_state_rebuilds_the_tokenizer(network: NetworkC
     second.load_state_dict(first.state_dict())
     latents = first.encode(images())
     assert torch.equal(latents, second.encode(images()))
-    tokens = torch.randn(1, *(config.spec.positions, config.spec.dim))
+    tokens = torch.randn(1, *(config.spec.seq_len, config.spec.dim))
     assert torch.equal(first.decode(tokens), second.decode(tokens))
 
 

@@ -12,11 +12,11 @@ import torch
 
 from continuar.cli.train import dry_run
 from continuar.heads import FlowHeadConfig, RegressionHeadConfig
-from continuar.models.autoregressive import known_to_disappoint
+from continuar.models.autoregressive import config_warnings
 from continuar.recipes import RECIPES
 from continuar.sampling.generate import SamplingOptions
 from continuar.tokenizers import LatentConfig, PixelConfig, TokenizerConfig
-from continuar.training.config import EMAConfig, Run, advice
+from continuar.training.config import EMAConfig, Run, run_warnings
 from continuar.training.trainer import train
 from tests.tiny import IDS, tiny_run, write_images
 
@@ -37,12 +37,12 @@ def latents(size: int, stride: int = 16, channels: int = 16, patch: int = 1) -> 
 
 
 def of_tokens(tokenizer: TokenizerConfig) -> list[str]:
-    return known_to_disappoint(tokenizer, replace(GOOD.head, width=4096))
+    return config_warnings(tokenizer, replace(GOOD.head, width=4096))
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_are_quiet_but_for_the_control_that_is_meant_to_fail(name: str) -> None:
-    assert bool(advice(RECIPES[name]())) == name.endswith("_regression")
+    assert bool(run_warnings(RECIPES[name]())) == name.endswith("_regression")
 
 
 @pytest.mark.parametrize(
@@ -59,8 +59,8 @@ def test_recipes_are_quiet_but_for_the_control_that_is_meant_to_fail(name: str) 
         (with_(head=FlowHeadConfig(width=32), sampling=SamplingOptions()), r"32 is narrower .* better: --head.width 48 or more$"),
         (with_(head=RegressionHeadConfig(), sampling=SamplingOptions()), r"a regression head .* better: diffusion$"),
         (
-            with_(head=replace(GOOD.head, prediction="eps"), train=replace(GOOD.train, images=90_000)),
-            r"eps after 90,000 images .* better: --head.prediction velocity$",
+            with_(head=replace(GOOD.head, prediction="epsilon"), train=replace(GOOD.train, images=90_000)),
+            r"eps after 90,000 images .* better: --head.prediction v_prediction$",
         ),
         (
             with_(ema=EMAConfig(0.9999, warmup=False), train=replace(GOOD.train, images=128_000)),
@@ -73,7 +73,7 @@ def test_recipes_are_quiet_but_for_the_control_that_is_meant_to_fail(name: str) 
     ],
 )
 def test_what_is_known_to_disappoint_is_one_line_with_a_better_choice(run: Run, message: str) -> None:
-    (line,) = advice(run)
+    (line,) = run_warnings(run)
     assert "\n" not in line
     assert re.search(message, line), line
 
@@ -82,13 +82,13 @@ def test_the_better_choice_is_quiet() -> None:
     better = [pixels(64, 4), pixels(128, 4), pixels(256, 8), latents(64, 8, 4), latents(256), latents(512), latents(512, 8, 4, 2)]
     assert [of_tokens(tokenizer) for tokenizer in better] == [[]] * 7
     assert of_tokens(IDS) == []
-    longer = with_(head=replace(GOOD.head, prediction="eps"), train=replace(GOOD.train, images=2_000_000))
-    assert advice(longer) == []
+    longer = with_(head=replace(GOOD.head, prediction="epsilon"), train=replace(GOOD.train, images=2_000_000))
+    assert run_warnings(longer) == []
 
 
 def test_a_run_says_it_once_when_it_begins_and_so_does_a_dry_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = tiny_run(write_images(tmp_path / "data"), images=8, label_dropout=0.0)
-    run = replace(run, head=replace(run.head, width=48, prediction="velocity"))
+    run = replace(run, head=replace(run.head, width=48, prediction="v_prediction"))
     train(run, tmp_path / "r", device=torch.device("cpu"))
     dry_run(run)
-    assert [r.message for r in caplog.records if "better:" in r.message] == advice(run) * 2
+    assert [r.message for r in caplog.records if "better:" in r.message] == run_warnings(run) * 2

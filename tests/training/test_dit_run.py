@@ -35,7 +35,7 @@ def dit_run(path: Path | str, **loop) -> DiTRun:
     return DiTRun(
         data=base.data,
         tokenizer=base.tokenizer,
-        network=DiTNetworkConfig(width=16, depth=2, heads=2, prediction="velocity"),
+        network=DiTNetworkConfig(width=16, depth=2, heads=2, prediction="v_prediction"),
         optim=base.optim,
         ema=base.ema,
         train=base.train,
@@ -109,9 +109,12 @@ def test_known_tokens_are_refused_unless_all_are_known(trained: Path) -> None:
 def test_commands_sample_it_and_say_what_it_cannot_do(trained: Path, images: Path, tmp_path: Path, capsys) -> None:
     out = tmp_path / "samples"
     fixed = ["--device", "cpu", "--out", str(out)]
-    assert main(["sample", str(trained), "--per-class", "1", "--diffusion-steps", "3", "--sampler", "dpmpp", *fixed]) == 0
+    assert main(["sample", str(trained), "--per-class", "1", "--diffusion-steps", "3", "--sampler", "dpmpp_2m", *fixed]) == 0
     entries = json.loads((out / "samples.json").read_text())
-    assert [(e["class_name"], e["diffusion_steps"], e["sampler"]) for e in entries] == [("ant", 3, "dpmpp"), ("bee", 3, "dpmpp")]
+    assert [(e["class_name"], e["diffusion_steps"], e["sampler"]) for e in entries] == [
+        ("ant", 3, "dpmpp_2m"),
+        ("bee", 3, "dpmpp_2m"),
+    ]
     picture = str(images / "ant" / "0.png")
     refused = {
         "the model makes all tokens of an image in one; allowed: 1": ["sample", str(trained), "--steps", "3", *fixed],

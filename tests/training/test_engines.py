@@ -26,7 +26,7 @@ def tiny_run(**train) -> Run:
     return Run(
         tokenizer=PixelConfig(image_size=8, patch=2, std=1.0),
         backbone=MAEConfig(width=32, encoder_depth=1, heads=2, decoder_depth=1, buffer=2, mask_granularity=4),
-        head=DiffusionHeadConfig(width=32, depth=1, prediction="velocity"),
+        head=DiffusionHeadConfig(width=32, depth=1, prediction="v_prediction"),
         train=LoopConfig(batch_size=4, **train),
         sampling=dataclasses.replace(Run().sampling, steps=4),
     )
@@ -67,16 +67,16 @@ def test_compiled_loss_equals_the_plain_one_in_value_and_gradients(monkeypatch: 
 @pytest.mark.parametrize("positions", ["learned", "rotary"])
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
 def test_recomputed_blocks_give_the_same_loss_and_gradients_with_dropout(positions: str, bf16: bool) -> None:
-    run, results = tiny_run(recompute=True), []
+    run, results = tiny_run(activation_checkpointing=True), []
     run = dataclasses.replace(run, backbone=dataclasses.replace(run.backbone, positions=positions, dropout=0.3))
-    for train in (dataclasses.replace(run.train, recompute=False), run.train):
+    for train in (dataclasses.replace(run.train, activation_checkpointing=False), run.train):
         torch.manual_seed(0)
         model = run.model_config(3).build()
         with torch.no_grad():
             for parameter in model.head.parameters():
                 parameter.add_(0.02 * torch.randn_like(parameter))
         trainer = TrainStep(model, dataclasses.replace(run, train=train))
-        assert {m.recomputed for m in model.modules() if isinstance(m, Block)} == {train.recompute}
+        assert {m.recomputed for m in model.modules() if isinstance(m, Block)} == {train.activation_checkpointing}
         assert not any(m.recomputed for m in trainer.ema.model.modules() if isinstance(m, Block))
         torch.manual_seed(7)
         loss = EagerEngine(model, 0.1, bf16)(
@@ -94,12 +94,12 @@ def test_recomputed_blocks_give_the_same_loss_and_gradients_with_dropout(positio
 def test_recomputing_is_refused_where_graphs_are_captured() -> None:
     for engine in ("graphs", "compile-graphs"):
         with pytest.raises(UserError, match=f"train.engine {engine} cannot capture; allowed: eager, compile"):
-            LoopConfig(recompute=True, engine=engine)
+            LoopConfig(activation_checkpointing=True, engine=engine)
 
 
 @pytest.mark.parametrize(("positions", "recompute"), [("learned", False), ("rotary", True)])
 def test_no_shape_of_as_many_masked_counts_as_are_allowed_falls_back_to_eager(
-    positions: str, recompute: bool, monkeypatch: pytest.MonkeyPatch
+    positions: str, activation_checkpointing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.compiler.reset()  # shapes that other tests compiled count too
     compiler = nn.Module.compile  # traced and counted as always, but no code is generated
@@ -108,12 +108,12 @@ def test_no_shape_of_as_many_masked_counts_as_are_allowed_falls_back_to_eager(
     backbone = dataclasses.replace(run.backbone, decoder_depth=2, mask_ratio_min=0.15, mask_granularity=2, positions=positions)
     run = dataclasses.replace(run, backbone=backbone)
     model = run.model_config(3).build().train()
-    assert len(model.queried_counts()) == MAX_COMPILED
+    assert len(model.num_masked_distribution()) == MAX_COMPILED
     for block in (m for m in model.modules() if isinstance(m, Block)):
-        block.recomputed = recompute
+        block.recomputed = activation_checkpointing
     engine = CompiledEngine(model, 0.1, False)
     with dynamo.patch(fail_on_recompile_limit_hit=True):
-        for queried in model.queried_counts():
+        for queried in model.num_masked_distribution():
             engine(torch.randn(4, 16, 12), torch.tensor([0, 1, 2, 0]), model.training_view(4, torch.device("cpu"), queried))
 
 

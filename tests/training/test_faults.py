@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from continuar.checkpoints.sharded import read_whole
+from continuar.checkpoints.sharded import read_full
 from continuar.cli.main import main
 from continuar.distributed import Kind, joined
 from continuar.errors import UserError
@@ -105,7 +105,7 @@ def test_processes_killed_together_end_with_the_same_bits(images: Path, tmp_path
     assert group(2, trained_together, tmp_path / "run", images) == [0, 0]
     pair = [newest_checkpoints(tmp_path / name)[0] for name in ("run", "undisturbed")]
     for name in ("model.", "ema.", "optimizer."):
-        found, expected = (read_whole(checkpoint, name) for checkpoint in pair)
+        found, expected = (read_full(checkpoint, name) for checkpoint in pair)
         assert all(torch.equal(value, found[key]) for key, value in expected.items())
 
 

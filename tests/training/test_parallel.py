@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from continuar.checkpoints.sharded import read_whole
-from continuar.distributed import Kind, Sharded, Single, joined, local_device, whole_state
+from continuar.checkpoints.sharded import read_full
+from continuar.distributed import FSDP, Kind, SingleProcess, gathered_state, joined, local_device
 from continuar.errors import UserError
 from continuar.pipeline import Pipeline, newest_checkpoints
 from continuar.training.config import EMAConfig, Run
@@ -24,9 +24,11 @@ WEIGHTS = ("model.safetensors", "ema.safetensors")
 KINDS: tuple[Kind, ...] = ("ddp", "fsdp")
 
 
-def run_of(images: Path, micro_batch: int = 4, recompute: bool = False) -> Run:
+def run_of(images: Path, micro_batch: int = 4, activation_checkpointing: bool = False) -> Run:
     """Twelve steps of 8 images, the loss of each written, with checkpoints after 6 and 12."""
-    run = tiny_run(images, images=96, log_images=8, save_images=48, micro_batch=micro_batch, recompute=recompute)
+    run = tiny_run(
+        images, images=96, log_images=8, save_images=48, micro_batch=micro_batch, activation_checkpointing=activation_checkpointing
+    )
     return replace(run, ema=EMAConfig(decay=0.9, snapshot_images=96))
 
 
@@ -36,7 +38,7 @@ def halved(source: Path, destination: Path) -> None:
     shutil.rmtree(newest_checkpoints(destination)[0])
 
 
-def skipping(images: Path, parallel: Single) -> tuple[dict[str, torch.Tensor], tuple[int, int]]:
+def skipping(images: Path, parallel: SingleProcess) -> tuple[dict[str, torch.Tensor], tuple[int, int]]:
     """Four steps, in the second of which micro-batch 1 (that of process 1, where there are two) is not a number."""
     torch.manual_seed(0)
     trainer = TrainStep(run_of(images).model_config(2).build(), run_of(images), parallel)
@@ -48,7 +50,7 @@ def skipping(images: Path, parallel: Single) -> tuple[dict[str, torch.Tensor], t
     for step in range(4):
         trainer(step, stream)
     averages = trainer.meter.read()
-    return whole_state(trainer.model, parallel), (averages.steps, averages.skipped)
+    return gathered_state(trainer.model, parallel), (averages.steps, averages.skipped)
 
 
 def pair(root: Path, images: Path) -> None:
@@ -57,11 +59,11 @@ def pair(root: Path, images: Path) -> None:
         flat = torch.tensor([1.0, 5.0]) * (1 + 2 * replicated.rank)
         replicated.average(flat)
         assert flat.tolist() == [2.0, 10.0]
-        kinds = {"ddp": replicated, "fsdp": Sharded(CPU)}
+        kinds = {"ddp": replicated, "fsdp": FSDP(CPU)}
         for kind, parallel in kinds.items():
             for micro_batch in (4, 2):
                 train(run_of(images, micro_batch), root / f"{kind}-{micro_batch}", device=CPU, parallel=parallel)
-            train(run_of(images, recompute=True), root / f"{kind}-recompute", device=CPU, parallel=parallel)
+            train(run_of(images, activation_checkpointing=True), root / f"{kind}-recompute", device=CPU, parallel=parallel)
             state, counts = skipping(images, parallel)
             if parallel.first:
                 save_file(state, root / f"{kind}-skipping.safetensors")
@@ -154,7 +156,7 @@ def test_shards_are_a_model_that_can_be_loaded(runs: Path, tmp_path: Path) -> No
     newest, before = newest_checkpoints(runs / "fsdp-4")
     assert not (before / "model.safetensors").exists()
     for group_name, file in zip(("model.", "ema."), WEIGHTS, strict=True):
-        joined_up, consolidated = read_whole(newest, group_name), load_file(newest / file)
+        joined_up, consolidated = read_full(newest, group_name), load_file(newest / file)
         assert joined_up.keys() == consolidated.keys()
         assert all(torch.equal(value, joined_up[name]) for name, value in consolidated.items())
     pipe = Pipeline.from_pretrained(before, device="cpu")
@@ -178,7 +180,7 @@ def test_a_damaged_shard_is_noticed(runs: Path, images: Path, tmp_path: Path, ca
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_bad_micro_batch_of_one_process_is_skipped_by_all_alike(runs: Path, images: Path, kind: str) -> None:
-    expected, counts = skipping(images, Single())
+    expected, counts = skipping(images, SingleProcess())
     assert counts == (4, 1)
     assert tuple(json.loads((runs / f"{kind}-skipping.json").read_text())) == counts
     found = load_file(runs / f"{kind}-skipping.safetensors")
@@ -186,8 +188,8 @@ def test_a_bad_micro_batch_of_one_process_is_skipped_by_all_alike(runs: Path, im
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=2e-5)
 
 
-def of_world(world: int) -> Single:
-    parallel = Single()
+def of_world(world: int) -> SingleProcess:
+    parallel = SingleProcess()
     parallel.world = world
     return parallel
 

@@ -39,7 +39,7 @@ def really_saved(config: ModelConfig, batch: int, queried: int, bf16: bool) -> i
         found[storage.data_ptr()] = storage
         return tensor
 
-    view = View(torch.rand(batch, config.tokens.positions).argsort(1), config.tokens.positions - queried)
+    view = View(torch.rand(batch, config.tokens.seq_len).argsort(1), config.tokens.seq_len - queried)
     inputs = random_tokens(config, batch, 0), torch.zeros(batch, dtype=torch.int64), view
     with saved_tensors_hooks(pack, lambda t: t), AsOnGPU(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         loss = model.loss(*inputs, 0.1).mean()
@@ -51,7 +51,7 @@ def really_saved(config: ModelConfig, batch: int, queried: int, bf16: bool) -> i
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
 @pytest.mark.parametrize("config", model_configs(), ids=name)
 def test_what_is_counted_on_the_meta_device_is_what_real_tensors_take(config: ModelConfig, bf16: bool) -> None:
-    queried = config.tokens.positions if config.backbone.kind == "causal" else 12
+    queried = config.tokens.seq_len if config.backbone.kind == "causal" else 12
     assert saved(on_meta(config), 3, queried, bf16)[0] == really_saved(config, 3, queried, bf16)
 
 
@@ -67,11 +67,11 @@ def test_activations_are_linear_in_the_batch_and_take_the_larger_extreme() -> No
 def test_recomputed_blocks_leave_their_inputs_and_one_block() -> None:
     config = next(c for c in model_configs() if c.backbone.kind == "causal" and c.order.kind == "raster")
     config = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, attention_dropout=0.0))
-    batch, positions, width = 3, config.tokens.positions, config.backbone.width
+    batch, positions, width = 3, config.tokens.seq_len, config.backbone.width
 
-    def count(depth: int, recompute: bool) -> int:
+    def count(depth: int, activation_checkpointing: bool) -> int:
         deeper = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, depth=depth))
-        return saved(on_meta(deeper), batch, positions, False, recompute)[0]
+        return saved(on_meta(deeper), batch, positions, False, activation_checkpointing)[0]
 
     block_input = 4 * batch * positions * width
     assert count(6, True) - count(2, True) == 4 * block_input
@@ -83,7 +83,7 @@ def test_recomputed_blocks_leave_their_inputs_and_one_block() -> None:
 
 def test_recomputing_is_planned_as_less_memory_and_at_most_a_third_more_work() -> None:
     run = RECIPES["mar_b_imagenet256"]()
-    again = dataclasses.replace(run, train=dataclasses.replace(run.train, recompute=True))
+    again = dataclasses.replace(run, train=dataclasses.replace(run.train, activation_checkpointing=True))
     plain, less = (estimate_run(r, 1000, Machine(gpus=8)) for r in (run, again))
     assert less.memory["ddp"].per_image < 0.7 * plain.memory["ddp"].per_image
     assert less.memory["ddp"].parts == plain.memory["ddp"].parts
@@ -93,12 +93,12 @@ def test_recomputing_is_planned_as_less_memory_and_at_most_a_third_more_work() -
 MEASURED = [json.loads(line) for line in (Path(__file__).parents[2] / "benchmarks/results/memory.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("result", MEASURED, ids=lambda r: f"{r['recipe']}-{r['engine']}-{r['timesteps_per_token']}")
+@pytest.mark.parametrize("result", MEASURED, ids=lambda r: f"{r['recipe']}-{r['engine']}-{r['diffusion_batch_mul']}")
 def test_memory_is_within_a_tenth_of_what_was_measured(result: dict) -> None:
     run = RECIPES[result["recipe"]]()
     run = dataclasses.replace(
         run,
-        head=dataclasses.replace(run.head, timesteps_per_token=result["timesteps_per_token"]),
+        head=dataclasses.replace(run.head, diffusion_batch_mul=result["diffusion_batch_mul"]),
         train=dataclasses.replace(run.train, batch_size=result["batch_size"], engine="eager"),
     )
     memory = estimate_run(run, run.data.classes, Machine()).memory["ddp"]
@@ -164,7 +164,7 @@ def test_plan_prints_parts_and_advice(capsys: pytest.CaptureFixture) -> None:
     assert "ddp    does not fit into 92% of 80 GiB; it does with --train.micro-batch 128" in out
     assert main(["plan", "mar_kl_cifar10"]) == 0  # mean and log variance, in bfloat16, of image and mirror image
     spec = RECIPES["mar_kl_cifar10"]().tokenizer.spec
-    assert f"{spec.positions * spec.dim * 2 * 2 * 2:,} bytes per image (a cache of latents on disk)" in capsys.readouterr().out
+    assert f"{spec.seq_len * spec.dim * 2 * 2 * 2:,} bytes per image (a cache of latents on disk)" in capsys.readouterr().out
     assert main(["plan", "digits"]) == 0
     assert "ddp    fits into 92% of 80 GiB" in capsys.readouterr().out
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from continuar.cli.main import main
-from continuar.distributed import Single
+from continuar.distributed import SingleProcess
 from continuar.errors import UserError
 from continuar.pipeline import Pipeline
 from continuar.training.config import EMAConfig
@@ -84,7 +84,7 @@ def test_a_reconstructed_average_is_the_one_that_was_followed(tmp_path: Path, le
         walk.step(number)
         followed.update(number)
         if (number + 1) % 25 == 0:
-            walk.averages.write(tmp_path, number + 1, Single())
+            walk.averages.write(tmp_path, number + 1, SingleProcess())
     state, step = reconstruct(tmp_path, length)
     assert step == 400
     expected = followed.tensors[f"{length}/token_embedding.weight"]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from continuar.distributed import Single
+from continuar.distributed import SingleProcess
 from continuar.errors import UserError
 from continuar.heads import DiffusionHead, FlowHeadConfig, RegressionHeadConfig
 from continuar.training.step import Meter
@@ -22,10 +22,10 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("head", [DiffusionHead(5, 7, 16, 1), FlowHeadConfig(16, 1).build(5, 7)])
 def test_losses_by_time_are_parts_of_the_loss(head: Any) -> None:
     torch.manual_seed(0)
-    meter = Meter(head, CPU, Single())
+    meter = Meter(head, CPU, SingleProcess())
     losses = [head(torch.randn(300, 7), torch.randn(300, 5)) for _ in range(3)]
     sums, counts = head.time_losses.clone()
-    assert counts.sum() == 3 * 300 * head.timesteps_per_token
+    assert counts.sum() == 3 * 300 * head.diffusion_batch_mul
     assert ((counts / counts.sum() - 0.25).abs() < 0.05).all()
     torch.testing.assert_close(sums.sum() / counts.sum(), torch.stack(losses).mean())
     found = meter.read().loss_by_time
@@ -36,17 +36,17 @@ def test_losses_by_time_are_parts_of_the_loss(head: Any) -> None:
 
 def test_times_are_sorted_into_their_quarters_and_what_is_no_number_counts_as_nothing() -> None:
     head = DiffusionHead(5, 7, 16, 1)
-    head.note_times(torch.tensor([0.1]), torch.tensor([1.0]))  # nobody watches
+    head.record_loss_by_timestep(torch.tensor([0.1]), torch.tensor([1.0]))  # nobody watches
     assert head.time_losses is None
-    meter = Meter(head, CPU, Single())
+    meter = Meter(head, CPU, SingleProcess())
     time = torch.tensor([[0.0, 0.2499, 0.25], [0.5, 0.999, 0.75]])
-    head.note_times(time, torch.tensor([[1.0, 3.0, 5.0], [7.0, torch.nan, 4.0]]))
+    head.record_loss_by_timestep(time, torch.tensor([[1.0, 3.0, 5.0], [7.0, torch.nan, 4.0]]))
     assert meter.read().loss_by_time == {"0.00-0.25": 2.0, "0.25-0.50": 5.0, "0.50-0.75": 7.0, "0.75-1.00": 2.0}
 
 
 def test_heads_without_times_and_steps_without_loss_show_none() -> None:
     head = RegressionHeadConfig(16, 1).build(5, 7)
-    meter = Meter(head, CPU, Single())
+    meter = Meter(head, CPU, SingleProcess())
     head(torch.randn(3, 7), torch.randn(3, 5))
     one, good, bad = torch.tensor(1.0), torch.tensor(False), torch.tensor(True)
     for loss, flag, masked in ((2.0, good, 7), (4.0, good, 7), (torch.nan, bad, 7), (8.0, good, 10), (torch.inf, bad, 9)):

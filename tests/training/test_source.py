@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from continuar.checkpoints.mar import latent_sizes
-from continuar.checkpoints.store import read_model_file, read_tokenizer, write_tensors
+from continuar.checkpoints.store import read_pipeline_config, read_tokenizer, write_tensors
 from continuar.checkpoints.tokenizers import load_tokenizer, save_tokenizer, set_scale
 from continuar.cli.main import main
 from continuar.cli.train import dry_run
@@ -84,7 +84,7 @@ def test_a_model_of_cached_latents_makes_images_by_the_cache_s_tokenizer(
     trained = train(RUNS[kind](caches[kind], sample_images=48), directory, device=CPU)
     own = load_tokenizer(caches[kind].parent / "t")
     kept = from_json(Run, json.loads((directory / "config.json").read_text()))
-    assert kept.tokenizer == own.config == read_model_file(newest_checkpoints(directory)[0]).tokenizer
+    assert kept.tokenizer == own.config == read_pipeline_config(newest_checkpoints(directory)[0]).tokenizer
     loaded = Pipeline.from_pretrained(directory, device="cpu")
     assert loaded.file.classes == ("ant", "bee")
     assert all(torch.equal(v, own.state_dict()[k]) for k, v in loaded.tokenizer.state_dict().items())
@@ -230,7 +230,7 @@ def test_dry_run_has_classes_and_tokenizer_of_the_cache(caches: dict[str, Path])
 def test_recipes_take_the_tokens_of_the_tokenizers_they_name(model: str, tokenizer: str) -> None:
     run = RECIPES[model]()
     assert run.tokenizer == TOKENIZER_RECIPES[tokenizer]().tokenizer
-    assert run.model_config(10).tokens.positions == 64
+    assert run.model_config(10).tokens.seq_len == 64
     assert f"continuar tokenizer train {tokenizer} " in str(RECIPES[model].__doc__)
     assert not reads_cache(run.data)
 
@@ -246,7 +246,7 @@ def test_a_model_of_cached_latents_has_a_place_in_the_official_layout(caches: di
     train(mar_run(caches["kl"], images=8), tmp_path / "r", device=CPU)
     assert main(["convert", str(tmp_path / "r"), str(tmp_path / "official.pth")]) == 0
     assert main(["convert", str(tmp_path / "official.pth"), str(tmp_path / "back")]) == 0
-    back = read_model_file(tmp_path / "back")
+    back = read_pipeline_config(tmp_path / "back")
     assert back.tokenizer == LatentConfig("latent", "f2d3", image_size=8, stride=2, channels=3, scale=0.5)
     shifted = replace(back, tokenizer=replace(VAE, shift=0.1))
     with pytest.raises(UserError, match=r"tokenizer.shift is 0.1, which the official layout has no place for; allowed: 0"):

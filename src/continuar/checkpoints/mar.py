@@ -33,10 +33,10 @@ from continuar.checkpoints.store import (
     CONFIG,
     EMA,
     WEIGHTS,
-    ModelFile,
+    PipelineConfig,
     atomic_directory,
     check_keys,
-    read_model_file,
+    read_pipeline_config,
     read_tensors,
     write_json,
     write_tensors,
@@ -134,8 +134,8 @@ def official_parts(config: ModelConfig | DiTConfig) -> tuple[MAEConfig, Diffusio
         raise _no_place("backbone.positions", backbone.positions, "learned")
     if not isinstance(head, DiffusionHeadConfig):
         raise _no_place("head", head.kind, "diffusion")
-    if head.prediction != "eps":
-        raise _no_place("head.prediction", head.prediction, "eps")
+    if head.prediction != "epsilon":
+        raise _no_place("head.prediction", head.prediction, "epsilon")
     return backbone, head
 
 
@@ -354,7 +354,7 @@ class OfficialFile:
 
 def model_file(
     official: OfficialFile, *, heads: int | None = None, decoder_heads: int | None = None
-) -> tuple[ModelFile, tuple[str, ...]]:
+) -> tuple[PipelineConfig, tuple[str, ...]]:
     """The config of a saved model for an official file, and notes on what had to be assumed.
 
     Args:
@@ -378,16 +378,16 @@ def model_file(
             attention_dropout=official.number("attn_dropout", backbone.attention_dropout, float),
             dropout=official.number("proj_dropout", backbone.dropout, float),
         ),
-        head=replace(head, timesteps_per_token=official.number("diffusion_batch_mul", head.timesteps_per_token)),
+        head=replace(head, diffusion_batch_mul=official.number("diffusion_batch_mul", head.diffusion_batch_mul)),
     )
     tokenizer, notes = _tokenizer(official, config.tokens)
     guidance = _GUIDANCE.get(backbone.width, 3.0) if config.classes else 1.0
-    sampling = SamplingOptions(steps=min(64, config.tokens.positions), guidance=guidance)
-    file = ModelFile(config, tokenizer, tuple(map(str, range(config.classes))), sampling)
+    sampling = SamplingOptions(steps=min(64, config.tokens.seq_len), guidance=guidance)
+    file = PipelineConfig(config, tokenizer, tuple(map(str, range(config.classes))), sampling)
     return file, notes + _check_args(official, file)
 
 
-def official_args(file: ModelFile) -> dict[str, Any]:
+def official_args(file: PipelineConfig) -> dict[str, Any]:
     """The official command-line and constructor arguments that a model implies, by their official names.
 
     ``latent_scale`` alone is not one of them: official code has 0.2325 written into it.
@@ -412,7 +412,7 @@ def official_args(file: ModelFile) -> dict[str, Any]:
         "buffer_size": backbone.buffer,
         "diffloss_d": head.depth,
         "diffloss_w": head.width,
-        "diffusion_batch_mul": head.timesteps_per_token,
+        "diffusion_batch_mul": head.diffusion_batch_mul,
     }
 
 
@@ -451,7 +451,7 @@ def _tokenizer(official: OfficialFile, tokens: TokenSpec) -> tuple[LatentConfig,
     return tokenizer, ()
 
 
-def _check_args(official: OfficialFile, file: ModelFile) -> tuple[str, ...]:
+def _check_args(official: OfficialFile, file: PipelineConfig) -> tuple[str, ...]:
     """Refuses ``args`` that contradict the model; returns notes on what is only odd."""
     args, expected, notes = official.args, official_args(file), ()
     if str(args.get("model")) in MODELS:
@@ -469,7 +469,7 @@ def _check_args(official: OfficialFile, file: ModelFile) -> tuple[str, ...]:
     return notes
 
 
-def latent_sizes(file: ModelFile) -> tuple[int, int, int, int, float]:
+def latent_sizes(file: PipelineConfig) -> tuple[int, int, int, int, float]:
     """(image size, stride, patch, channels, scale) of the tokenizer; pixels are latents of stride 1."""
     t = file.tokenizer
     if isinstance(t, LatentConfig):
@@ -491,7 +491,7 @@ _ENTRY = {"ema": "model_ema", "raw": "model"}
 class Converted:
     """What a conversion did, for people."""
 
-    file: ModelFile
+    file: PipelineConfig
     state: Mapping[str, Tensor]
     """Weights in our layout; of two sets, the raw ones."""
     tensors: int
@@ -543,7 +543,7 @@ def export_official(source: Path, destination: Path, *, weights: Weights = "ema"
         UserError: the source cannot be read; or see `write_official`.
     """
     check_file(destination, overwrite)
-    file = read_model_file(source)
+    file = read_pipeline_config(source)
     model = read_tensors(source / WEIGHTS)
     scale = latent_sizes(file)[-1]
     notes = [f"tokens are latents x {scale:.6g}; official code has x {LatentConfig.scale} written into it"]
@@ -575,7 +575,7 @@ def read_official(path: Path, weights: Weights = "ema") -> OfficialFile:
 
 
 def write_official(
-    path: Path, file: ModelFile, model: Mapping[str, Tensor], ema: Mapping[str, Tensor], *, overwrite: bool = False
+    path: Path, file: PipelineConfig, model: Mapping[str, Tensor], ema: Mapping[str, Tensor], *, overwrite: bool = False
 ) -> int:
     """Writes two sets of weights (in our layout; may be one and the same) as an official file, all of it or nothing.
 

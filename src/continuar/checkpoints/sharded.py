@@ -62,7 +62,7 @@ def read_shards(checkpoint: Path, tensors: Mapping[str, Tensor], *, alone: bool 
         raise UserError(f"{folder} cannot be read: {next(iter(problem.failures.values()))[0]}") from problem
 
 
-def read_whole(checkpoint: Path, prefix: str) -> dict[str, Tensor]:
+def read_full(checkpoint: Path, prefix: str) -> dict[str, Tensor]:
     """The tensors whose names begin with ``prefix``, joined, on the CPU, without it."""
     tensors = {k: torch.empty(v.shape, dtype=v.dtype) for k, v in _sizes(checkpoint).items() if k.startswith(prefix)}
     read_shards(checkpoint, tensors, alone=True)

@@ -1,6 +1,6 @@
 """Files of weights: safetensors and JSON, written so that a reader sees all of it or none.
 
-A *saved model* is a directory with ``config.json`` (`ModelFile`), ``model.safetensors`` and, where the tokenizer has a state,
+A *saved model* is a directory with ``config.json`` (`PipelineConfig`), ``model.safetensors`` and, where the tokenizer has a state,
 ``tokenizer.safetensors``; a training checkpoint is the same with ``ema.safetensors`` and the trainer's state beside it. Weights may
 be stored in bfloat16; they are computed with in float32.
 """
@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from continuar.config import from_json, to_json
+from continuar.config import from_json, rename_old_fields, to_json
 from continuar.errors import UserError, require
 from continuar.models.autoregressive import ModelConfig
 from continuar.models.dit import DiTConfig
@@ -38,7 +38,7 @@ SHARDS = "shards"
 
 
 @dataclass(frozen=True)
-class ModelFile:
+class PipelineConfig:
     """What ``config.json`` of a saved model holds: all that is needed to generate but the weights."""
 
     model: ModelConfig | DiTConfig
@@ -125,7 +125,7 @@ def read_json(path: Path) -> Any:
     """
     require(path.is_file(), f"{path} does not exist")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return rename_old_fields(json.loads(path.read_text(encoding="utf-8")))
     except ValueError as problem:
         raise UserError(f"{path} is not valid JSON: {problem}") from problem
 
@@ -226,7 +226,7 @@ def checksum(path: Path) -> str:
     return f"{value:08x}"
 
 
-def read_model_file(directory: Path) -> ModelFile:
+def read_pipeline_config(directory: Path) -> PipelineConfig:
     """The config of a saved model.
 
     Raises:
@@ -236,4 +236,4 @@ def read_model_file(directory: Path) -> ModelFile:
     require(path.is_file(), f"{directory} is not a saved model: it has no {CONFIG}")
     value = read_json(path)
     require(isinstance(value, dict) and "model" in value, f"{path} is not the config of a saved model")
-    return from_json(ModelFile, value, str(path))
+    return from_json(PipelineConfig, value, str(path))

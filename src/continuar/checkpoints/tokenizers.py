@@ -24,14 +24,14 @@ from continuar.checkpoints.store import (
     atomic_directory,
     load_state,
     read_json,
-    read_model_file,
+    read_pipeline_config,
     read_tokenizer,
     write_json,
     write_tensors,
 )
 from continuar.config import from_json
 from continuar.errors import UserError, require
-from continuar.models.autoregressive import tokens_known_to_disappoint
+from continuar.models.autoregressive import token_warnings
 from continuar.tokenizers import LatentConfig, Tokenizer, TokenizerConfig, VAEConfig, VAETokenizer, VQConfig
 from continuar.tokenizers.diffusers_files import load_diffusers
 from continuar.tokenizers.networks import VQNetwork
@@ -100,7 +100,7 @@ def load_tokenizer(source: str | Path, changes: Changes = Changes(), *, warn: bo
     if home is not None:
         tokenizer = read_tokenizer(home, changes.apply(read_tokenizer_file(home).tokenizer, str(home)))
     elif (path / CONFIG).is_file() and (path / TOKENIZER).is_file():
-        tokenizer = read_tokenizer(path, changes.apply(read_model_file(path).tokenizer, str(path)))
+        tokenizer = read_tokenizer(path, changes.apply(read_pipeline_config(path).tokenizer, str(path)))
     elif path.is_file():
         network, state = read_ldm(path)
         config = changes.apply(VAEConfig(network=network), str(source))
@@ -108,7 +108,7 @@ def load_tokenizer(source: str | Path, changes: Changes = Changes(), *, warn: bo
         load_state(tokenizer, state, str(source))
     else:
         tokenizer = _from_diffusers(source, changes)
-    for line in tokens_known_to_disappoint(tokenizer.config, str(source)) if warn else []:
+    for line in token_warnings(tokenizer.config, str(source)) if warn else []:
         _LOG.warning(line)
     return tokenizer
 

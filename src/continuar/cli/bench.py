@@ -10,14 +10,14 @@ from typing import Annotated
 import torch
 import tyro
 
-from continuar.checkpoints.store import ModelFile
+from continuar.checkpoints.store import PipelineConfig
 from continuar.checkpoints.tokenizers import for_model
 from continuar.cli.common import RunningSettings, load_official, parse
 from continuar.devices import pick_device
 from continuar.errors import require, unknown_name
 from continuar.pipeline import Pipeline, load, shipped_models
 from continuar.recipes import RECIPES
-from continuar.sampling.generate import Start, make_plan
+from continuar.sampling.generate import SamplingInput, make_plan
 from continuar.sampling.speed import Speed, matmul_peak, measure
 from continuar.tokenizers import LatentConfig, LatentTokenizer, PixelConfig
 from continuar.training.config import BaseRun
@@ -65,7 +65,7 @@ def main(arguments: list[str]) -> int:
         require(size >= 1, f"--batch is {size}; allowed: 1 or more")
     pipe = _pipeline(options.model, options.tokenizer, options.device)
     settings = pipe.defaults.override(**options.settings.given())
-    plan = make_plan(pipe.model.order, settings, pipe.model.order.positions)
+    plan = make_plan(pipe.model.order, settings, pipe.model.order.seq_len)
     engine = pipe.engine(options.settings.engine, options.settings.precision)
     guided = bool(pipe.classes) and settings.guidance != 1.0
     peak = matmul_peak(pipe.device)
@@ -75,7 +75,7 @@ def main(arguments: list[str]) -> int:
     print("batch   s/image  images/s  x floor  transformer   head  decoder     memory  warm-up")
     for size in options.batch:
         seeds = torch.arange(size, device=pipe.device)
-        start = Start.blank(pipe.file.model.tokens, seeds, seeds % len(pipe.classes) if pipe.classes else None)
+        start = SamplingInput.blank(pipe.file.model.tokens, seeds, seeds % len(pipe.classes) if pipe.classes else None)
         speed = measure(engine, start, settings, options.repeats)
         print(_row(speed, floor, _decoding(pipe, start.tokens)), flush=True)
     return 0
@@ -131,7 +131,7 @@ def _random(run: BaseRun, device: str) -> Pipeline:
     torch.manual_seed(0)
     with torch.device(pick_device(device)):
         model = run.model_config(classes).build()
-    return Pipeline(ModelFile(model.config, tokenizer, tuple(map(str, range(classes))), run.sampling), model)
+    return Pipeline(PipelineConfig(model.config, tokenizer, tuple(map(str, range(classes))), run.sampling), model)
 
 
 def _name(device: torch.device) -> str:

@@ -307,7 +307,7 @@ class Settings(RunningSettings):
             UserError: a value out of range, or steps that the model cannot take.
         """
         options = pipe.defaults.override(**self.given())
-        make_plan(pipe.model.order, options, pipe.model.order.positions)
+        make_plan(pipe.model.order, options, pipe.model.order.seq_len)
         if options.head is not None:
             options.head.check_tokens(pipe.model.config.tokens.size)
         return options

@@ -11,7 +11,7 @@ import sys
 from importlib import import_module
 
 from continuar import __version__
-from continuar.errors import SaidElsewhere, UserError, unknown_name
+from continuar.errors import RemoteRankError, UserError, unknown_name
 
 COMMANDS = {
     "train": "train a model by a recipe: continuar train digits",
@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=level)
     try:
         return _run(arguments)
-    except SaidElsewhere:
+    except RemoteRankError:
         return 2
     except UserError as problem:
         if debug:

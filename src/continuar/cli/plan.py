@@ -54,7 +54,7 @@ def report(run: BaseRun, machine: Machine, plan: Plan, dataset_images: int) -> s
     """The plan as text."""
     loop, gpus = run.train, machine.gpus
     machines = f"{gpus} GPUs" if gpus > 1 else "1 GPU"
-    recomputed = ", blocks once more forward" if loop.recompute else ""
+    recomputed = ", blocks once more forward" if loop.activation_checkpointing else ""
     accumulated = f", {plan.accumulated} one after another" if plan.accumulated > 1 else ""
     lines = [
         f"parameters       {plan.parameters / 1e6:,.2f} M",

@@ -87,7 +87,7 @@ def dry_run(run: TokenizerRun) -> str:
     lines = [
         json.dumps(to_json(run), indent=2),
         f"parameters        {sum(p.numel() for p in network.parameters()) / 1e6:.2f}M",
-        f"tokens per image  {spec.positions} ({spec.grid[0]} x {spec.grid[1]}) {tokens}",
+        f"tokens per image  {spec.seq_len} ({spec.grid[0]} x {spec.grid[1]}) {tokens}",
         f"training          {run.train.steps:,} steps of {run.train.batch_size} images",
     ]
     return "\n".join(lines) + "\n"

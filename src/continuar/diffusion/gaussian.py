@@ -129,7 +129,7 @@ def sampling_schedule(steps: int, grid: Grid = uniform_t) -> Schedule:
     return training_schedule().respace(grid(steps))
 
 
-Prediction = Literal["eps", "velocity"]
+Prediction = Literal["epsilon", "v_prediction"]
 """What a network predicts."""
 Network = Callable[[Tensor], tuple[Tensor, Tensor]]
 """x_t -> (prediction, v)."""
@@ -231,7 +231,7 @@ def eps_from_velocity(c: Coefficients, x: Tensor, i: Tensor | int, v: Tensor) ->
 
 def predicted_eps(prediction: Prediction, c: Coefficients, x: Tensor, i: Tensor | int, out: Tensor) -> Tensor:
     """eps, as what the network predicted implies it."""
-    return out if prediction == "eps" else eps_from_velocity(c, x, i, out)
+    return out if prediction == "epsilon" else eps_from_velocity(c, x, i, out)
 
 
 @dataclass(frozen=True)
@@ -258,7 +258,7 @@ def loss_terms(network: Network, prediction: Prediction, x0: Tensor, t: Tensor, 
         x = add_noise(c, x0, t, noise)
     out, v = network(x)
     with without_autocast(x0):
-        out, target = out.float(), noise if prediction == "eps" else velocity(c, x0, t, noise)
+        out, target = out.float(), noise if prediction == "epsilon" else velocity(c, x0, t, noise)
         eps = predicted_eps(prediction, c, x, t, out)
         return LossTerms((target - out).square().mean(-1), variational_bound(c, eps, v.float(), x0, x, t))
 

@@ -12,7 +12,7 @@ For i = S-1 .. 0:
 2. x0 = predict_x0(x, eps)
 3. x = sqrt(abar_{i-1}) x0 + sqrt(1 - abar_{i-1}) eps
 
-Its grid ends at t = 979, as that of `dpmpp`, whose module says why.
+Its grid ends at t = 979, as that of `dpmpp_2m`, whose module says why.
 
 It adds no noise, so it has no temperature: any value but 1 is refused where the options are made.
 
@@ -35,12 +35,12 @@ It adds no noise, so it has no temperature: any value but 1 is refused where the
 
 DPM-Solver++ of the stochastic equation, multistep, second order (Lu et al. 2022, arXiv 2211.01095, SDE-DPM-Solver++(2M)).
 
-With alpha, sigma, lambda, h_i and the extrapolated x_0 d as in `dpmpp`, for i = S-1 .. 0:
+With alpha, sigma, lambda, h_i and the extrapolated x_0 d as in `dpmpp_2m`, for i = S-1 .. 0:
     x = sigma_{i-1} / sigma_i exp(-h_i) x + alpha_{i-1} (1 - exp(-2 h_i)) d + tau sigma_{i-1} sqrt(1 - exp(-2 h_i)) noise,
 and x = m_0 at i = 0, where sigma_{i-1} is 0.
 
-A step forgets part of its past, the errors of earlier steps with it, where `dpmpp` carries them along. Of a Gaussian, 20 steps make
-one whose variance is 6% too large, 40 steps 1.6% (`dpmpp`: 2.3%, 0.6%). Its grid ends at t = 979, as that of `dpmpp`, whose module
+A step forgets part of its past, the errors of earlier steps with it, where `dpmpp_2m` carries them along. Of a Gaussian, 20 steps make
+one whose variance is 6% too large, 40 steps 1.6% (`dpmpp_2m`: 2.3%, 0.6%). Its grid ends at t = 979, as that of `dpmpp_2m`, whose module
 says why.
 
 Samplers: pure functions from x_T to x_0. Each is one file; `SAMPLERS` is the closed table of their names.
@@ -108,7 +108,7 @@ LAST = 979
 """The timestep of x_T; the module's docstring says why."""
 
 
-def dpmpp(
+def dpmpp_2m(
     denoise: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
     x: Tensor,
     c: Coefficients,
@@ -137,7 +137,7 @@ def log_snr_steps(c: Coefficients) -> tuple[Tensor, Tensor]:
     return h, h[:-1] / (2 * h[1:])
 
 
-def dpmpp_sde(
+def dpmpp_2m_sde(
     denoise: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
     x: Tensor,
     c: Coefficients,
@@ -160,7 +160,7 @@ def dpmpp_sde(
     return x
 
 
-SamplerName = Literal["ddpm", "ddim", "dpmpp", "dpmpp-sde"]
+SamplerName = Literal["ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde"]
 
 
 class Sampler(Protocol):
@@ -211,8 +211,8 @@ class SamplerEntry:
 SAMPLERS: dict[str, SamplerEntry] = {
     "ddpm": SamplerEntry(ddpm, uniform_t, has_temperature=True),
     "ddim": SamplerEntry(ddim, partial(uniform_t, last=LAST), has_temperature=False),
-    "dpmpp": SamplerEntry(dpmpp, partial(uniform_log_snr, last=LAST), has_temperature=False),
-    "dpmpp-sde": SamplerEntry(dpmpp_sde, partial(uniform_log_snr, last=LAST), has_temperature=True),
+    "dpmpp_2m": SamplerEntry(dpmpp_2m, partial(uniform_log_snr, last=LAST), has_temperature=False),
+    "dpmpp_2m_sde": SamplerEntry(dpmpp_2m_sde, partial(uniform_log_snr, last=LAST), has_temperature=True),
 }
 
 

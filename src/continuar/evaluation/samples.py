@@ -314,7 +314,7 @@ class GeneratedSamples(Samples):
         near = f"{less} or {less + classes}" if less else f"{classes}"
         require(count % classes == 0, f"images is {count}, which {classes} classes do not divide; take {near}")
         options = pipe.defaults.override(**dict(settings or {}))
-        make_plan(pipe.model.order, options, pipe.model.order.positions)  # refuses steps that the model cannot take
+        make_plan(pipe.model.order, options, pipe.model.order.seq_len)  # refuses steps that the model cannot take
         self._pipe, self._seed, self._settings = pipe, seed, options.to_dict()
         pipe.engine(engine, precision)  # refuses what cannot run the model
         self._running = {"engine": chosen(pipe.model, engine), "precision": precision}

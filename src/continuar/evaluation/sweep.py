@@ -151,11 +151,11 @@ def csv_table(rows: Sequence[SweepRow]) -> str:
     """Points, scores by their plain names at full precision, images per second; seconds per image where they were measured."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    scores, timed = _common_scores(rows), rows[0].seconds_per_image is not None
-    writer.writerow([*rows[0].point, *scores, "images_per_second", *(["seconds_per_image"] if timed else [])])
+    scores, loss_by_timestep = _common_scores(rows), rows[0].seconds_per_image is not None
+    writer.writerow([*rows[0].point, *scores, "images_per_second", *(["seconds_per_image"] if loss_by_timestep else [])])
     for row in rows:
         values = [row.result["scores"][name] for name in scores]
-        time = [row.seconds_per_image] if timed else []
+        time = [row.seconds_per_image] if loss_by_timestep else []
         writer.writerow([*row.point.values(), *values, row.result["speed"]["images_per_second"], *time])
     return text.getvalue()
 
@@ -169,8 +169,11 @@ def markdown_table(rows: Sequence[SweepRow]) -> str:
     """The same under the names that scores may be called by, after a line on what was measured."""
     first, first_point = rows[0].result, rows[0].point
     samples, reference, network = first["samples"], first["reference"], first["network"]
-    scores, timed = [name for name in _common_scores(rows) if not name.endswith("_std")], rows[0].seconds_per_image is not None
-    speed = "ms/image" if timed else "images/s"
+    scores, loss_by_timestep = (
+        [name for name in _common_scores(rows) if not name.endswith("_std")],
+        rows[0].seconds_per_image is not None,
+    )
+    speed = "ms/image" if loss_by_timestep else "images/s"
     head = [*(name.replace("_", " ") for name in first_point), *(first["titles"][name] for name in scores), speed]
     who = "" if "model" in first_point else f"{samples['model']}: "
     lines = [
@@ -365,7 +368,7 @@ def curve(pipe: Pipeline, values: Mapping[str, Sequence[int | float | str]]) -> 
     config = pipe.file.model
     if isinstance(config, DiTConfig):
         return [("diffusion_steps", value) for value in values.get("diffusion_steps", DIFFUSION_STEPS)]
-    positions = config.tokens.positions
+    positions = config.tokens.seq_len
     if config.order.max_group is None:
         usual = [steps for steps in STEPS if steps <= positions]
         return [("steps", value) for value in values.get("steps", usual or [positions])]

@@ -80,7 +80,7 @@ def check_scale(name: str, value: float) -> None:
     require(0 <= value < float("inf"), f"{name} is {value}; allowed: 0 or more, finite")
 
 
-class Timed(nn.Module):
+class LossByTimestep(nn.Module):
     """A module whose loss may be at random times.
 
     Attributes:
@@ -90,7 +90,7 @@ class Timed(nn.Module):
 
     time_losses: Tensor | None = None
 
-    def note_times(self, time: Tensor, loss: Tensor) -> None:
+    def record_loss_by_timestep(self, time: Tensor, loss: Tensor) -> None:
         """Adds losses at times in [0, 1), both of one shape, to ``time_losses``; on the device, and none if nobody watches."""
         if self.time_losses is not None:
             quarter = (4 * time).long().view(-1, 1) == torch.arange(4, device=time.device)
@@ -98,7 +98,7 @@ class Timed(nn.Module):
             self.time_losses += torch.stack((torch.where(quarter, loss, 0).sum(0), quarter.sum(0)))
 
 
-class Head(Timed, ABC):
+class Head(LossByTimestep, ABC):
     """z -> loss in training, z -> token in generation. Rows M are independent of one another.
 
     Attributes:

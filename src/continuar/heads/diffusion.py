@@ -133,8 +133,8 @@ class DiffusionOptions(Options):
     diffusion_steps: int = 100
     """Denoising steps per token, 1 to 1000, to 980 with the others but "ddpm"; 100 suffice (paper, Figure 4)."""
     sampler: SamplerName = "ddpm"
-    """"ddpm" is the paper's; "ddim" and "dpmpp" are deterministic given x_T and have no temperature; "dpmpp" needs fewest steps;
-    "dpmpp-sde" is its stochastic form."""
+    """"ddpm" is the paper's; "ddim" and "dpmpp_2m" are deterministic given x_T and have no temperature; "dpmpp_2m" needs fewest steps;
+    "dpmpp_2m_sde" is its stochastic form."""
 
     def __post_init__(self) -> None:
         check_sampler(self.sampler, self.diffusion_steps)
@@ -153,18 +153,21 @@ class DiffusionHeadConfig:
     """W of the denoising MLP."""
     depth: int = 3
     """Residual blocks of the denoising MLP."""
-    timesteps_per_token: int = 4
+    diffusion_batch_mul: int = 4
     """Noise levels drawn per token and training step (paper, Section 3.2: 4)."""
-    prediction: Prediction = "eps"
-    """What the network predicts: "eps" as the paper's, or "velocity" (Salimans & Ho 2022), which small or short-trained heads need:
+    prediction: Prediction = "epsilon"
+    """What the network predicts: "epsilon" as the paper's, or "v_prediction" (Salimans & Ho 2022), which small or short-trained heads need:
     sampling multiplies an error of eps at t = 999 by 300 and more, and a velocity has none there."""
     token_kind: ClassVar[Literal["vector", "id"]] = "vector"
     has_log_prob: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        for name in ("width", "depth", "timesteps_per_token"):
+        for name in ("width", "depth", "diffusion_batch_mul"):
             require(getattr(self, name) >= 1, f"head.{name} is {getattr(self, name)}; allowed: 1 or more")
-        require(self.prediction in ("eps", "velocity"), f"head.prediction is '{self.prediction}'; allowed: eps, velocity")
+        require(
+            self.prediction in ("epsilon", "v_prediction"),
+            f"head.prediction is '{self.prediction}'; allowed: epsilon, v_prediction",
+        )
 
     def options(self) -> DiffusionOptions:
         """The default options."""
@@ -177,7 +180,7 @@ class DiffusionHeadConfig:
             cond_dim,
             width=self.width,
             depth=self.depth,
-            timesteps_per_token=self.timesteps_per_token,
+            diffusion_batch_mul=self.diffusion_batch_mul,
             prediction=self.prediction,
         )
 
@@ -189,8 +192,8 @@ class DiffusionHead(Head):
         token_dim: D, the size of x.
         cond_dim: Z, the size of the condition vector.
         width, depth: of the denoising MLP.
-        timesteps_per_token: draws of (t, noise) per row in `loss`.
-        prediction: "eps" or "velocity"; see `DiffusionHeadConfig`.
+        diffusion_batch_mul: draws of (t, noise) per row in `loss`.
+        prediction: "epsilon" or "v_prediction"; see `DiffusionHeadConfig`.
     """
 
     options_type = DiffusionOptions
@@ -201,14 +204,14 @@ class DiffusionHead(Head):
         cond_dim: int,
         width: int = 1024,
         depth: int = 3,
-        timesteps_per_token: int = 4,
-        prediction: Prediction = "eps",
+        diffusion_batch_mul: int = 4,
+        prediction: Prediction = "epsilon",
     ) -> None:
         super().__init__()
         self.token_size = token_dim
-        check_sizes(token_dim=token_dim, cond_dim=cond_dim, width=width, depth=depth, timesteps_per_token=timesteps_per_token)
-        self.token_dim, self.cond_dim, self.timesteps_per_token = token_dim, cond_dim, timesteps_per_token
-        require(prediction in ("eps", "velocity"), f"prediction is '{prediction}'; allowed: eps, velocity")
+        check_sizes(token_dim=token_dim, cond_dim=cond_dim, width=width, depth=depth, diffusion_batch_mul=diffusion_batch_mul)
+        self.token_dim, self.cond_dim, self.diffusion_batch_mul = token_dim, cond_dim, diffusion_batch_mul
+        require(prediction in ("epsilon", "v_prediction"), f"prediction is '{prediction}'; allowed: epsilon, v_prediction")
         self.prediction: Prediction = prediction
         self.net = DenoisingMLP(token_dim, cond_dim, width, depth)
 
@@ -218,11 +221,11 @@ class DiffusionHead(Head):
         x is expected at about unit standard deviation: the noise schedule assumes it.
         """
         check_rows(z, target, self.cond_dim, self.token_dim)
-        k = self.timesteps_per_token
+        k = self.diffusion_batch_mul
         t = torch.randint(TRAIN_STEPS, (k, *z.shape[:-1]), device=z.device)
         noise = torch.randn(k, *target.shape, device=z.device)
         loss = self.loss_terms(z, target, t, noise).total
-        self.note_times(t / TRAIN_STEPS, loss)
+        self.record_loss_by_timestep(t / TRAIN_STEPS, loss)
         return loss.mean(0)
 
     def loss_terms(self, z: Tensor, x0: Tensor, t: Tensor, noise: Tensor) -> LossTerms:

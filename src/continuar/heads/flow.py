@@ -54,13 +54,13 @@ class FlowHeadConfig:
     """W of the MLP."""
     depth: int = 3
     """Residual blocks of the MLP."""
-    timesteps_per_token: int = 4
+    diffusion_batch_mul: int = 4
     """Times drawn per token and training step."""
     token_kind: ClassVar[Literal["vector", "id"]] = "vector"
     has_log_prob: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        for name in ("width", "depth", "timesteps_per_token"):
+        for name in ("width", "depth", "diffusion_batch_mul"):
             require(getattr(self, name) >= 1, f"head.{name} is {getattr(self, name)}; allowed: 1 or more")
 
     def options(self) -> FlowOptions:
@@ -69,29 +69,29 @@ class FlowHeadConfig:
 
     def build(self, token_size: int, cond_dim: int) -> FlowHead:
         """The head for tokens of ``token_size`` dimensions."""
-        return FlowHead(token_size, cond_dim, self.width, self.depth, self.timesteps_per_token)
+        return FlowHead(token_size, cond_dim, self.width, self.depth, self.diffusion_batch_mul)
 
 
 class FlowHead(Head):
     """See the module's docstring.
 
     Args:
-        token_dim: D. cond_dim: Z. width, depth: of the MLP. timesteps_per_token: draws of (t, n) per row in `loss`.
+        token_dim: D. cond_dim: Z. width, depth: of the MLP. diffusion_batch_mul: draws of (t, n) per row in `loss`.
     """
 
     options_type = FlowOptions
 
-    def __init__(self, token_dim: int, cond_dim: int, width: int = 1024, depth: int = 3, timesteps_per_token: int = 4) -> None:
+    def __init__(self, token_dim: int, cond_dim: int, width: int = 1024, depth: int = 3, diffusion_batch_mul: int = 4) -> None:
         super().__init__()
         self.token_size = token_dim
-        check_sizes(token_dim=token_dim, cond_dim=cond_dim, width=width, depth=depth, timesteps_per_token=timesteps_per_token)
-        self.token_dim, self.cond_dim, self.timesteps_per_token = token_dim, cond_dim, timesteps_per_token
+        check_sizes(token_dim=token_dim, cond_dim=cond_dim, width=width, depth=depth, diffusion_batch_mul=diffusion_batch_mul)
+        self.token_dim, self.cond_dim, self.diffusion_batch_mul = token_dim, cond_dim, diffusion_batch_mul
         self.net = DenoisingMLP(token_dim, cond_dim, width, depth, outputs=1)
 
     def loss(self, z: Tensor, target: Tensor) -> Tensor:
         """Squared error of the velocity, mean over dimensions and draws: [M] for z [M, Z] and x [M, D] of about unit std."""
         check_rows(z, target, self.cond_dim, self.token_dim)
-        k = self.timesteps_per_token
+        k = self.diffusion_batch_mul
         t = torch.rand(k, *z.shape[:-1], device=z.device)
         noise = torch.randn(k, *target.shape, device=z.device)
         x = target.float()
@@ -99,7 +99,7 @@ class FlowHead(Head):
             point = torch.lerp(noise, x.expand_as(noise), t.unsqueeze(-1))
         (velocity,) = self.net(point, TIME_SCALE * t, z)
         loss = (velocity.float() - (x - noise)).square().mean(-1)
-        self.note_times(t, loss)
+        self.record_loss_by_timestep(t, loss)
         return loss.mean(0)
 
     def draw(

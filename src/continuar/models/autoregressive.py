@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from continuar.config import kind_of, members
 from continuar.errors import require
 from continuar.heads import DiffusionHeadConfig, Head, HeadConfig, HeadOptions
-from continuar.heads.base import Timed
+from continuar.heads.base import LossByTimestep
 from continuar.models import Backbone, BackboneConfig, MAEConfig
 from continuar.models.base import TokenModel
 from continuar.models.conditions import Condition, ConditionConfig, LabelsConfig
 from continuar.models.transformer import Block
 from continuar.orders import MAROrderConfig, Order, OrderConfig, View
-from continuar.tensors import take
+from continuar.tensors import batched_gather
 from continuar.tokenizers import TokenSpec
 
 ORDERS, BACKBONES, HEADS = members(OrderConfig), members(BackboneConfig), members(HeadConfig)
@@ -87,27 +87,27 @@ FEW, MANY, COARSE, WIDE_PATCH = 64, 1024, 16, 8
 detail."""
 
 
-def known_to_disappoint(tokenizer: Any, head: Any) -> list[str]:
+def config_warnings(tokenizer: Any, head: Any) -> list[str]:
     """What others have tried and found poor, one line each: the combination, then what is better.
 
     Args:
         tokenizer, head: configs.
     """
-    return [*tokens_known_to_disappoint(tokenizer), *_head_known_to_disappoint(tokenizer.spec, head)]
+    return [*token_warnings(tokenizer), *_head_warnings(tokenizer.spec, head)]
 
 
-def tokens_known_to_disappoint(tokenizer: Any, name: str = "") -> list[str]:
-    """See `known_to_disappoint`.
+def token_warnings(tokenizer: Any, name: str = "") -> list[str]:
+    """See `config_warnings`.
 
     Args:
         tokenizer: a config.
         name: the tokenizer's, if it has one.
     """
-    size, count, square = tokenizer.image_size, tokenizer.spec.positions, f"{tokenizer.image_size}x{tokenizer.image_size} images"
+    size, count, square = tokenizer.image_size, tokenizer.spec.seq_len, f"{tokenizer.image_size}x{tokenizer.image_size} images"
     stride = getattr(tokenizer, "stride", None) or getattr(getattr(tokenizer, "network", None), "stride", None)
     slow = f"{count:,} tokens, and more than {MANY:,} are slow"
     if stride is None:
-        return _patches_known_to_disappoint(tokenizer, square, slow)
+        return _patch_warnings(tokenizer, square, slow)
     if count < FEW and stride >= COARSE:
         better = max((s for s in (8, 4, 2) if (size // s) ** 2 >= FEW), default=1)
         through = f"{name} (stride {stride})" if name else f"a stride of {stride}"
@@ -121,12 +121,12 @@ def tokens_known_to_disappoint(tokenizer: Any, name: str = "") -> list[str]:
     return []
 
 
-def _patches_known_to_disappoint(tokenizer: Any, square: str, slow: str) -> list[str]:
+def _patch_warnings(tokenizer: Any, square: str, slow: str) -> list[str]:
     """Of pixels."""
     size, patch, latents = tokenizer.image_size, tokenizer.patch, "latents of an autoencoder (docs/tokenizers.md)"
     patches = f"{square} in patches of {patch}x{patch} pixels"
     allowed = [p for p in range(1, WIDE_PATCH + 1) if size % p == 0]
-    if tokenizer.spec.positions > MANY:
+    if tokenizer.spec.seq_len > MANY:
         wider = [f"--tokenizer.patch {p}" for p in allowed if (size // p) ** 2 <= MANY]
         return [f"{patches} are {slow}; better: {' or '.join([latents, *wider[:1]])}"]
     if patch > WIDE_PATCH:
@@ -134,7 +134,7 @@ def _patches_known_to_disappoint(tokenizer: Any, square: str, slow: str) -> list
     return []
 
 
-def _head_known_to_disappoint(tokens: TokenSpec, head: Any) -> list[str]:
+def _head_warnings(tokens: TokenSpec, head: Any) -> list[str]:
     kind = _kind(head)
     if kind == "regression":
         return ["a regression head draws the mean of what is plausible: the paper's control, FID above 100; better: diffusion"]
@@ -175,7 +175,7 @@ class ModelConfig:
 
     def build_order(self) -> Order:
         """The order over the tokens' positions."""
-        return self.order.build(self.tokens.positions)
+        return self.order.build(self.tokens.seq_len)
 
     def options(self) -> HeadOptions:
         """The head's default options."""
@@ -207,14 +207,14 @@ class Model(TokenModel):
         self.head: Head = config.head.build(spec.size, self.backbone.z_dim)
 
     @property
-    def timed(self) -> Timed:
+    def loss_by_timestep(self) -> LossByTimestep:
         return self.head
 
-    def queried_counts(self) -> dict[int, float]:
-        return self.backbone.queried_counts()
+    def num_masked_distribution(self) -> dict[int, float]:
+        return self.backbone.num_masked_distribution()
 
-    def draw_queried(self) -> int:
-        return self.backbone.draw_queried()
+    def sample_num_masked(self) -> int:
+        return self.backbone.sample_num_masked()
 
     def loss(self, tokens: Tensor, condition: Tensor | None, view: View, condition_dropout: float = 0.0) -> Tensor:
         """The head's loss for every predicted token, [B, Q].
@@ -228,7 +228,7 @@ class Model(TokenModel):
         cond = self.condition.null(len(tokens)) if condition is None else self.condition(condition, condition_dropout)
         require(len(cond) == len(tokens), f"{len(cond)} conditions for {len(tokens)} images; allowed: one each")
         z = self.backbone(self.token_embedding(tokens), cond, view)
-        target = take(tokens, view.query_BQ)
+        target = batched_gather(tokens, view.query_BQ)
         return self.head(z.flatten(0, 1), target.flatten(0, 1)).view(view.query_BQ.shape)
 
     def compiled_parts(self) -> Iterator[nn.Module]:

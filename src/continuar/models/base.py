@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from continuar.heads import HeadOptions
-from continuar.heads.base import Timed
+from continuar.heads.base import LossByTimestep
 from continuar.orders import Order, View
 from continuar.tokenizers import TokenSpec
 
@@ -68,15 +68,15 @@ class TokenModel(nn.Module, ABC):
 
     @property
     @abstractmethod
-    def timed(self) -> Timed:
+    def loss_by_timestep(self) -> LossByTimestep:
         """The part whose losses by time training watches."""
 
     @abstractmethod
-    def queried_counts(self) -> dict[int, float]:
-        """Every number that `draw_queried` can give, with its probability: the shapes training will see."""
+    def num_masked_distribution(self) -> dict[int, float]:
+        """Every number that `sample_num_masked` can give, with its probability: the shapes training will see."""
 
     @abstractmethod
-    def draw_queried(self) -> int:
+    def sample_num_masked(self) -> int:
         """How many tokens the next training view predicts, 1..N: a host integer, from torch's default generator of the CPU."""
 
     @abstractmethod
@@ -100,12 +100,12 @@ class TokenModel(nn.Module, ABC):
 
     def training_view(self, batch: int, device: torch.device, queried: int | None = None) -> View:
         """A random view from torch's default generators, of ``queried`` predicted tokens; None: a number drawn on the host."""
-        queried = self.draw_queried() if queried is None else queried
-        return View(self.order.training_order(batch, device), self.order.positions - queried)
+        queried = self.sample_num_masked() if queried is None else queried
+        return View(self.order.training_order(batch, device), self.order.seq_len - queried)
 
-    def mean_queried(self) -> float:
+    def mean_num_masked(self) -> float:
         """Expected number of predicted tokens per training image, for FLOP counts."""
-        return sum(count * share for count, share in self.queried_counts().items())
+        return sum(count * share for count, share in self.num_masked_distribution().items())
 
 
 def parameter_counts(model: nn.Module) -> Iterator[tuple[str, int]]:
@@ -136,12 +136,12 @@ class Backbone(nn.Module, ABC, Generic[State]):
         """
 
     @abstractmethod
-    def draw_queried(self) -> int:
+    def sample_num_masked(self) -> int:
         """How many tokens the next training view predicts, 1..N: a host integer, from torch's default generator of the CPU."""
 
     @abstractmethod
-    def queried_counts(self) -> dict[int, float]:
-        """Every number that `draw_queried` can give, with its probability: the shapes training will see."""
+    def num_masked_distribution(self) -> dict[int, float]:
+        """Every number that `sample_num_masked` can give, with its probability: the shapes training will see."""
 
     @abstractmethod
     def start(self, cond_BCE: Tensor, positions: int) -> State:

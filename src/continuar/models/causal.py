@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from continuar.errors import require
 from continuar.models.base import Backbone
-from continuar.models.positions import NOWHERE, Grid, Positions, Rotary, Rotation, check_rotary, nowhere
+from continuar.models.positions import NO_POSITION, Grid, Positions, Rotary, Rotation, check_rotary, no_position
 from continuar.models.transformer import LN_EPS, Block, KVCache, check_dropout, init_transformer
 from continuar.orders import View
-from continuar.tensors import take
+from continuar.tensors import batched_gather
 
 
 @dataclass(frozen=True)
@@ -102,28 +102,28 @@ class Causal(Backbone[CausalState]):
 
     def forward(self, x_BNE: Tensor, cond_BCE: Tensor, view: View) -> Tensor:
         past, first = view.order_BN[:, :-1], cond_BCE.shape[1] - 1
-        h = torch.cat((cond_BCE, self._placed(take(x_BNE, past), past)), 1)
-        h = torch.cat((h[:, :first], h[:, first:] + take(self.targets[None], view.order_BN)), 1)
-        rotation = self._rotation(torch.cat((nowhere(past, first + 1), past), 1), view.order_BN)
+        h = torch.cat((cond_BCE, self._placed(batched_gather(x_BNE, past), past)), 1)
+        h = torch.cat((h[:, :first], h[:, first:] + batched_gather(self.targets[None], view.order_BN)), 1)
+        rotation = self._rotation(torch.cat((no_position(past, first + 1), past), 1), view.order_BN)
         for block in self.blocks:
             h = block(h, causal=True, rotation=rotation)
         return self.norm(h[:, first + view.known :])
 
     def _placed(self, x_BKE: Tensor, index_BK: Tensor) -> Tensor:
         """Embedded tokens that know where they are, unless attention tells."""
-        return x_BKE + take(self.positions[None], index_BK) if self.rotary is None else x_BKE
+        return x_BKE + batched_gather(self.positions[None], index_BK) if self.rotary is None else x_BKE
 
     def _rotation(self, at_BT: Tensor, targets_BK: Tensor) -> Rotation | None:
         """Of T slots with tokens at these positions, the last K of which predict these targets."""
         if self.rotary is None:
             return None
-        before = nowhere(targets_BK, at_BT.shape[1] - targets_BK.shape[1])
+        before = no_position(targets_BK, at_BT.shape[1] - targets_BK.shape[1])
         return Rotation(query=self.rotary(torch.cat((before, targets_BK), 1)), key=self.rotary(at_BT))
 
-    def draw_queried(self) -> int:
+    def sample_num_masked(self) -> int:
         return self.count
 
-    def queried_counts(self) -> dict[int, float]:
+    def num_masked_distribution(self) -> dict[int, float]:
         return {self.count: 1.0}
 
     def position_tables(self) -> dict[str, int]:
@@ -133,7 +133,7 @@ class Causal(Backbone[CausalState]):
         batch, count, width = cond_BCE.shape
         shape = batch, self.heads, count + positions, width // self.heads
         caches = [KVCache(cond_BCE.new_zeros(shape), cond_BCE.new_zeros(shape)) for _ in self.blocks]
-        return CausalState(caches, cond_BCE, torch.full((batch, count), NOWHERE, device=cond_BCE.device))
+        return CausalState(caches, cond_BCE, torch.full((batch, count), NO_POSITION, device=cond_BCE.device))
 
     def predict(self, state: CausalState, query_BQ: Tensor) -> Tensor:
         require(query_BQ.shape[1] == 1, f"{query_BQ.shape[1]} positions queried at once; a causal backbone allows 1")
@@ -151,7 +151,7 @@ class Causal(Backbone[CausalState]):
     def _run(self, state: CausalState, slots_BTE: Tensor, at_BT: Tensor, targets_BK: Tensor) -> Tensor:
         """Slots with tokens at these positions through the blocks, behind what the caches hold; the last K predict the targets."""
         first = slots_BTE.shape[1] - targets_BK.shape[1]
-        h = torch.cat((slots_BTE[:, :first], slots_BTE[:, first:] + take(self.targets[None], targets_BK)), 1)
+        h = torch.cat((slots_BTE[:, :first], slots_BTE[:, first:] + batched_gather(self.targets[None], targets_BK)), 1)
         rotation = self._rotation(at_BT, targets_BK)
         for block, cache in zip(self.blocks, state.caches, strict=True):
             h = block(h, cache=cache, at=state.filled, rotation=rotation)

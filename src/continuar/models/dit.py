@@ -31,11 +31,11 @@ from continuar.diffusion.gaussian import (
 from continuar.diffusion.samplers import SAMPLERS, SamplerName, check_sampler, check_temperature
 from continuar.errors import UserError, require
 from continuar.heads import DiffusionOptions
-from continuar.heads.base import Timed, check_scale
+from continuar.heads.base import LossByTimestep, check_scale
 from continuar.models.base import TokenModel
 from continuar.noise import KeyedNoise, Purpose
-from continuar.orders import View, WholeOrder
-from continuar.tensors import take, without_autocast
+from continuar.orders import SingleStepOrder, View
+from continuar.tensors import batched_gather, without_autocast
 from continuar.tokenizers import TokenSpec
 
 LN_EPS = 1e-6
@@ -56,15 +56,18 @@ class DiTNetworkConfig:
     """Blocks."""
     heads: int = 16
     """Attention heads."""
-    prediction: Prediction = "eps"
-    """What the network predicts, "eps" or "velocity": see `DiffusionHeadConfig`."""
+    prediction: Prediction = "epsilon"
+    """What the network predicts, "epsilon" or "v_prediction": see `DiffusionHeadConfig`."""
 
     def __post_init__(self) -> None:
         for name in ("patch", "width", "depth", "heads"):
             require(getattr(self, name) >= 1, f"network.{name} is {getattr(self, name)}; allowed: 1 or more")
         require(self.width % 4 == 0, f"network.width is {self.width}; allowed: multiples of 4")
         require(self.width % self.heads == 0, f"network.width {self.width} is not divisible by its {self.heads} heads")
-        require(self.prediction in ("eps", "velocity"), f"network.prediction is '{self.prediction}'; allowed: eps, velocity")
+        require(
+            self.prediction in ("epsilon", "v_prediction"),
+            f"network.prediction is '{self.prediction}'; allowed: epsilon, v_prediction",
+        )
 
 
 @dataclass(frozen=True)
@@ -89,16 +92,16 @@ class DiTConfig:
         """A freshly initialised model on torch's current default device."""
         return DiT(self)
 
-    def build_order(self) -> WholeOrder:
+    def build_order(self) -> SingleStepOrder:
         """All positions in one step."""
-        return WholeOrder(self.tokens.positions)
+        return SingleStepOrder(self.tokens.seq_len)
 
     def options(self) -> DiffusionOptions:
         """How images are denoised unless said otherwise."""
         return DiffusionOptions(diffusion_steps=DEFAULT_STEPS)
 
 
-class DiT(TokenModel, Timed):
+class DiT(TokenModel, LossByTimestep):
     """Tokens and labels -> loss; labels and seeds -> tokens. B images, N tokens, D token dim.
 
     Raises:
@@ -143,14 +146,14 @@ class DiT(TokenModel, Timed):
             nn.init.zeros_(module.weight)
 
     @property
-    def timed(self) -> Timed:
+    def loss_by_timestep(self) -> LossByTimestep:
         return self
 
-    def queried_counts(self) -> dict[int, float]:
-        return {self.order.positions: 1.0}
+    def num_masked_distribution(self) -> dict[int, float]:
+        return {self.order.seq_len: 1.0}
 
-    def draw_queried(self) -> int:
-        return self.order.positions
+    def sample_num_masked(self) -> int:
+        return self.order.seq_len
 
     def compiled_parts(self) -> Iterator[nn.Module]:
         yield from self.transformer.transformer_blocks
@@ -178,8 +181,8 @@ class DiT(TokenModel, Timed):
             labels = labels.masked_fill(torch.rand(batch, device=device) < condition_dropout, self.null_label)
         t = torch.randint(TRAIN_STEPS, (batch,), device=device)
         loss_BN = self.loss_terms(tokens, labels, t, torch.randn_like(tokens)).total
-        self.note_times(t / TRAIN_STEPS, loss_BN.mean(-1))
-        return take(loss_BN, view.query_BQ)
+        self.record_loss_by_timestep(t / TRAIN_STEPS, loss_BN.mean(-1))
+        return batched_gather(loss_BN, view.query_BQ)
 
     def loss_terms(self, tokens_BND: Tensor, labels_B: Tensor, t_B: Tensor, noise_BND: Tensor) -> LossTerms:
         """Both terms of every token, [B, N], for given timesteps 0..999 and noise."""
@@ -202,7 +205,7 @@ class DiT(TokenModel, Timed):
         Args:
             labels_B: int64 0..classes; the last is the null condition.
             seeds_B: int64.
-            steps: of the diffusion, 1..1000 (980 with "dpmpp"); DiT's paper: 250.
+            steps: of the diffusion, 1..1000 (980 with "dpmpp_2m"); DiT's paper: 250.
             guidance: scale of classifier-free guidance, 0 or more, the same at every step; 1 is none and runs no null condition.
             temperature: scales the noise added per step; "ddpm" only.
             sampler: see `SAMPLERS`.
@@ -218,7 +221,7 @@ class DiT(TokenModel, Timed):
         check_scale("temperature", temperature)
         check_temperature(sampler, temperature)
         check_scale("guidance", guidance)
-        n, d = self.config.tokens.positions, self.config.tokens.dim
+        n, d = self.config.tokens.seq_len, self.config.tokens.dim
         positions = torch.arange(n, device=seeds_B.device).repeat(len(seeds_B))
         noise = KeyedNoise(seeds_B.repeat_interleave(n), positions)
         x = SAMPLERS[sampler].run(
@@ -237,7 +240,7 @@ class DiT(TokenModel, Timed):
 
         def denoise(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
             x = torch.cat((x, x)) if guided else x
-            x_BND = x.view(len(labels), self.config.tokens.positions, -1)
+            x_BND = x.view(len(labels), self.config.tokens.seq_len, -1)
             out, v = (part.flatten(0, 1) for part in self(x_BND, t.expand(len(labels)), labels))
             # t is 0-d: one timestep for all rows.
             eps = predicted_eps(self.prediction, c, x, t[None], out)

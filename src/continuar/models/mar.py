@@ -25,15 +25,15 @@ from torch import Tensor, nn
 
 from continuar.errors import require
 from continuar.models.base import Backbone
-from continuar.models.positions import Grid, Positions, Rotary, Rotation, check_rotary, nowhere
+from continuar.models.positions import Grid, Positions, Rotary, Rotation, check_rotary, no_position
 from continuar.models.transformer import LN_EPS, Block, QueryBlock, check_dropout, init_transformer
 from continuar.orders import View
-from continuar.tensors import put_, take
+from continuar.tensors import batched_gather, batched_scatter_
 
 _RATIO = NormalDist(1.0, 0.25)
 
 
-class MaskCount:
+class MaskRatio:
     """Draws the number of hidden tokens.
 
     Args:
@@ -142,7 +142,7 @@ class MAE(Backbone[MAEState]):
         self.width, self.z_dim, self.buffer = width, z_dim, config.buffer
         self.learned = config.positions == "learned"
         rows = config.buffer + (positions if self.learned else 0)
-        self.mask_count = MaskCount(positions, config.mask_ratio_min, config.mask_granularity)
+        self.mask_count = MaskRatio(positions, config.mask_ratio_min, config.mask_granularity)
         self.encoder_positions = nn.Parameter(torch.empty(rows, width))
         self.input_norm = nn.LayerNorm(width, eps=LN_EPS)
         self.encoder = nn.ModuleList(Block(width, config.heads, *rates) for _ in range(config.encoder_depth))
@@ -161,7 +161,7 @@ class MAE(Backbone[MAEState]):
     def encode(self, x_BKE: Tensor, known_BK: Tensor, cond_BCE: Tensor) -> Tensor:
         """Embedded known tokens at their positions -> [B, buffer + K, E], buffer first."""
         buffer = self._fill(cond_BCE) + self.encoder_positions[: self.buffer]
-        tokens = x_BKE + take(self.encoder_positions[None, self.buffer :], known_BK) if self.learned else x_BKE
+        tokens = x_BKE + batched_gather(self.encoder_positions[None, self.buffer :], known_BK) if self.learned else x_BKE
         h = self.input_norm(torch.cat((buffer, tokens), 1))
         rotation = self._rotation(self.encoder_rotary, known_BK)
         for block in self.encoder:
@@ -185,7 +185,7 @@ class MAE(Backbone[MAEState]):
         h = torch.cat((self.decoder_input(encoded_BLE), self.mask_token.expand(*view.query_BQ.shape, -1)), 1)
         buffer = self.decoder_positions[: self.buffer].expand(len(h), -1, -1)
         if self.learned:
-            h = h + torch.cat((buffer, take(self.decoder_positions[None, self.buffer :], index)), 1)
+            h = h + torch.cat((buffer, batched_gather(self.decoder_positions[None, self.buffer :], index)), 1)
         else:
             h = torch.cat((h[:, : self.buffer] + buffer, h[:, self.buffer :]), 1)
         rotation = self._rotation(self.decoder_rotary, index)
@@ -193,23 +193,23 @@ class MAE(Backbone[MAEState]):
         for block in blocks:
             h = block(h, rotation=rotation)
         h = last(h, count, rotation=rotation)
-        return self.decoder_norm(h) + take(self.z_positions[None], index[:, -count:])
+        return self.decoder_norm(h) + batched_gather(self.z_positions[None], index[:, -count:])
 
     def _rotation(self, rotary: Rotary, index_BL: Tensor) -> Rotation | None:
         """Of the buffer, which is nowhere, and the tokens at these positions behind it."""
         if self.learned:
             return None
-        angles = rotary(torch.cat((nowhere(index_BL, self.buffer), index_BL), 1))
+        angles = rotary(torch.cat((no_position(index_BL, self.buffer), index_BL), 1))
         return Rotation(angles, angles)
 
     def forward(self, x_BNE: Tensor, cond_BCE: Tensor, view: View) -> Tensor:
-        encoded = self.encode(take(x_BNE, view.known_BK), view.known_BK, cond_BCE)
+        encoded = self.encode(batched_gather(x_BNE, view.known_BK), view.known_BK, cond_BCE)
         return self.decode(encoded, view, view.query_BQ.shape[1])
 
-    def draw_queried(self) -> int:
+    def sample_num_masked(self) -> int:
         return self.mask_count.draw()
 
-    def queried_counts(self) -> dict[int, float]:
+    def num_masked_distribution(self) -> dict[int, float]:
         return self.mask_count.distribution()
 
     def position_tables(self) -> dict[str, int]:
@@ -225,9 +225,9 @@ class MAE(Backbone[MAEState]):
         # Known positions first, each run ascending: a canonical order, so that rounding does not depend on the path taken.
         order = (~state.known_BN).to(torch.int8).argsort(dim=1, stable=True)
         z = self(state.x_BNE, state.cond_BCE, View(order, state.known))
-        return take(z, order.argsort(dim=1).gather(1, query_BQ) - state.known)
+        return batched_gather(z, order.argsort(dim=1).gather(1, query_BQ) - state.known)
 
     def commit(self, state: MAEState, index_BK: Tensor, x_BKE: Tensor) -> None:
-        put_(state.x_BNE, index_BK, x_BKE)
+        batched_scatter_(state.x_BNE, index_BK, x_BKE)
         state.known_BN.scatter_(1, index_BK, True)
         state.known += index_BK.shape[1]

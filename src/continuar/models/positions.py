@@ -54,7 +54,7 @@ def resize_rows(rows_RE: Tensor, old: Grid, new: Grid, before: int = 0) -> Tenso
 Positions = Literal["learned", "rotary"]
 BASE = 100.0
 """As for images, whose axes are short; 10,000 is usual for text."""
-NOWHERE = -1
+NO_POSITION = -1
 """The index of a slot that belongs to no position."""
 
 
@@ -72,25 +72,25 @@ class Rotary:
         self.grid, self.pairs = grid, head_dim // 2
 
     def __call__(self, index_BL: Tensor) -> Tensor:
-        """Indices in raster order, or `NOWHERE` -> (cos, sin) [2, B, 1, L, D/2] in float32."""
+        """Indices in raster order, or `NO_POSITION` -> (cos, sin) [2, B, 1, L, D/2] in float32."""
         columns = self.grid[1]
         axes = [index_BL % columns] if self.grid[0] == 1 else [index_BL // columns, index_BL % columns]
         each = self.pairs // len(axes)
         speed = BASE ** (torch.arange(each, device=index_BL.device, dtype=torch.float32) / -each)
-        angle_BLP = torch.cat([axis[..., None] * speed for axis in axes], -1) * (index_BL != NOWHERE)[..., None]
+        angle_BLP = torch.cat([axis[..., None] * speed for axis in axes], -1) * (index_BL != NO_POSITION)[..., None]
         return torch.stack((angle_BLP.cos(), angle_BLP.sin()))[:, :, None]
 
 
-def turn(x_BHLD: Tensor, by: Tensor) -> Tensor:
+def apply_rotary(x_BHLD: Tensor, by: Tensor) -> Tensor:
     """Turns the pairs (i, i + D/2) of every head, in float32; the result has x's dtype."""
     a, b = x_BHLD.float().chunk(2, dim=-1)
     cos, sin = by
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x_BHLD.dtype)
 
 
-def nowhere(index_BK: Tensor, count: int) -> Tensor:
-    """[B, count] of `NOWHERE`."""
-    return index_BK.new_full((len(index_BK), count), NOWHERE)
+def no_position(index_BK: Tensor, count: int) -> Tensor:
+    """[B, count] of `NO_POSITION`."""
+    return index_BK.new_full((len(index_BK), count), NO_POSITION)
 
 
 def check_rotary(positions: str, parts: dict[str, tuple[int, int]]) -> None:

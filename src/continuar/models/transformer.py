@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from continuar.errors import require
 from continuar.models.fused_ops import Dropout, draw_seed, hashed_gelu_dropout
-from continuar.models.positions import Rotation, turn
+from continuar.models.positions import Rotation, apply_rotary
 
 LN_EPS = 1e-6
 
@@ -78,7 +78,7 @@ class Attention(nn.Module):
             (q,) = self._split(F.linear(x_BLE[:, -last:], weights[0], biases[0]), 1)
             k, v = self._split(F.linear(x_BLE, weights[1], biases[1]), 2)
         if rotation is not None:
-            q, k = turn(q, rotation.query), turn(k, rotation.key)
+            q, k = apply_rotary(q, rotation.query), apply_rotary(k, rotation.key)
         mask = None
         if cache is not None:
             k, v = cache.write(k, v, at)

@@ -103,7 +103,7 @@ def _digits() -> Run:
     # Less than half of the recipe `digits`: the slowest of these runs takes two minutes on one core.
     train = dataclasses.replace(base.train, images=30_000, sample_images=30_000, save_images=30_000)
     optim = dataclasses.replace(base.optim, decay_images=24_000)
-    head = dataclasses.replace(base.head, timesteps_per_token=2)
+    head = dataclasses.replace(base.head, diffusion_batch_mul=2)
     return dataclasses.replace(base, train=train, optim=optim, head=head)
 
 
@@ -112,7 +112,7 @@ def _heads(base: Run, min_std: float) -> dict[str, HeadConfig]:
     assert isinstance(head, DiffusionHeadConfig)
     return {
         "diffusion": head,
-        "flow": FlowHeadConfig(width=head.width, depth=head.depth, timesteps_per_token=head.timesteps_per_token),
+        "flow": FlowHeadConfig(width=head.width, depth=head.depth, diffusion_batch_mul=head.diffusion_batch_mul),
         "categorical": CategoricalHeadConfig(),
         "mixture": MixtureHeadConfig(components=16, min_std=min_std),
         "regression": RegressionHeadConfig(width=head.width, depth=head.depth),
@@ -181,7 +181,7 @@ def dit_digits() -> DiTRun:
 
     About 100 s on one core. 300 of 300 samples are read as what was asked for (`docs/results.md`).
     """
-    return _like(digits(), DiTNetworkConfig(width=96, depth=4, heads=4, prediction="velocity"), diffusion_steps=50)
+    return _like(digits(), DiTNetworkConfig(width=96, depth=4, heads=4, prediction="v_prediction"), diffusion_steps=50)
 
 
 def dit_cifar10() -> DiTRun:
@@ -192,7 +192,7 @@ def dit_cifar10() -> DiTRun:
     9.8 M parameters; images, batch and learning rate are those of `cifar10`. Trained on 2 million images
     (docs/results.md, Figure 6); guidance is a guess.
     """
-    return _like(cifar10(), DiTNetworkConfig(width=256, depth=8, heads=8, prediction="velocity"), diffusion_steps=100)
+    return _like(cifar10(), DiTNetworkConfig(width=256, depth=8, heads=8, prediction="v_prediction"), diffusion_steps=100)
 
 
 def _like(base: Run, network: DiTNetworkConfig, diffusion_steps: int) -> DiTRun:

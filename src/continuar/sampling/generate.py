@@ -29,7 +29,7 @@ from continuar.models.autoregressive import Model
 from continuar.models.dit import DiT
 from continuar.noise import KeyedNoise, RowNoise
 from continuar.orders import Order
-from continuar.tensors import put_, take
+from continuar.tensors import batched_gather, batched_scatter_
 from continuar.tokenizers import TokenSpec
 
 GuidanceSchedule = Literal["linear", "constant"]
@@ -136,7 +136,7 @@ def make_plan(order: Order, options: SamplingOptions, unknown: int) -> tuple[Pla
     Raises:
         UserError: a number of steps the order cannot take.
     """
-    total = order.positions
+    total = order.seq_len
     require(
         options.steps is None or options.steps <= total, f"steps is {options.steps}; allowed: 1 to {total}, the number of tokens"
     )
@@ -152,7 +152,7 @@ NoiseOf = Callable[..., RowNoise]
 
 
 @dataclass(frozen=True)
-class Start:
+class SamplingInput:
     """Where a batch starts. Every row must have the same number of known tokens.
 
     Attributes:
@@ -168,10 +168,10 @@ class Start:
     known_BN: Tensor
 
     @classmethod
-    def blank(cls, tokens: TokenSpec, seeds_B: Tensor, condition: Tensor | None = None) -> Start:
+    def blank(cls, tokens: TokenSpec, seeds_B: Tensor, condition: Tensor | None = None) -> SamplingInput:
         """A start at which nothing is known, on the device of the seeds."""
         batch, device = len(seeds_B), seeds_B.device
-        unknown = torch.zeros(batch, tokens.positions, dtype=torch.bool, device=device)
+        unknown = torch.zeros(batch, tokens.seq_len, dtype=torch.bool, device=device)
         return cls(condition, seeds_B, tokens.blank(batch, device), unknown)
 
 
@@ -186,7 +186,7 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Begun:
+class PreparedBatch:
     """A generation before its first step; what every engine begins with.
 
     Attributes:
@@ -209,7 +209,7 @@ class Begun:
     known: int
 
 
-def begin(model: Model, start: Start, options: SamplingOptions, order_BN: Tensor | None = None) -> Begun:
+def prepare(model: Model, start: SamplingInput, options: SamplingOptions, order_BN: Tensor | None = None) -> PreparedBatch:
     """Checks a start and its options, and arranges them.
 
     Raises:
@@ -223,7 +223,7 @@ def begin(model: Model, start: Start, options: SamplingOptions, order_BN: Tensor
     known = counts[0] if counts else 0
     if order_BN is None:
         order_BN = model.order.arrange(start.known_BN, start.seeds_B)
-    plan = make_plan(model.order, options, model.order.positions - known)
+    plan = make_plan(model.order, options, model.order.seq_len - known)
     assert options.head is not None
     options.head.check_tokens(model.config.tokens.size)
     # Guidance runs the null condition as B more rows of the same batch; without it they are not there at all.
@@ -236,13 +236,13 @@ def begin(model: Model, start: Start, options: SamplingOptions, order_BN: Tensor
 
     blank = ~start.known_BN
     tokens = start.tokens.masked_fill(blank if start.tokens.ndim == 2 else blank.unsqueeze(-1), 0)
-    return Begun(options, order_BN, plan, cond, copies, tokens, start.known_BN.clone(), known)
+    return PreparedBatch(options, order_BN, plan, cond, copies, tokens, start.known_BN.clone(), known)
 
 
 @torch.no_grad()
 def stream(
     model: Model,
-    start: Start,
+    start: SamplingInput,
     options: SamplingOptions,
     *,
     order_BN: Tensor | None = None,
@@ -254,11 +254,11 @@ def stream(
         order_BN: instead of the order's own arrangement: known positions first, then the unknown as they come.
         noise_of: (seeds of the rows, positions of the rows) -> their noise; for an order that chooses, (seeds, positions, step).
     """
-    begun = begin(model, start, options, order_BN)
+    begun = prepare(model, start, options, order_BN)
     options, order_BN, plan, copies = begun.options, begun.order_BN, begun.plan, begun.copies
     tokens, known_BN, guided, device = begun.tokens, begun.known_BN, begun.copies == 2, start.seeds_B.device
     assert options.head is not None
-    state = model.backbone.start(begun.cond, model.order.positions)
+    state = model.backbone.start(begun.cond, model.order.seq_len)
     _commit(model, state, tokens, order_BN[:, : begun.known], copies)
     # Filled on the device: copying a number there would wait for all work before it.
     temperature = torch.full((), options.temperature, device=device)
@@ -280,8 +280,8 @@ def stream(
             assert drawn.log_prob is not None
             log_prob = drawn.log_prob.view(query.shape)
             chosen = model.order.choose(step.size, (number + 1) / len(plan), log_prob, noise).sort(dim=1).values
-            index, values = take(query, chosen), take(values, chosen)
-        put_(tokens, index, values)
+            index, values = batched_gather(query, chosen), batched_gather(values, chosen)
+        batched_scatter_(tokens, index, values)
         known_BN.scatter_(1, index, True)
         _commit(model, state, tokens, index, copies)
         yield Progress(tokens, known_BN, number, len(plan))
@@ -289,7 +289,7 @@ def stream(
 
 def generate(
     model: Model,
-    start: Start,
+    start: SamplingInput,
     options: SamplingOptions,
     *,
     order_BN: Tensor | None = None,
@@ -305,11 +305,11 @@ def generate(
 def _commit(model: Model, state: Any, tokens: Tensor, index_BK: Tensor, copies: int) -> None:
     """Embeds the tokens at these positions and tells the backbone, in every copy of the batch."""
     if index_BK.shape[1]:
-        x = model.token_embedding(take(tokens, index_BK))
+        x = model.token_embedding(batched_gather(tokens, index_BK))
         model.backbone.commit(state, index_BK.repeat(copies, 1), x.repeat(copies, 1, 1))
 
 
-def stream_whole(model: DiT, start: Start, options: SamplingOptions) -> Iterator[Progress]:
+def stream_single_step(model: DiT, start: SamplingInput, options: SamplingOptions) -> Iterator[Progress]:
     """Yields after the one step of a DiT; not at all where all tokens are known.
 
     Raises:

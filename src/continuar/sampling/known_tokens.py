@@ -1,6 +1,6 @@
 """Known tokens: what a generation is given beforehand, and batches that the engine can run.
 
-1. `with_known` checks tokens and their mask and puts them into a `Start` of all images.
+1. `with_known` checks tokens and their mask and puts them into a `SamplingInput` of all images.
 2. `equal_batches` groups its rows by how many tokens they know: within a batch of the engine that count is the same, so that every
    tensor is rectangular. Noise belongs to an image and its positions, so an image does not depend on this grouping.
 
@@ -22,13 +22,13 @@ from torch import Tensor
 
 from continuar.errors import UserError, require
 from continuar.sampling.engines import Engine
-from continuar.sampling.generate import SamplingOptions, Start, make_plan
+from continuar.sampling.generate import SamplingInput, SamplingOptions, make_plan
 from continuar.tokenizers import TokenSpec
 
 Array = Tensor | np.ndarray
 
 
-def with_known(start: Start, spec: TokenSpec, tokens: Array | None, mask: Array | None) -> Start:
+def with_known(start: SamplingInput, spec: TokenSpec, tokens: Array | None, mask: Array | None) -> SamplingInput:
     """A start whose images know some of their tokens, not necessarily equally many.
 
     Args:
@@ -58,7 +58,7 @@ def with_known(start: Start, spec: TokenSpec, tokens: Array | None, mask: Array 
 
 def _mask_of(mask: Array, spec: TokenSpec, batch: int) -> Tensor:
     """bool [B, N]."""
-    mask, (h, w), n = _tensor("known_mask", mask), spec.grid, spec.positions
+    mask, (h, w), n = _tensor("known_mask", mask), spec.grid, spec.seq_len
     require(mask.dtype == torch.bool, f"known_mask is of {_name(mask)}; allowed: bool, True where a token is known")
     if mask.shape == (batch, n):
         return mask
@@ -106,11 +106,11 @@ class Batch:
     """
 
     rows_b: Tensor
-    start: Start
+    start: SamplingInput
     unknown: int
 
 
-def equal_batches(start: Start, size: int) -> tuple[Batch, ...]:
+def equal_batches(start: SamplingInput, size: int) -> tuple[Batch, ...]:
     """Cuts a start into batches of at most ``size`` images, which all know the same number of tokens; fewest unknown last."""
     unknown = (~start.known_BN).sum(1).tolist()
     batches = []
@@ -122,7 +122,7 @@ def equal_batches(start: Start, size: int) -> tuple[Batch, ...]:
     return tuple(batches)
 
 
-def _rows(start: Start, index_b: Tensor) -> Start:
+def _rows(start: SamplingInput, index_b: Tensor) -> SamplingInput:
     values: dict[str, Any] = {f.name: getattr(start, f.name) for f in fields(start)}
     return replace(start, **{name: value[index_b] for name, value in values.items() if value is not None})
 
@@ -162,7 +162,7 @@ def paint_unknown(images_BHW3: np.ndarray, unknown_Bhw: np.ndarray) -> np.ndarra
 
 
 def snapshots(
-    engine: Engine, start: Start, options: SamplingOptions, batch_size: int, decode: Callable[[Tensor], np.ndarray]
+    engine: Engine, start: SamplingInput, options: SamplingOptions, batch_size: int, decode: Callable[[Tensor], np.ndarray]
 ) -> Iterator[Snapshot]:
     """Checks the settings at once, and generates as it is iterated over.
 
@@ -182,7 +182,7 @@ def snapshots(
 
 def _run(
     engine: Engine,
-    start: Start,
+    start: SamplingInput,
     batches: Sequence[Batch],
     options: SamplingOptions,
     steps: int,

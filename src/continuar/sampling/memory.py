@@ -32,7 +32,7 @@ def bytes_per_image(model: Model, plan: tuple[PlanStep, ...], options: Options, 
         copies: 2 with guidance, 1 without.
         dtype: of the engine's weights.
     """
-    item, positions, backbone = torch.finfo(dtype).bits // 8, model.order.positions, model.backbone
+    item, positions, backbone = torch.finfo(dtype).bits // 8, model.order.seq_len, model.backbone
     rows = max((step.size for step in plan), default=0)
     if isinstance(backbone, Causal):
         slots = positions + 8

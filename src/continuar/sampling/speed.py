@@ -9,8 +9,8 @@ import torch
 
 from continuar.cuda_graphs import Clock
 from continuar.sampling.engines import Engine
-from continuar.sampling.fast.engine import GraphEngine
-from continuar.sampling.generate import SamplingOptions, Start
+from continuar.sampling.fast.engine import FastEngine
+from continuar.sampling.generate import SamplingInput, SamplingOptions
 
 
 @dataclass(frozen=True)
@@ -41,24 +41,24 @@ class Speed:
         return self.parts.get(part, 0.0) * len(self.seconds) / sum(self.seconds)
 
 
-def measure(engine: Engine, start: Start, options: SamplingOptions, repeats: int = 2) -> Speed:
+def measure(engine: Engine, start: SamplingInput, options: SamplingOptions, repeats: int = 2) -> Speed:
     """Generates ``start`` once to warm up and ``repeats`` times for the clock."""
     device = start.seeds_B.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     warmup = _run(engine, start, options)
     clock = Clock(device)
-    if isinstance(engine, GraphEngine):
+    if isinstance(engine, FastEngine):
         engine.clock = clock
     seconds = [_run(engine, start, options) for _ in range(repeats)]
     parts = {part: spent / repeats for part, spent in clock.read().items()}
-    if isinstance(engine, GraphEngine):
+    if isinstance(engine, FastEngine):
         engine.clock = None
     peak = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
     return Speed(len(start.seeds_B), warmup, tuple(seconds), peak, parts)
 
 
-def _run(engine: Engine, start: Start, options: SamplingOptions) -> float:
+def _run(engine: Engine, start: SamplingInput, options: SamplingOptions) -> float:
     _wait(start.seeds_B.device)
     began = time.perf_counter()
     for _ in engine.stream(start, options):

@@ -45,11 +45,11 @@ class TokenSpec:
     def blank(self, batch: int, device: torch.device | str | None = None) -> Tensor:
         """Tokens of ``batch`` images, all zero: float32 [B, N, D], or int64 [B, N]."""
         if self.kind == "id":
-            return torch.zeros(batch, self.positions, dtype=torch.int64, device=device)
-        return torch.zeros(batch, self.positions, self.dim, device=device)
+            return torch.zeros(batch, self.seq_len, dtype=torch.int64, device=device)
+        return torch.zeros(batch, self.seq_len, self.dim, device=device)
 
     @property
-    def positions(self) -> int:
+    def seq_len(self) -> int:
         """N, the number of tokens."""
         return self.grid[0] * self.grid[1]
 

@@ -66,8 +66,8 @@ from continuar.config import differences, to_json
 from continuar.data.loader import ImageSet, check_skipped, decode_block, load_images
 from continuar.data.sources import Source, find_source
 from continuar.devices import GIB
-from continuar.distributed import Single, together
-from continuar.errors import SaidElsewhere, UserError, require
+from continuar.distributed import SingleProcess, raise_on_all_ranks
+from continuar.errors import RemoteRankError, UserError, require
 from continuar.pictures import grid, save_png
 from continuar.pipeline import to_uint8
 from continuar.tokenizers import VAETokenizer, VQTokenizer
@@ -331,7 +331,7 @@ class Meter:
         parallel: the processes that train together.
     """
 
-    def __init__(self, device: torch.device, parallel: Single) -> None:
+    def __init__(self, device: torch.device, parallel: SingleProcess) -> None:
         self._device, self._parallel = device, parallel
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, Tensor] = {}
@@ -379,10 +379,10 @@ class TokenizerStep:
         tokenizer: VAETokenizer | VQTokenizer,
         run: TokenizerRun,
         perceptual: Perceptual | None,
-        parallel: Single | None = None,
+        parallel: SingleProcess | None = None,
     ) -> None:
         self.tokenizer, self.run, self.perceptual = tokenizer.train().requires_grad_(True), run, perceptual
-        self.parallel = parallel or Single()
+        self.parallel = parallel or SingleProcess()
         self.network: Any = tokenizer.network
         self.device = next(tokenizer.parameters()).device
         engine = pick_engine(run.train.engine, self.device, self.parallel)
@@ -534,7 +534,7 @@ class TokenizerStep:
                     group["lr"] = lr
 
 
-def pick_engine(chosen: str, device: torch.device, parallel: Single) -> str:
+def pick_engine(chosen: str, device: torch.device, parallel: SingleProcess) -> str:
     """Which ``train.engine`` "auto" is here; any other is itself.
 
     Raises:
@@ -567,7 +567,7 @@ def save_checkpoint(run_directory: Path, trainer: TokenizerStep, step: int, keep
     The first process does it, and the others wait.
     """
     destination = run_directory / "checkpoints" / f"step-{step:08d}"
-    with together(trainer.parallel):
+    with raise_on_all_ranks(trainer.parallel):
         if trainer.parallel.first:
             _write(destination, trainer, step)
             for old in newest_checkpoints(run_directory)[keep:]:
@@ -584,15 +584,15 @@ def load_newest(run_directory: Path, trainer: TokenizerStep) -> int:
     found = newest_checkpoints(run_directory)
     for checkpoint in found:
         try:
-            with together(trainer.parallel):
+            with raise_on_all_ranks(trainer.parallel):
                 step = _load(checkpoint, trainer)
-        except SaidElsewhere:
+        except RemoteRankError:
             continue
         except (UserError, OSError) as problem:
             _LOG.error("checkpoint %s is damaged and passed over: %s", checkpoint, problem)
         else:
             return step
-    with together(trainer.parallel):
+    with raise_on_all_ranks(trainer.parallel):
         require(not found, f"every checkpoint in {run_directory / 'checkpoints'} is damaged")
     return 0
 
@@ -655,7 +655,7 @@ def train_tokenizer(
     force: bool = False,
     on_report: Callable[[Report], None] | None = None,
     on_read: Callable[[int, int], None] | None = None,
-    parallel: Single | None = None,
+    parallel: SingleProcess | None = None,
 ) -> VAETokenizer | VQTokenizer:
     """Trains a tokenizer in ``directory``; see the module's docstring.
 
@@ -671,8 +671,8 @@ def train_tokenizer(
             steps in a row.
         Interrupted: Ctrl-C; a checkpoint was kept.
     """
-    parallel, loop = parallel or Single(), run.train
-    with together(parallel):
+    parallel, loop = parallel or SingleProcess(), run.train
+    with raise_on_all_ranks(parallel):
         check_directory(run, directory, resume, force)
         part = parallel.part(loop.batch_size)
         perceptual = build_perceptual(run.loss, device)
@@ -686,7 +686,7 @@ def train_tokenizer(
             on_read=on_read,
         )
     torch.manual_seed(run.seed)
-    with together(parallel):
+    with raise_on_all_ranks(parallel):
         trainer = TokenizerStep(run.tokenizer.build().to(device), run, perceptual, parallel)
     first = load_newest(directory, trainer) if resume else 0
     begin_directory(directory, run, parallel)
@@ -695,7 +695,7 @@ def train_tokenizer(
     config = tokenizer.config
     if isinstance(tokenizer, VAETokenizer):
         config = replace(config, scale=_scale(tokenizer, images, loop, parallel))
-    with together(parallel):
+    with raise_on_all_ranks(parallel):
         if parallel.first:
             save_tokenizer(config, tokenizer.state_dict(), directory / "tokenizer")
     finished = config.build().to(device)
@@ -770,7 +770,7 @@ class _Loop:
         limit = self.run.train.max_bad_steps
         if streak >= limit:
             kept = newest_checkpoints(self.directory)
-            with together(self.parallel):
+            with raise_on_all_ranks(self.parallel):
                 raise UserError(
                     f"{streak} steps in a row had a non-finite loss or gradient (train.max_bad_steps is {limit}); try a lower "
                     "--optim.lr or --train.precision float32, and look at the data; "
@@ -815,13 +815,13 @@ class _Loop:
 
 
 @torch.no_grad()
-def _scale(tokenizer: VAETokenizer, images: ImageBatches, loop: TokenizerLoopConfig, parallel: Single) -> float:
+def _scale(tokenizer: VAETokenizer, images: ImageBatches, loop: TokenizerLoopConfig, parallel: SingleProcess) -> float:
     """What brings latents to unit deviation, on about ``measure_images`` training images, each once at most: a shuffled pass."""
     sums = LatentSums(tokenizer.config.network.has_variance)
-    with together(parallel), torch.compiler.set_stance("force_eager"):
+    with raise_on_all_ranks(parallel), torch.compiler.set_stance("force_eager"):
         for step in range(max(1, min(loop.measure_images, images.count) // loop.batch_size)):
             sums.add(tokenizer.encode(images.plain(step)))
     sums.join(parallel)
-    with together(parallel):
+    with raise_on_all_ranks(parallel):
         found = sums.statistics()
     return found.scale

@@ -23,7 +23,7 @@ from continuar.checkpoints.store import (
     EMA,
     SHARDS,
     WEIGHTS,
-    ModelFile,
+    PipelineConfig,
     atomic_directory,
     check_keys,
     checksum,
@@ -35,8 +35,8 @@ from continuar.checkpoints.store import (
     write_tensors,
     write_tokenizer,
 )
-from continuar.distributed import Single, like, together, whole_state
-from continuar.errors import SaidElsewhere, UserError, require
+from continuar.distributed import SingleProcess, gathered_state, like, raise_on_all_ranks
+from continuar.errors import RemoteRankError, UserError, require
 from continuar.pipeline import newest_checkpoints
 from continuar.tokenizers import Tokenizer
 from continuar.training.config import LoopConfig
@@ -47,7 +47,7 @@ _OTHERS = {"averages": AVERAGES, "optimizer": OPTIMIZER}
 _LOG = logging.getLogger("continuar")
 
 
-def save_checkpoint(run_directory: Path, file: ModelFile, tokenizer: Tokenizer, trainer: TrainStep, step: int) -> Path:
+def save_checkpoint(run_directory: Path, file: PipelineConfig, tokenizer: Tokenizer, trainer: TrainStep, step: int) -> Path:
     """Writes ``checkpoints/step-NNNNNNNN`` (``step`` optimizer steps are done) and drops those that need not be kept.
 
     The last one of a run has whole weights even where they are sharded.
@@ -61,7 +61,7 @@ def save_checkpoint(run_directory: Path, file: ModelFile, tokenizer: Tokenizer, 
     with _filled_together(destination, parallel) as temporary:
         if parallel.sharded:
             write_shards(temporary, _flat(_state(trainer)))
-        with together(parallel):
+        with raise_on_all_ranks(parallel):
             if parallel.sharded:
                 write_json(temporary / SHARDS / f"checksums-{parallel.rank:05d}.json", _sums(shards_of(temporary, parallel.rank)))
             if parallel.first:
@@ -93,9 +93,9 @@ def load_newest(run_directory: Path, trainer: TrainStep, skip: int = 0) -> int:
     found = newest_checkpoints(run_directory)
     for checkpoint in found[skip:]:
         try:
-            with together(trainer.parallel):
+            with raise_on_all_ranks(trainer.parallel):
                 state = _checked(checkpoint, trainer.parallel)
-        except SaidElsewhere:
+        except RemoteRankError:
             continue
         except (UserError, OSError) as problem:
             _LOG.error("checkpoint %s is damaged and passed over: %s", checkpoint, problem)
@@ -116,7 +116,7 @@ def _drop_old(run_directory: Path, loop: LoopConfig) -> None:
         shutil.rmtree(torn)
 
 
-def _checked(checkpoint: Path, parallel: Single) -> dict[str, Any]:
+def _checked(checkpoint: Path, parallel: SingleProcess) -> dict[str, Any]:
     """The checkpoint's ``state.json``, after each process compared its part of the files to their checksums."""
     state = read_json(checkpoint / STATE)
     require(isinstance(state, dict) and {"step", "checksums"} <= set(state), f"{checkpoint / STATE} lacks its entries")
@@ -183,7 +183,7 @@ def _flat(groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
 def _weights(trainer: TrainStep) -> dict[str, dict[str, Tensor]]:
     """Whole weights by file: in the first process, to which all others send theirs where weights are sharded."""
     models = {WEIGHTS: trainer.model, EMA: trainer.ema.model}
-    return {file: whole_state(model, trainer.parallel) for file, model in models.items()}
+    return {file: gathered_state(model, trainer.parallel) for file, model in models.items()}
 
 
 def _sums(files: Iterable[Path]) -> dict[str, str]:
@@ -191,13 +191,13 @@ def _sums(files: Iterable[Path]) -> dict[str, str]:
 
 
 @contextmanager
-def _filled_together(destination: Path, parallel: Single) -> Iterator[Path]:
+def _filled_together(destination: Path, parallel: SingleProcess) -> Iterator[Path]:
     """`atomic_directory` for several processes that fill the same one."""
     owner = parallel.most(os.getpid() if parallel.first else 0)
     with ExitStack() as stack:
-        with together(parallel):
+        with raise_on_all_ranks(parallel):
             if parallel.first:
                 stack.enter_context(atomic_directory(destination))
         yield temporary_directory(destination, owner)
-        with together(parallel):
+        with raise_on_all_ranks(parallel):
             stack.close()

@@ -16,7 +16,7 @@ from typing import Literal
 from continuar.errors import UserError, require
 from continuar.heads import DiffusionHeadConfig, HeadConfig
 from continuar.models import BackboneConfig, MAEConfig
-from continuar.models.autoregressive import ModelConfig, known_to_disappoint
+from continuar.models.autoregressive import ModelConfig, config_warnings
 from continuar.models.dit import DiTConfig, DiTNetworkConfig
 from continuar.orders import MAROrderConfig, OrderConfig
 from continuar.sampling.generate import SamplingOptions, make_plan
@@ -122,7 +122,7 @@ class LoopConfig:
     engine: Literal["eager", "compile", "graphs", "compile-graphs"] = "eager"
     """How a step is executed: "compile" (torch.compile, after minutes of compilation), "graphs" (CUDA graphs, at once), or both.
     They work per number of masked tokens: set backbone.mask_granularity to have few of them."""
-    recompute: bool = False
+    activation_checkpointing: bool = False
     """Activation checkpointing: forward keeps the input of every transformer block alone, and backward computes the block again.
     Less memory for more work (`continuar plan` counts both), the same loss and gradients. What the head keeps stays. Not with
     engines that capture graphs."""
@@ -151,8 +151,8 @@ class LoopConfig:
             f"train.micro_batch is {self.micro_batch}; allowed: a divisor of the batch size {self.batch_size}, or 0",
         )
         require(
-            not (self.recompute and self.engine.endswith("graphs")),
-            f"train.recompute restores dropout's random numbers, which train.engine {self.engine} cannot capture; "
+            not (self.activation_checkpointing and self.engine.endswith("graphs")),
+            f"train.activation_checkpointing restores dropout's random numbers, which train.engine {self.engine} cannot capture; "
             "allowed: eager, compile",
         )
         require(0 <= self.label_dropout < 1, f"train.label_dropout is {self.label_dropout}; allowed: 0 up to below 1")
@@ -220,7 +220,7 @@ class BaseRun(ABC):
         require(self.seed >= 0, f"seed is {self.seed}; allowed: 0 or more")
         config = self.model_config(self.data.classes)
         object.__setattr__(self, "sampling", self.sampling.for_head(config))
-        make_plan(config.build_order(), self.sampling, config.tokens.positions)  # refuses steps that the order cannot take
+        make_plan(config.build_order(), self.sampling, config.tokens.seq_len)  # refuses steps that the order cannot take
 
     @abstractmethod
     def model_config(self, classes: int) -> ModelConfig | DiTConfig:
@@ -251,7 +251,10 @@ class DiTRun(BaseRun):
 
     def __post_init__(self) -> None:
         require(not self.init, f"init is '{self.init}'; a DiT begins with random weights; allowed: empty")
-        require(not self.train.recompute, "train.recompute is True, which a DiT's blocks do not know; allowed: False")
+        require(
+            not self.train.activation_checkpointing,
+            "train.activation_checkpointing is True, which a DiT's blocks do not know; allowed: False",
+        )
         super().__post_init__()
 
     def model_config(self, classes: int) -> DiTConfig:
@@ -266,25 +269,25 @@ INITIAL_SHARE = 0.1
 
 
 def warn(run: BaseRun) -> None:
-    """Logs every line of `advice`."""
-    for line in advice(run):
+    """Logs every line of `run_warnings`."""
+    for line in run_warnings(run):
         _LOG.warning(line)
 
 
-def advice(run: BaseRun) -> list[str]:
+def run_warnings(run: BaseRun) -> list[str]:
     """Of parts (`parts.known_to_disappoint`) and of how they are trained."""
     loop, ema = run.train, run.ema
-    found = known_to_disappoint(run.tokenizer, run.head) if isinstance(run, Run) else []
+    found = config_warnings(run.tokenizer, run.head) if isinstance(run, Run) else []
     diffusion, field = (run.network, "network") if isinstance(run, DiTRun) else (run.head if isinstance(run, Run) else None, "head")
     if (
         isinstance(diffusion, DiffusionHeadConfig | DiTNetworkConfig)
-        and diffusion.prediction == "eps"
+        and diffusion.prediction == "epsilon"
         and loop.images < SHORT_IMAGES
         and not run.init
     ):
         found.append(
             f"a predicted eps after {loop.images:,} images is known to give black and white samples, for sampling multiplies "
-            f"its error by 300 at first; better: --{field}.prediction velocity"
+            f"its error by 300 at first; better: --{field}.prediction v_prediction"
         )
     share = ema.decay**loop.steps
     if not ema.warmup and share > INITIAL_SHARE and not run.init:

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from continuar.checkpoints.store import read_model_file, read_tokenizer
+from continuar.checkpoints.store import read_pipeline_config, read_tokenizer
 from continuar.checkpoints.tokenizers import Changes, fingerprint, load_tokenizer
 from continuar.data.latent_cache import LatentCache, is_cache
 from continuar.data.loader import ImageSet, load_images
@@ -305,7 +305,7 @@ def cache_tokenizer(cache: LatentCache, place: str, kept: list[Path]) -> Tokeniz
     info, where = cache.info, place or cache.info.tokenizer
     if kept:
         where = str(kept[0])
-        tokenizer = read_tokenizer(kept[0], read_model_file(kept[0]).tokenizer)
+        tokenizer = read_tokenizer(kept[0], read_pipeline_config(kept[0]).tokenizer)
     else:
         # What a cache remembers is absolute, or the id of a hub.
         gone = not place and Path(where).is_absolute() and not Path(where).exists()

@@ -12,7 +12,7 @@ share added to those of the step before it, and returns the micro-batch's mean l
   of equal shape share one compilation, where compiling the whole model would compile each of them again.
 * `GraphEngine`: forward and backward captured once per number of masked tokens and replayed as one launch; no compilation. It pays
   where a step is many small kernels. Random numbers stay functions of the generator's seed: a replay reads the state it finds.
-  Matrices are rounded to bfloat16 once per step (`RoundedMatrices`).
+  Matrices are rounded to bfloat16 once per step (`Bf16WeightCopies`).
 * `CompiledGraphEngine`: both, the compiled step captured.
 """
 
@@ -25,14 +25,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from continuar.distributed import Single
+from continuar.distributed import SingleProcess
 from continuar.errors import UserError, require
 from continuar.models.base import TokenModel
 from continuar.models.transformer import Block
 from continuar.orders import View
 
 
-class RoundedMatrices:
+class Bf16WeightCopies:
     """A module that computes with such copies where bfloat16 autocast would make them.
 
     Args:
@@ -106,9 +106,9 @@ class EagerEngine:
     """
 
     def __init__(
-        self, model: TokenModel, label_dropout: float, bf16: bool, parallel: Single | None = None, micro_batches: int = 1
+        self, model: TokenModel, label_dropout: float, bf16: bool, parallel: SingleProcess | None = None, micro_batches: int = 1
     ) -> None:
-        self._parallel = parallel or Single()
+        self._parallel = parallel or SingleProcess()
         self._model, self._bf16, self._last = model, bf16, micro_batches - 1
         device = next(model.parameters()).device
         self._device_type = device.type
@@ -137,7 +137,7 @@ class CompiledEngine(EagerEngine):
     """
 
     def __init__(
-        self, model: TokenModel, label_dropout: float, bf16: bool, parallel: Single | None = None, micro_batches: int = 1
+        self, model: TokenModel, label_dropout: float, bf16: bool, parallel: SingleProcess | None = None, micro_batches: int = 1
     ) -> None:
         super().__init__(model, label_dropout, bf16, parallel, micro_batches)
         _compile(model)
@@ -158,20 +158,20 @@ class GraphEngine(EagerEngine):
     """
 
     def __init__(
-        self, model: TokenModel, label_dropout: float, bf16: bool, parallel: Single | None = None, micro_batches: int = 1
+        self, model: TokenModel, label_dropout: float, bf16: bool, parallel: SingleProcess | None = None, micro_batches: int = 1
     ) -> None:
         super().__init__(model, label_dropout, bf16, None, micro_batches)  # what is captured talks to no other process
         if self._device_type != "cuda":
             raise UserError(
                 f"train.engine captures CUDA graphs, which a {self._device_type} device does not have; allowed: eager, compile"
             )
-        self._together = parallel or Single()
+        self._together = parallel or SingleProcess()
         require(
             not self._together.sharded, "train.engine captures CUDA graphs, which have no sharded weights; allowed: --parallel ddp"
         )
         self._together.share([*(p.detach() for p in model.parameters()), *model.buffers()])
         self._flat, self._gradients = flat_gradients(model)
-        self._compute = self._rounded = RoundedMatrices(self._objective, bf16)
+        self._compute = self._rounded = Bf16WeightCopies(self._objective, bf16)
         self._inputs: tuple[Tensor, Tensor, Tensor] | None = None
         self._captured: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self._flat.device)
@@ -205,8 +205,8 @@ class GraphEngine(EagerEngine):
 
     def _warm_up(self) -> dict[int, int]:
         """Runs some steps of every number of known tokens and gives their memory back; bytes that each leaves for backward."""
-        counts = [self._model.order.positions - queried for queried in self._model.queried_counts()]
-        added_to = [x for x in (self._flat, self._model.timed.time_losses) if x is not None]
+        counts = [self._model.order.seq_len - queried for queried in self._model.num_masked_distribution()]
+        added_to = [x for x in (self._flat, self._model.loss_by_timestep.time_losses) if x is not None]
         kept = [x.clone() for x in added_to]
         needs: dict[int, int] = {}
         self._stream.wait_stream(torch.cuda.current_stream(self._flat.device))
@@ -248,7 +248,7 @@ class CompiledGraphEngine(GraphEngine):
     """See the module's docstring. Compilation happens while the masked counts warm up."""
 
     def __init__(
-        self, model: TokenModel, label_dropout: float, bf16: bool, parallel: Single | None = None, micro_batches: int = 1
+        self, model: TokenModel, label_dropout: float, bf16: bool, parallel: SingleProcess | None = None, micro_batches: int = 1
     ) -> None:
         super().__init__(model, label_dropout, bf16, parallel, micro_batches)
         _compile(model)
@@ -277,7 +277,7 @@ def collect(places: Sequence[Tensor], found: Sequence[Tensor | None], fresh: boo
 
 def _compile(model: TokenModel) -> None:
     """Compiles the model's parts in place; parameters, state dict and results stay what they were."""
-    counts = len(model.queried_counts())
+    counts = len(model.num_masked_distribution())
     require(
         counts <= MAX_COMPILED,
         f"train.engine compiles {counts} masked counts; allowed: {MAX_COMPILED}, see backbone.mask_granularity",

@@ -55,7 +55,7 @@ from continuar.tokenizers import CodebookConfig, LatentConfig, PixelConfig, VAEC
 from continuar.training.config import BaseRun
 
 
-def training_flops(config: ModelConfig | DiTConfig, recompute: bool = False) -> float:
+def training_flops(config: ModelConfig | DiTConfig, activation_checkpointing: bool = False) -> float:
     """Per image and step: forward and backward (twice the forward) at the mean number of masked tokens.
 
     Args:
@@ -64,8 +64,8 @@ def training_flops(config: ModelConfig | DiTConfig, recompute: bool = False) -> 
     with torch.device("meta"):
         model = config.build()
         spec = config.tokens
-        queried = min(spec.positions, round(model.mean_queried()))
-        view = View(torch.zeros(COUNTED, spec.positions, dtype=torch.int64), spec.positions - queried)
+        queried = min(spec.seq_len, round(model.mean_num_masked()))
+        view = View(torch.zeros(COUNTED, spec.seq_len, dtype=torch.int64), spec.seq_len - queried)
         again = 0
         with FlopCounterMode(display=False) as counter:
 
@@ -77,7 +77,7 @@ def training_flops(config: ModelConfig | DiTConfig, recompute: bool = False) -> 
                 nonlocal again
                 again += counter.get_total_flops()
 
-            for block in (m for m in model.modules() if isinstance(m, Block) and recompute):
+            for block in (m for m in model.modules() if isinstance(m, Block) and activation_checkpointing):
                 block.register_forward_pre_hook(enter)
                 block.register_forward_hook(leave)
             model.loss(spec.blank(COUNTED), None, view)
@@ -91,14 +91,14 @@ def generation_flops(config: ModelConfig | DiTConfig, options: SamplingOptions) 
         model = config.build().eval()
         if isinstance(model, DiT):
             return _dit_flops(model, options)
-        plan = make_plan(model.order, options, config.tokens.positions)
+        plan = make_plan(model.order, options, config.tokens.seq_len)
         # Attention makes a backbone step at most quadratic in the number of known tokens: three points determine it.
-        points = [0, config.tokens.positions // 2, config.tokens.positions - 1]
+        points = [0, config.tokens.seq_len // 2, config.tokens.seq_len - 1]
         curve = np.polyfit(points, [_backbone_flops(model, known) for known in points], 2)
         backbone = sum(float(np.polyval(curve, step.start)) for step in plan)
         guided = options.guidance != 1.0
         head = _head_flops(model, options.for_head(config), guided)
-        return backbone * (2 if guided else 1) + head * config.tokens.positions
+        return backbone * (2 if guided else 1) + head * config.tokens.seq_len
 
 
 def _dit_flops(model: DiT, options: SamplingOptions) -> float:
@@ -113,8 +113,8 @@ def _dit_flops(model: DiT, options: SamplingOptions) -> float:
 def _backbone_flops(model: Model, known: int) -> int:
     """One evaluation for one image with ``known`` known tokens."""
     spec = model.config.tokens
-    index = torch.zeros(1, spec.positions, dtype=torch.int64)
-    state = model.backbone.start(model.condition.null(1), spec.positions)
+    index = torch.zeros(1, spec.seq_len, dtype=torch.int64)
+    state = model.backbone.start(model.condition.null(1), spec.seq_len)
     if known:
         model.backbone.commit(state, index[:, :known], torch.zeros(1, known, model.backbone.width))
     with FlopCounterMode(display=False) as counter:
@@ -152,28 +152,30 @@ class Activations:
     """Of ``per_image``, the largest single tensor: its gradient is there at the same time."""
 
 
-def activations(model: TokenModel, bf16: bool, recompute: bool = False) -> Activations:
+def activations(model: TokenModel, bf16: bool, activation_checkpointing: bool = False) -> Activations:
     """What a forward pass of a model on the meta device saves, over the extremes of the number of masked tokens.
 
     Args:
         recompute: blocks are computed again in backward (`LoopConfig.recompute`).
     """
-    counts = model.queried_counts()
-    found = [_activations(model, queried, bf16, recompute) for queried in {min(counts), max(counts)}]
+    counts = model.num_masked_distribution()
+    found = [_activations(model, queried, bf16, activation_checkpointing) for queried in {min(counts), max(counts)}]
     return max(found, key=lambda a: a.per_image + a.largest)
 
 
-def _activations(model: TokenModel, queried: int, bf16: bool, recompute: bool) -> Activations:
+def _activations(model: TokenModel, queried: int, bf16: bool, activation_checkpointing: bool) -> Activations:
     few, many = COUNTED, 2 * COUNTED
-    (small, small_largest), (large, large_largest) = (saved(model, batch, queried, bf16, recompute) for batch in (few, many))
+    (small, small_largest), (large, large_largest) = (
+        saved(model, batch, queried, bf16, activation_checkpointing) for batch in (few, many)
+    )
     per_image = (large - small) / (many - few)
     copies = small - few * per_image
-    if recompute:  # autocast keeps those of all blocks to the end of forward
-        copies = _activations(model, queried, bf16, recompute=False).copies
+    if activation_checkpointing:  # autocast keeps those of all blocks to the end of forward
+        copies = _activations(model, queried, bf16, activation_checkpointing=False).copies
     return Activations(per_image, copies, (large_largest - small_largest) / (many - few))
 
 
-def saved(model: TokenModel, batch: int, queried: int, bf16: bool, recompute: bool = False) -> tuple[int, int]:
+def saved(model: TokenModel, batch: int, queried: int, bf16: bool, activation_checkpointing: bool = False) -> tuple[int, int]:
     """(bytes, bytes of the largest) of the storages that a forward pass of ``batch`` images saves, without the weights'."""
     outside: dict[int, torch.UntypedStorage] = {}
     inside: list[dict[int, torch.UntypedStorage]] = []
@@ -193,10 +195,10 @@ def saved(model: TokenModel, batch: int, queried: int, bf16: bool, recompute: bo
         within.pop()
 
     spec, model = model.config.tokens, model.train()
-    blocks = [m for m in model.modules() if isinstance(m, Block)] if recompute else []
+    blocks = [m for m in model.modules() if isinstance(m, Block)] if activation_checkpointing else []
     hooks = [hook for b in blocks for hook in (b.register_forward_pre_hook(enter), b.register_forward_hook(leave))]
     with torch.device("meta"), saved_tensors_hooks(pack, lambda tensor: tensor), AsOnGPU(), meta_autocast(bf16):
-        view = View(torch.zeros(batch, spec.positions, dtype=torch.int64), spec.positions - queried)
+        view = View(torch.zeros(batch, spec.seq_len, dtype=torch.int64), spec.seq_len - queried)
         loss = model.loss(spec.blank(batch), torch.zeros(batch, dtype=torch.int64), view, 0.1).mean()
     assert loss.is_meta
     for hook in hooks:
@@ -347,7 +349,7 @@ def estimate_run(run: BaseRun, classes: int, machine: Machine) -> Plan:
     cached, data_per_image = _data_per_image(run)
     with torch.device("meta"):
         model = config.build()
-    flops = training_flops(config, loop.recompute)
+    flops = training_flops(config, loop.activation_checkpointing)
     bf16 = run.train.precision != "float32"
     seconds = loop.steps * loop.batch_size * flops / (gpus * machine.tflops * 1e12 * machine.utilisation)
     return Plan(
@@ -384,7 +386,7 @@ class _Groups:
 
 def _memory(run: BaseRun, model: TokenModel, gpus: int, micro_batch: int, bf16: bool) -> dict[Kind, Memory]:
     size, groups, low = 4.0 * _count(model), _Groups.of(model), 2 if bf16 else 4
-    found = activations(model, bf16, run.train.recompute)
+    found = activations(model, bf16, run.train.activation_checkpointing)
     averages = 1 + (len(run.ema.lengths) if run.ema.snapshot_images else 0)
     kept = {"weights": size, "gradients": size, "optimizer": 2 * size, "averages": averages * size}
     gathered = 4 * (groups.head + groups.rest) + 2 * max(groups.blocks, default=0) * (low + 4) + (2 * groups.head if bf16 else 0)
@@ -399,7 +401,7 @@ def _memory(run: BaseRun, model: TokenModel, gpus: int, micro_batch: int, bf16: 
 def _input_bytes(model: TokenModel) -> int:
     """Tokens, label and order of one image."""
     spec = model.config.tokens
-    return spec.positions * (4 * spec.dim if spec.kind == "vector" else 8) + 8 + 8 * spec.positions
+    return spec.seq_len * (4 * spec.dim if spec.kind == "vector" else 8) + 8 + 8 * spec.seq_len
 
 
 def _network(model: TokenModel, gpus: int, accumulated: int, bf16: bool) -> dict[Kind, float]:
@@ -414,7 +416,7 @@ def _data_per_image(run: BaseRun) -> tuple[bool, int]:
     tokenizer, spec = run.tokenizer, run.tokenizer.spec
     if isinstance(tokenizer, PixelConfig | CodebookConfig):
         return False, 3 * tokenizer.image_size**2
-    numbers = spec.positions * (1 if spec.kind == "id" else spec.dim)
+    numbers = spec.seq_len * (1 if spec.kind == "id" else spec.dim)
     moments = isinstance(tokenizer, LatentConfig) or (isinstance(tokenizer, VAEConfig) and tokenizer.network.has_variance)
     size = 4 if spec.kind == "id" else 2  # int32, or bfloat16 of mean and, where there is one, log variance
     return True, numbers * size * (2 if moments else 1) * (2 if run.data.flip else 1)
@@ -425,7 +427,9 @@ def out_of_memory(run: BaseRun, classes: int, gpus: int, kind: Kind, gib: float 
     plan = estimate_run(run, classes, Machine(gpus=gpus))
     fits = plan.memory[kind].fits(gib, plan.micro_batch) if gib else 0
     if 0 < fits < plan.micro_batch:
-        advice = f"by the estimate of `continuar plan`, {fits} fit into {HEADROOM:.0%} of {gib:.0f} GiB: --train.micro-batch {fits}"
+        advice = (
+            f"by the estimate of `continuar plan`, {fits} fit into {HEADROOM:.0%} of {gib:.0f} GiB: --train.micro-batch {fits}"
+        )
     elif plan.micro_batch > 1:
         half = max(size for size in range(1, plan.micro_batch // 2 + 1) if plan.micro_batch % size == 0)
         advice = f"try --train.micro-batch {half}"

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from continuar.checkpoints.mar import model_file, read_official, to_continuar
-from continuar.checkpoints.store import current_names, load_state, read_model_file, read_tokenizer
+from continuar.checkpoints.store import current_names, load_state, read_pipeline_config, read_tokenizer
 from continuar.checkpoints.tokenizers import fingerprint
 from continuar.config import differences, to_json
 from continuar.errors import UserError, require
@@ -57,7 +57,7 @@ def at_grid(model: Model, grid: Grid) -> Model:
 
 
 _LOG = logging.getLogger("continuar")
-_HOW_TRAINED = {"attention_dropout", "dropout", "mask_ratio_min", "mask_granularity", "timesteps_per_token", "label_smoothing"}
+_HOW_TRAINED = {"attention_dropout", "dropout", "mask_ratio_min", "mask_granularity", "diffusion_batch_mul", "label_smoothing"}
 """Fields of backbone and head that weights do not depend on."""
 _CLASSES = "condition.embedding"
 
@@ -124,7 +124,7 @@ def _read(source: str) -> tuple[ModelConfig, dict[str, Tensor], Tokenizer | None
         converted = to_continuar(state, config, source)
     else:
         directory = find_model(source)
-        file, state = read_model_file(directory), read_weights(directory, "ema")[0]
+        file, state = read_pipeline_config(directory), read_weights(directory, "ema")[0]
         config = file.model
         tokenizer = read_tokenizer(directory, file.tokenizer) if config.tokens.kind == "id" else None
         converted = current_names(state)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from continuar.checkpoints.store import load_state, read_tensors
-from continuar.distributed import Single
+from continuar.distributed import SingleProcess
 from continuar.errors import UserError, require
 from continuar.evaluation.networks import SqueezeNet
 from continuar.io import load_torch_file
@@ -68,7 +68,7 @@ def hinge(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def adaptive_weight(
-    images_B3HW: Tensor, others_B3HW: Tensor, adversarial_B3HW: Tensor, last_layer: Tensor, parallel: Single | None = None
+    images_B3HW: Tensor, others_B3HW: Tensor, adversarial_B3HW: Tensor, last_layer: Tensor, parallel: SingleProcess | None = None
 ) -> Tensor:
     """What makes the adversarial term pull the decoder's last layer as hard as the other terms do: a ratio of gradient norms.
 
@@ -80,7 +80,7 @@ def adaptive_weight(
     """
     (a,) = torch.autograd.grad(images_B3HW, last_layer, others_B3HW, retain_graph=True)
     (b,) = torch.autograd.grad(images_B3HW, last_layer, adversarial_B3HW, retain_graph=True)
-    (parallel or Single()).average_all([a, b])
+    (parallel or SingleProcess()).average_all([a, b])
     return (a.float().norm() / (b.float().norm() + 1e-4)).clamp(0, _MAX_WEIGHT).detach()
 
 
@@ -258,9 +258,9 @@ class CodebookLearner(nn.Module):
     sums_VC: Tensor
     seen_V: Tensor
 
-    def __init__(self, codebook_VC: nn.Parameter, config: CodebookLearning, parallel: Single | None = None) -> None:
+    def __init__(self, codebook_VC: nn.Parameter, config: CodebookLearning, parallel: SingleProcess | None = None) -> None:
         super().__init__()
-        self.config, self.parallel = config, parallel or Single()
+        self.config, self.parallel = config, parallel or SingleProcess()
         # In a tuple, so that it is not registered here a second time.
         self._codebook = (codebook_VC,)
         codebook_VC.requires_grad_(config.update == "gradient")

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from continuar.checkpoints.store import ModelFile
+from continuar.checkpoints.store import PipelineConfig
 from continuar.config import to_json
 from continuar.errors import require
 from continuar.evaluation.metrics import MomentAccumulator, frechet_distance
@@ -142,7 +142,7 @@ class Online:
         UserError: no such network, weights or reference; samples that the classes do not divide.
     """
 
-    def __init__(self, run: BaseRun, file: ModelFile, tokenizer: Tokenizer, directory: Path, device: torch.device) -> None:
+    def __init__(self, run: BaseRun, file: PipelineConfig, tokenizer: Tokenizer, directory: Path, device: torch.device) -> None:
         self.config, classes = run.online, max(1, len(file.classes))
         require(
             self.config.samples % classes == 0,

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from continuar.checkpoints.store import read_tensors, write_tensors
-from continuar.distributed import Single, local, whole
+from continuar.distributed import SingleProcess, gathered, local
 from continuar.errors import require
 from continuar.models.base import TokenModel
 from continuar.training.config import EMAConfig
@@ -81,18 +81,18 @@ class PowerAverages:
             beta = (1 - 1 / (step + 1)) ** (gamma + 1)
             get_ema_multi_avg_fn(beta)(average, source, step)
 
-    def write(self, run_directory: Path, done: int, parallel: Single) -> None:
+    def write(self, run_directory: Path, done: int, parallel: SingleProcess) -> None:
         """Adds ``averages/step-NNNNNNNN.safetensors`` to the run; all processes together, and the first writes."""
-        gathered = {}
+        averages = {}
         for name, tensor in self.tensors.items():
-            all_of_it = whole(tensor)
+            all_of_it = gathered(tensor)
             if parallel.first:
-                gathered[name] = all_of_it.to("cpu", _STORED)
+                averages[name] = all_of_it.to("cpu", _STORED)
         if parallel.first:
             path = run_directory / FOLDER / f"step-{done:08d}.safetensors"
             path.parent.mkdir(exist_ok=True)
             temporary = path.with_suffix(".tmp")
-            write_tensors(temporary, gathered)
+            write_tensors(temporary, averages)
             temporary.replace(path)
 
 

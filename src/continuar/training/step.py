@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from continuar.distributed import Single, local, whole
-from continuar.heads.base import Timed
+from continuar.distributed import SingleProcess, gathered, local
+from continuar.heads.base import LossByTimestep
 from continuar.models.base import TokenModel
 from continuar.models.transformer import Block
 from continuar.training.config import BaseRun, EMAConfig, OptimConfig
@@ -110,10 +110,10 @@ class Meter:
 
     _FIELDS = ("loss", "norm", "std", "good", "skipped", "streak", "longest")
 
-    def __init__(self, timed: Timed, device: torch.device, parallel: Single) -> None:
+    def __init__(self, loss_by_timestep: LossByTimestep, device: torch.device, parallel: SingleProcess) -> None:
         self._device, self._parallel = device, parallel
         # One tensor for ever: CUDA graphs add to it.
-        self._by_time = timed.time_losses = torch.zeros(2, 4, device=device)
+        self._by_time = loss_by_timestep.time_losses = torch.zeros(2, 4, device=device)
         self.reset()
 
     def reset(self) -> None:
@@ -184,17 +184,17 @@ class TrainStep:
 
     rollbacks = 0
 
-    def __init__(self, model: TokenModel, run: BaseRun, parallel: Single | None = None) -> None:
-        self.model, self.run, self.parallel = model.train(), run, parallel or Single()
+    def __init__(self, model: TokenModel, run: BaseRun, parallel: SingleProcess | None = None) -> None:
+        self.model, self.run, self.parallel = model.train(), run, parallel or SingleProcess()
         self.device = next(model.parameters()).device
         self.slots = self.parallel.slots(run.train.micro_batches)
         precision = run.train.precision
         bf16 = precision == "bfloat16" or (precision == "auto" and self.device.type == "cuda")
         self.ema = EMA(model, run.ema)
         self.parallel.shard(self.ema.model)
-        self.meter = Meter(model.timed, self.device, self.parallel)
+        self.meter = Meter(model.loss_by_timestep, self.device, self.parallel)
         for block in (m for m in model.modules() if isinstance(m, Block)):
-            block.recomputed = run.train.recompute
+            block.recomputed = run.train.activation_checkpointing
         engine = ENGINES[run.train.engine]
         self._engine = engine(model, run.train.label_dropout, bf16, self.parallel, len(self.slots))
         self.optimizer = build_optimizer(model, run.optim)
@@ -210,12 +210,12 @@ class TrainStep:
 
     def __call__(self, step: int, stream: Stream) -> None:
         """Step ``step`` on the batches that ``stream`` gives."""
-        loop, optim, positions = self.run.train, self.run.optim, self.model.order.positions
+        loop, optim, positions = self.run.train, self.run.optim, self.model.order.seq_len
         lr = learning_rate(optim, step * loop.batch_size, loop.steps * loop.batch_size)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.seed(step)
-        queried = self.model.draw_queried()
+        queried = self.model.sample_num_masked()
         measured = []
         for number, slot in enumerate(self.slots):
             self.seed(step, slot)
@@ -225,7 +225,7 @@ class TrainStep:
             measured.append(torch.stack((loss, tokens.float().std())))
         means = measured[0] if len(measured) == 1 else torch.stack(measured).mean(0)
         loss, std = self.parallel.mean(means).unbind()
-        norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), optim.clip or float("inf"), foreach=True))
+        norm = gathered(torch.nn.utils.clip_grad_norm_(self.model.parameters(), optim.clip or float("inf"), foreach=True))
         bad = ~(loss + norm).isfinite()
         # The fused kernel reads this flag as gradient scaling does, and leaves weights and moments alone if it is 1.
         setattr(self.optimizer, "found_inf", bad.float())  # noqa: B010 (an attribute AdamW reads but does not declare)

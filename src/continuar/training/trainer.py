@@ -41,10 +41,10 @@ from types import FrameType
 import torch
 from torch import Tensor
 
-from continuar.checkpoints.store import ModelFile, read_json, write_json
+from continuar.checkpoints.store import PipelineConfig, read_json, write_json
 from continuar.config import differences, from_json, to_json
 from continuar.devices import GIB
-from continuar.distributed import Single, together, whole_model
+from continuar.distributed import SingleProcess, gathered_model, raise_on_all_ranks
 from continuar.errors import UserError, require
 from continuar.models.autoregressive import Model
 from continuar.models.base import TokenModel
@@ -173,7 +173,7 @@ class Steps:
         self,
         run: BaseRun,
         directory: Path,
-        file: ModelFile,
+        file: PipelineConfig,
         tokenizer: Tokenizer,
         trainer: TrainStep,
         stream: Stream,
@@ -187,7 +187,7 @@ class Steps:
         self.on_report, self.should_stop = on_report, should_stop or (lambda: False)
         self.parallel, self.tracker, self.online = trainer.parallel, tracker, online
         self._scores_due = False
-        self._masks_vary = len(trainer.model.queried_counts()) > 1
+        self._masks_vary = len(trainer.model.num_masked_distribution()) > 1
         loop = run.train
         self.stream = stream
         self._rollback = Rollback(directory, trainer, loop)
@@ -299,7 +299,7 @@ class Steps:
         """Sample grids of the averaged and of the raw weights: when one is bad, the other tells why."""
         with self._untimed():
             for name, model in (("ema", self.trainer.ema.model), ("raw", self.trainer.model)):
-                whole = whole_model(model, self.parallel)
+                whole = gathered_model(model, self.parallel)
                 if whole is not None:
                     self._draw_grid(done, name, whole)
             self.trainer.model.train()
@@ -312,7 +312,7 @@ class Steps:
         self._scores_due = False
         with self._untimed():
             models = {"ema": self.trainer.ema.model, "raw": self.trainer.model}
-            wholes = {name: whole_model(model, self.parallel) for name, model in models.items()}
+            wholes = {name: gathered_model(model, self.parallel) for name, model in models.items()}
             if self.online is not None:
                 pipes = {name: Pipeline(self.file, whole, self.tokenizer) for name, whole in wholes.items() if whole is not None}
                 self._of_samples |= {**self.online.score(pipes), "online/images": done * self.run.train.batch_size}
@@ -375,7 +375,7 @@ def train(
     on_report: Callable[[Report], None] | None = None,
     on_read: Callable[[int, int], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
-    parallel: Single | None = None,
+    parallel: SingleProcess | None = None,
     track: TrackerName | None = None,
 ) -> Pipeline:
     """Trains a run in ``directory`` and returns a pipeline with its averaged weights.
@@ -394,8 +394,8 @@ def train(
         UserError: bad data, a directory that holds another run, too many non-finite steps in a row.
         Interrupted: Ctrl-C; a checkpoint was kept.
     """
-    parallel = parallel or Single()
-    with together(parallel):
+    parallel = parallel or SingleProcess()
+    with raise_on_all_ranks(parallel):
         check_tracker(track)
         check_directory(run, directory, resume, force)
         run = shared_out(run, directory, parallel)
@@ -408,14 +408,14 @@ def train(
     torch.manual_seed(run.seed)
     with torch.device(device):
         model = run.model_config(len(data.classes)).build()
-    with together(parallel):
+    with raise_on_all_ranks(parallel):
         if run.init and not (resume and newest_checkpoints(directory)):
             assert isinstance(model, Model)  # a DiT's run refuses it
             begin_from(model, run.init, tokenizer)
     trainer = TrainStep(model, run, parallel)
     first = load_newest(directory, trainer) if resume else 0
-    file = ModelFile(model.config, run.tokenizer, data.classes, run.sampling)
-    with together(parallel):
+    file = PipelineConfig(model.config, run.tokenizer, data.classes, run.sampling)
+    with raise_on_all_ranks(parallel):
         online = Online(run, file, tokenizer, directory, device) if run.online.every_images and parallel.first else None
     begin_directory(directory, run, parallel)
     tracker = open_tracker(track, directory, run) if track and parallel.first else None
@@ -431,7 +431,7 @@ def train(
     return Pipeline.from_pretrained(directory, device=device) if parallel.sharded else Pipeline(file, trainer.ema.model, tokenizer)
 
 
-def shared_out(run: BaseRun, directory: Path, parallel: Single) -> BaseRun:
+def shared_out(run: BaseRun, directory: Path, parallel: SingleProcess) -> BaseRun:
     """The run with its micro-batch decided: as given, as the run in ``directory`` has it, or what one process has of a batch.
 
     Raises:
@@ -469,16 +469,16 @@ def check_directory(run: BaseRun, directory: Path, resume: bool, force: bool) ->
         raise UserError(f"the run in {directory} has another config ({'; '.join(changed)}); --force continues it all the same")
 
 
-def begin_directory(directory: Path, run: object, parallel: Single) -> None:
+def begin_directory(directory: Path, run: object, parallel: SingleProcess) -> None:
     """Makes the run directory with its ``config.json``.
 
     Raises:
         UserError: it cannot be written, or is not one directory for all processes.
     """
-    with together(parallel):
+    with raise_on_all_ranks(parallel):
         if parallel.first:
             directory.mkdir(parents=True, exist_ok=True)
             write_json(directory / "config.json", run)
-    with together(parallel):
+    with raise_on_all_ranks(parallel):
         found = (directory / "config.json").is_file()
         require(found, f"{directory} is not the same directory for all processes; allowed: one on a file system they share")

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from continuar.models.causal import Causal, CausalState
-from continuar.models.positions import NOWHERE
+from continuar.models.positions import NO_POSITION
 from continuar.models.transformer import Block, KVCache
 from continuar.sampling.fast.kernels import Kernels
-from continuar.tensors import take
+from continuar.tensors import batched_gather
 
 
 class FastCausal:
@@ -44,11 +44,11 @@ class FastCausal:
         self.at = torch.empty(1, dtype=torch.int64, device=parameter.device)
         self.places = torch.arange(self.slots, device=parameter.device)
 
-    def begin(self, cond: Tensor, order_BN: Tensor) -> None:
+    def prepare(self, cond: Tensor, order_BN: Tensor) -> None:
         """A new generation: conditions [G B, C, E] and the order of its positions."""
         self.order = order_BN
         cond = cond.to(self.slot.dtype)
-        self.state = CausalState(self.caches, cond, order_BN.new_full(cond.shape[:2], NOWHERE))
+        self.state = CausalState(self.caches, cond, order_BN.new_full(cond.shape[:2], NO_POSITION))
         if cond.shape[1] > 1:
             # All but the last slot, which waits for a position to predict.
             h = cond[:, :-1]
@@ -76,7 +76,7 @@ class FastCausal:
     def predict(self, known: int, size: int) -> Tensor:
         """z [G B, 1, Z] float32 of what `aim` aimed at."""
         causal, batch = self.causal, len(self.slot)
-        h, y, add_norm = self.slot + take(causal.targets[None], self.target), None, self.kernels.add_norm
+        h, y, add_norm = self.slot + batched_gather(causal.targets[None], self.target), None, self.kernels.add_norm
         seen, blocks = self.places <= self.at, cast(Iterable[Block], causal.blocks)
         for block, cache in zip(blocks, self.caches, strict=True):
             attention = block.attention

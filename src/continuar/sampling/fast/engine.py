@@ -36,9 +36,9 @@ from continuar.sampling.fast.head import FastDiffusion
 from continuar.sampling.fast.kernels import Kernels, best_kernels
 from continuar.sampling.fast.mar import FastMAE
 from continuar.sampling.fast.weights import DTYPES, Precision, Weights
-from continuar.sampling.generate import Begun, NoiseOf, Progress, SamplingOptions, Start, begin
+from continuar.sampling.generate import NoiseOf, PreparedBatch, Progress, SamplingInput, SamplingOptions, prepare
 from continuar.sampling.memory import bytes_per_image, check_fits, fits, free_bytes
-from continuar.tensors import matmul_precision, put_, take
+from continuar.tensors import batched_gather, batched_scatter_, matmul_precision
 
 IDLE_DESKS = 4
 """Shapes whose tensors and graphs are kept while nobody generates with them."""
@@ -58,7 +58,7 @@ def why_not(model: TokenModel) -> str | None:
     return None
 
 
-class GraphEngine:
+class FastEngine:
     """See the module's docstring. Weights are read anew where the model's have changed.
 
     Args:
@@ -88,7 +88,7 @@ class GraphEngine:
 
     @torch.no_grad()
     def stream(
-        self, start: Start, options: SamplingOptions, *, order_BN: Tensor | None = None, noise_of: NoiseOf = KeyedNoise
+        self, start: SamplingInput, options: SamplingOptions, *, order_BN: Tensor | None = None, noise_of: NoiseOf = KeyedNoise
     ) -> Iterator[Progress]:
         """Yields after every autoregressive step.
 
@@ -97,16 +97,16 @@ class GraphEngine:
         """
         with self._computing():
             self._weights.refresh()
-            begun = begin(self.model, start, options, order_BN)
+            begun = prepare(self.model, start, options, order_BN)
             desk = self._take(begun)
         try:
             with self._computing():
-                desk.begin(begun, start.seeds_B, self.clock)
+                desk.prepare(begun, start.seeds_B, self.clock)
             for number, step in enumerate(begun.plan):
                 with self._computing():
                     values = desk.step(begun, step.start, step.size, step.scale, noise_of)
                     index = begun.order_BN[:, step.start : step.start + step.size]
-                    put_(begun.tokens, index, values)
+                    batched_scatter_(begun.tokens, index, values)
                     begun.known_BN.scatter_(1, index, True)
                     desk.wait()
                 yield Progress(begun.tokens, begun.known_BN, number, len(begun.plan))
@@ -118,7 +118,7 @@ class GraphEngine:
             self._give_back(desk)
 
     def generate(
-        self, start: Start, options: SamplingOptions, *, order_BN: Tensor | None = None, noise_of: NoiseOf = KeyedNoise
+        self, start: SamplingInput, options: SamplingOptions, *, order_BN: Tensor | None = None, noise_of: NoiseOf = KeyedNoise
     ) -> Tensor:
         """All tokens of a batch. Known tokens come back unchanged."""
         tokens = start.tokens
@@ -133,7 +133,7 @@ class GraphEngine:
         with torch.autocast(self.device.type, enabled=False), matmul_precision(level):
             yield
 
-    def _take(self, begun: Begun) -> _Desk:
+    def _take(self, begun: PreparedBatch) -> _Desk:
         shape = _shape(begun)
         for desk in self._idle:
             if desk.shape == shape and desk.made == self._weights.made:
@@ -155,14 +155,14 @@ class GraphEngine:
             self._idle.popleft()
 
 
-def _shape(begun: Begun) -> tuple[int, ...]:
+def _shape(begun: PreparedBatch) -> tuple[int, ...]:
     return len(begun.order_BN), begun.copies, begun.cond.shape[1]
 
 
 class _Rows:
     """What a head reads and writes for one number of tokens per image: B images, size q, G copies."""
 
-    def __init__(self, begun: Begun, size: int, z_dim: int) -> None:
+    def __init__(self, begun: PreparedBatch, size: int, z_dim: int) -> None:
         rows, device = len(begun.order_BN) * size, begun.order_BN.device
         self.z_GRZ = torch.empty(begun.copies, rows, z_dim, device=device)
         self.seeds, self.positions = (torch.empty(rows, dtype=torch.int64, device=device) for _ in range(2))
@@ -172,7 +172,7 @@ class _Rows:
 class _Desk:
     """The tensors of a generation of one shape, and the graphs bound to them."""
 
-    def __init__(self, weights: Weights, begun: Begun, kernels: Kernels, graphs: Graphs) -> None:
+    def __init__(self, weights: Weights, begun: PreparedBatch, kernels: Kernels, graphs: Graphs) -> None:
         self.shape, self.made = _shape(begun), weights.made
         self._model, self._kernels, self._graphs = weights.exact, kernels, graphs
         backbone, device = weights.fast.backbone, begun.order_BN.device
@@ -187,16 +187,16 @@ class _Desk:
         self._draws: dict[DiffusionOptions, FastDiffusion] = {}
         self._events: deque[torch.cuda.Event] = deque()
 
-    def begin(self, begun: Begun, seeds_B: Tensor, clock: Clock | None) -> None:
+    def prepare(self, begun: PreparedBatch, seeds_B: Tensor, clock: Clock | None) -> None:
         """A new generation on this desk."""
         self._seeds, self._graphs.clock = seeds_B, clock
         self._temperature.fill_(begun.options.temperature)
-        self._backbone.begin(begun.cond, begun.order_BN)
+        self._backbone.prepare(begun.cond, begun.order_BN)
         self._events.clear()
         if begun.known:
-            self._commit(0, take(begun.tokens, begun.order_BN[:, : begun.known]))
+            self._commit(0, batched_gather(begun.tokens, begun.order_BN[:, : begun.known]))
 
-    def step(self, begun: Begun, known: int, size: int, scale: float, noise_of: NoiseOf) -> Tensor:
+    def step(self, begun: PreparedBatch, known: int, size: int, scale: float, noise_of: NoiseOf) -> Tensor:
         """Tokens [B, size, D] or ids [B, size] of the places behind the ``known`` ones, which are committed too."""
         if size not in self._rows:
             self._rows[size] = _Rows(begun, size, self._model.backbone.z_dim)

@@ -60,7 +60,7 @@ def ancestral_updates(schedule: Schedule, prediction: Prediction) -> tuple[Updat
     previous = np.concatenate([[1.0], abar[:-1]])
     m0, m1 = betas * np.sqrt(previous) / (1 - abar), (1 - previous) * np.sqrt(1 - betas) / (1 - abar)
     a, b = m0 / np.sqrt(abar) + m1, -m0 * np.sqrt(1 / abar - 1)
-    if prediction == "velocity":
+    if prediction == "v_prediction":
         a, b = a + b * np.sqrt(1 - abar), b * np.sqrt(abar)
     lower = betas * (1 - previous) / (1 - abar)
     lower[0] = lower[1] if len(betas) > 1 else betas[0]
@@ -90,7 +90,7 @@ class FastDiffusion:
         self._spread_S = torch.tensor([u.spread for u in self.updates], device=device)
         self.dtype = self.net.modulation.weight.dtype
         low = self.dtype != torch.float32
-        self.exact_steps = 1 if low and self.prediction == "eps" else 0
+        self.exact_steps = 1 if low and self.prediction == "epsilon" else 0
 
     def draw(self, z_GRZ: Tensor, scale: Tensor, temperature: Tensor, noise: RowNoise) -> Tensor:
         """Tokens [R, D] float32 for z [G, R, Z] float32: conditional, then unconditional where guided."""
@@ -105,7 +105,7 @@ class FastDiffusion:
         def denoise(x: Tensor, i: int) -> tuple[Tensor, Tensor]:
             out, v = self._network(i, x, modulations).chunk(2, dim=-1)
             out = out[0] if len(out) == 1 else torch.lerp(out[1], out[0], scale)
-            return out if self.prediction == "eps" else eps_from_velocity(c, x, i, out), v[0]
+            return out if self.prediction == "epsilon" else eps_from_velocity(c, x, i, out), v[0]
 
         # The sampler hands each step's timestep to the network; here it is handed the step's index.
         indexed = replace(c, timesteps=cast(Tensor, range(len(c))))

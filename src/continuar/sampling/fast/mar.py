@@ -24,7 +24,7 @@ from continuar.models.mar import MAE
 from continuar.models.transformer import Block
 from continuar.sampling.fast.kernels import Kernels
 from continuar.sampling.fast.weights import PackedLinear, sliced_linear
-from continuar.tensors import take
+from continuar.tensors import batched_gather
 
 
 class FastMAE:
@@ -52,15 +52,15 @@ class FastMAE:
         assert isinstance(last, Block)
         self.last = LastBlock(last)
 
-    def begin(self, cond: Tensor, order_BN: Tensor) -> None:
+    def prepare(self, cond: Tensor, order_BN: Tensor) -> None:
         """A new generation: conditions [G B, C, E] and the order of its positions."""
         mae = self.mae
         self.inputs[:, : mae.buffer] = mae.input_norm(mae._fill(cond.to(self.inputs.dtype)) + mae.encoder_positions[: mae.buffer])
-        self.token_positions.copy_(take(mae.encoder_positions[None, mae.buffer :], order_BN))
+        self.token_positions.copy_(batched_gather(mae.encoder_positions[None, mae.buffer :], order_BN))
         self.decoder_positions[:, : mae.buffer] = mae.decoder_positions[: mae.buffer]
-        self.decoder_positions[:, mae.buffer :] = take(mae.decoder_positions[None, mae.buffer :], order_BN)
+        self.decoder_positions[:, mae.buffer :] = batched_gather(mae.decoder_positions[None, mae.buffer :], order_BN)
         self.masked.copy_(mae.mask_token + self.decoder_positions[:, mae.buffer :])
-        self.z_positions.copy_(take(mae.z_positions[None], order_BN))
+        self.z_positions.copy_(batched_gather(mae.z_positions[None], order_BN))
 
     def commit(self, first: int, x_BKE: Tensor) -> None:
         """Embedded tokens of places ``first`` on of the order."""
