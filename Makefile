@@ -8,7 +8,7 @@ WORKERS ?= 2
 # Whether the package holds the model that `continuar sample cifar10` generates from.
 SHIPPED := $(wildcard src/continuar/shipped/cifar10/config.json)
 
-.PHONY: help demo digits cifar10 test test-slow test-kernels check format clean
+.PHONY: help house demo digits cifar10 test test-slow test-kernels check format clean
 
 help:
 	@echo "make demo       set up, then as $(if $(SHIPPED),make cifar10,make digits)"
@@ -17,6 +17,7 @@ help:
 	@echo "make test-slow  the tests that train real models"
 	@echo "make test-kernels  the Triton kernels, interpreted on the CPU (Linux; fetches Triton)"
 	@echo "make check      lint, format, types, import layering"
+	@echo "make house      how much code a reader meets, against the goals"
 	@echo "make format     apply the formatter"
 	@echo "make clean      remove .venv, out and caches"
 
@@ -64,6 +65,9 @@ check: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+
+house: $(VENV)/dev.stamp
+	$(BIN)/python tools/house.py
 
 format: $(VENV)/dev.stamp
 	$(BIN)/ruff check --fix .

@@ -34,7 +34,7 @@ def test_a_wheel_holds_every_shipped_model(tmp_path: Path) -> None:
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree / name)
     config = model_configs()[0]
-    Pipeline(model_file(config), shaken(config)).save_pretrained(tree / "src" / "continuar" / "models" / "tiny")
+    Pipeline(model_file(config), shaken(config)).save_pretrained(tree / "src" / "continuar" / "shipped" / "tiny")
     options = ["--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--wheel-dir", str(tmp_path / "wheels")]
     subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(tree)], check=True, capture_output=True)
     (wheel,) = (tmp_path / "wheels").iterdir()

@@ -15,7 +15,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Pipeline(model_file(config), shaken(config)).save_pretrained(tmp_path_factory.mktemp("models") / "tiny")
 
 
-@pytest.mark.parametrize("engine", ["eager", "graphs"])
+@pytest.mark.parametrize("engine", ["eager", "fast"])
 def test_bench_sample_prints_a_row_per_batch(saved: Path, engine: str, capsys: pytest.CaptureFixture) -> None:
     command = ["bench", "sample", str(saved), "--batch", "1", "3", "--steps", "2", "--diffusion-steps", "3", "--engine", engine]
     assert main([*command, "--device", "cpu"]) == 0
@@ -26,7 +26,7 @@ def test_bench_sample_prints_a_row_per_batch(saved: Path, engine: str, capsys: p
         assert int(cells[0]) == batch
         assert float(cells[1]) > 0
         assert (cells[4] == "-") == (engine == "eager")
-        if engine == "graphs":
+        if engine == "fast":
             assert 0 < sum(int(cell.rstrip("%")) for cell in cells[4:7]) <= 102
 
 

@@ -150,12 +150,12 @@ def test_engine_and_precision_are_recorded_and_part_of_the_job(
     place: Path, done: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     more = ["--save-images", "--neighbours", "3"]
-    assert {"engine": "graphs", "precision": "float32"}.items() <= result(done)["samples"]["settings"].items()  # what auto means
-    assert main(command(place, done, *more, "--engine", "graphs")) == 0
+    assert {"engine": "fast", "precision": "float32"}.items() <= result(done)["samples"]["settings"].items()  # what auto means
+    assert main(command(place, done, *more, "--engine", "fast")) == 0
     assert "engine graphs, precision float32" in capsys.readouterr().out
     for words, expected in (
-        (["--engine", "eager"], 'settings.engine: "graphs" -> "eager"'),
-        (["--engine", "graphs", "--precision", "bfloat16"], 'settings.precision: "float32" -> "bfloat16"'),
+        (["--engine", "eager"], 'settings.engine: "fast" -> "eager"'),
+        (["--engine", "fast", "--precision", "bfloat16"], 'settings.precision: "float32" -> "bfloat16"'),
     ):
         assert main(command(place, done, *more, *words)) == 2
         assert expected in capsys.readouterr().err

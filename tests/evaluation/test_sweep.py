@@ -75,7 +75,7 @@ def test_a_sweep_continues_and_its_tables_hold_what_was_found(place: Path, tmp_p
         found = json.loads(again[f"steps-{row['steps']}_temperature-{row['temperature']}"])
         assert float(row["frechet_distance"]) == found["scores"]["frechet_distance"]
         asked = {"diffusion_steps": 4, "steps": int(row["steps"]), "temperature": float(row["temperature"])}
-        asked |= {"engine": "graphs", "precision": "float32"}
+        asked |= {"engine": "fast", "precision": "float32"}
         assert asked.items() <= found["samples"]["settings"].items()
     assert len({row["frechet_distance"] for row in rows}) == 4
     printed = capsys.readouterr().out
@@ -101,7 +101,7 @@ def test_a_sweep_is_the_same_picture_again_and_not_continued_by_another_engine(
     for name in ("a", "b"):
         assert main(command(place, tmp_path / name, *over)) == 0
     assert main([*command(place, tmp_path / "a", *over), "--engine", "eager"]) == 2
-    assert 'settings.engine: "graphs" -> "eager"' in capsys.readouterr().err
+    assert 'settings.engine: "fast" -> "eager"' in capsys.readouterr().err
     for file in ("plot.svg", "plot.png"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 

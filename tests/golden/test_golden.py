@@ -72,8 +72,7 @@ def test_checker_notices_an_ignored_attention(monkeypatch: pytest.MonkeyPatch) -
 def test_checker_says_which_quantity_is_wrong_and_exits_1() -> None:
     script = (
         "import sys; sys.path.insert(0, sys.argv[1]); import check\n"
-        "from continuar.guidance import Guidance\n"
-        "import continuar.generation.plan as plan\n"
+        "import continuar.sampling.generate as plan\n"
         "plan.guidance_scale = lambda scale, schedule, remaining, total: scale\n"
         "sys.exit(check.main(sys.argv[2:]))"
     )

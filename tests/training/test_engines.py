@@ -97,7 +97,7 @@ def test_recomputing_is_refused_where_graphs_are_captured() -> None:
             LoopConfig(activation_checkpointing=True, engine=engine)
 
 
-@pytest.mark.parametrize(("positions", "recompute"), [("learned", False), ("rotary", True)])
+@pytest.mark.parametrize(("positions", "activation_checkpointing"), [("learned", False), ("rotary", True)])
 def test_no_shape_of_as_many_masked_counts_as_are_allowed_falls_back_to_eager(
     positions: str, activation_checkpointing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -427,9 +427,7 @@ def out_of_memory(run: BaseRun, classes: int, gpus: int, kind: Kind, gib: float 
     plan = estimate_run(run, classes, Machine(gpus=gpus))
     fits = plan.memory[kind].fits(gib, plan.micro_batch) if gib else 0
     if 0 < fits < plan.micro_batch:
-        advice = (
-            f"by the estimate of `continuar plan`, {fits} fit into {HEADROOM:.0%} of {gib:.0f} GiB: --train.micro-batch {fits}"
-        )
+        advice = f"by the estimate of `continuar plan`, {fits} fit into {HEADROOM:.0%} of {gib:.0f} GiB: --train.micro-batch {fits}"
     elif plan.micro_batch > 1:
         half = max(size for size in range(1, plan.micro_batch // 2 + 1) if plan.micro_batch % size == 0)
         advice = f"try --train.micro-batch {half}"
