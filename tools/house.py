@@ -20,6 +20,7 @@ import tempfile
 import threading
 import tokenize
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import CodeType, FrameType
 
@@ -64,9 +65,9 @@ def docstrings(tree: ast.Module) -> Iterator[tuple[int, str]]:
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             for before, statement in zip([None, *node.body], node.body, strict=False):
                 documents = before is None or isinstance(before, ast.Assign | ast.AnnAssign)
-                if documents and isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
-                    if isinstance(statement.value.value, str):
-                        yield statement.lineno, statement.value.value
+                value = statement.value if documents and isinstance(statement, ast.Expr) else None
+                if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                    yield statement.lineno, value.value
 
 
 def wrong_docstrings() -> list[str]:
@@ -90,7 +91,7 @@ def comment_share() -> float:
         with_code = set()
         for token in tokenize.generate_tokens(io.StringIO(text).readline):
             if token.type == tokenize.COMMENT:
-                # `# fmt: skip`, `# noqa` and the like speak to tools, not to a reader.
+                # Directives speak to tools, not to a reader.
                 comments += not re.match(r"#\s*(fmt|noqa|type|pyright|ruff)\b", token.string)
             elif token.type not in (tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER):
                 with_code.update(range(token.start[0], token.end[0] + 1))
@@ -173,7 +174,8 @@ def measure_entered(show: bool) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as place, contextlib.redirect_stdout(io.StringIO()):
         main([*words, "--out", f"{place}/warm"])
         found["files entered by `continuar train digits`"] = files_entered(lambda: main([*words, "--out", f"{place}/cli"]))
-        run = _short(find_recipe("digits")())
+        recipe = find_recipe("digits")()
+        run = replace(recipe, train=replace(recipe.train, images=256))
         found["files entered by train()"] = files_entered(lambda: train(run, Path(place) / "run", device=torch.device("cpu")))
         step_module.TrainStep.__call__ = traced  # type: ignore[method-assign, assignment]
         train(run, Path(place) / "step", device=torch.device("cpu"))
@@ -182,12 +184,6 @@ def measure_entered(show: bool) -> dict[str, int]:
     for name, files in found.items() if show else ():
         print(name, *sorted(str(Path(file).relative_to(PACKAGE)) for file in files), sep="\n    ")
     return {name: len(files) for name, files in found.items()}
-
-
-def _short(run):
-    from dataclasses import replace
-
-    return replace(run, train=replace(run.train, images=256))
 
 
 def main() -> int:

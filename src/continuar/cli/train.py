@@ -149,7 +149,8 @@ def dry_run(run: BaseRun) -> str:
         f"parameters        {parameters / 1e6:.2f}M ({parts})",
         f"tokens per image  {spec.seq_len} ({spec.grid[0]} x {spec.grid[1]}) {tokens}",
         f"training          {run.train.steps:,} steps of {run.train.batch_size} images",
-        f"FLOPs per image   training {_flops(training_flops(config, run.train.activation_checkpointing))} (forward and backward, mean mask ratio)",
+        f"FLOPs per image   training {_flops(training_flops(config, run.train.activation_checkpointing))} "
+        "(forward and backward, mean mask ratio)",
         f"                  generation {_flops(generation_flops(config, run.sampling))} "
         f"({', '.join(f'{name} {value}' for name, value in run.sampling.to_dict().items() if value is not None)})",
     ]

@@ -39,8 +39,10 @@ With alpha, sigma, lambda, h_i and the extrapolated x_0 d as in `dpmpp_2m`, for 
     x = sigma_{i-1} / sigma_i exp(-h_i) x + alpha_{i-1} (1 - exp(-2 h_i)) d + tau sigma_{i-1} sqrt(1 - exp(-2 h_i)) noise,
 and x = m_0 at i = 0, where sigma_{i-1} is 0.
 
-A step forgets part of its past, the errors of earlier steps with it, where `dpmpp_2m` carries them along. Of a Gaussian, 20 steps make
-one whose variance is 6% too large, 40 steps 1.6% (`dpmpp_2m`: 2.3%, 0.6%). Its grid ends at t = 979, as that of `dpmpp_2m`, whose module
+A step forgets part of its past, the errors of earlier steps with it, where `dpmpp_2m` carries them along. Of a Gaussian, 20
+steps make
+one whose variance is 6% too large, 40 steps 1.6% (`dpmpp_2m`: 2.3%, 0.6%). Its grid ends at t = 979, as that of `dpmpp_2m`,
+whose module
 says why.
 
 Samplers: pure functions from x_T to x_0. Each is one file; `SAMPLERS` is the closed table of their names.

@@ -133,7 +133,8 @@ class DiffusionOptions(Options):
     diffusion_steps: int = 100
     """Denoising steps per token, 1 to 1000, to 980 with the others but "ddpm"; 100 suffice (paper, Figure 4)."""
     sampler: SamplerName = "ddpm"
-    """"ddpm" is the paper's; "ddim" and "dpmpp_2m" are deterministic given x_T and have no temperature; "dpmpp_2m" needs fewest steps;
+    """"ddpm" is the paper's; "ddim" and "dpmpp_2m" are deterministic given x_T and have no temperature; "dpmpp_2m" needs
+    fewest steps;
     "dpmpp_2m_sde" is its stochastic form."""
 
     def __post_init__(self) -> None:
@@ -156,7 +157,8 @@ class DiffusionHeadConfig:
     diffusion_batch_mul: int = 4
     """Noise levels drawn per token and training step (paper, Section 3.2: 4)."""
     prediction: Prediction = "epsilon"
-    """What the network predicts: "epsilon" as the paper's, or "v_prediction" (Salimans & Ho 2022), which small or short-trained heads need:
+    """What the network predicts: "epsilon" as the paper's, or "v_prediction" (Salimans & Ho 2022), which small or
+    short-trained heads need:
     sampling multiplies an error of eps at t = 999 by 300 and more, and a velocity has none there."""
     token_kind: ClassVar[Literal["vector", "id"]] = "vector"
     has_log_prob: ClassVar[bool] = False
