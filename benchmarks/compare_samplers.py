@@ -18,9 +18,10 @@ import torch
 
 from continuar.data.loader import load_images
 from continuar.devices import pick_device
-from continuar.evaluation.metrics import frechet_distance, moments
+from continuar.evaluation.metrics import frechet_distance
 from continuar.evaluation.networks import SqueezeNet, extract
 from continuar.pipeline import Pipeline
+from continuar.statistics import moments
 
 
 def main() -> None:

@@ -25,9 +25,10 @@ import torch
 from sklearn.svm import SVC
 
 from continuar.data.loader import load_digits
-from continuar.evaluation.metrics import Moments, frechet_distance, moments
+from continuar.evaluation.metrics import frechet_distance
 from continuar.pictures import grid, save_png
 from continuar.recipes import RECIPES
+from continuar.statistics import Moments, moments
 from continuar.training.config import BaseRun
 from continuar.training.trainer import train
 

@@ -27,13 +27,14 @@ import continuar
 from continuar.data.loader import ImageSet, load_images
 from continuar.devices import pick_device
 from continuar.diffusion.samplers import SAMPLERS
-from continuar.evaluation.metrics import frechet_distance, moments, nearest_neighbours, neighbours_picture
+from continuar.evaluation.metrics import frechet_distance, nearest_neighbours, neighbours_picture
 from continuar.evaluation.networks import Classifier, SqueezeNet, class_accuracy, extract, sha256_of_file
 from continuar.evaluation.reference import REFERENCE_IMAGES, Statistics, reference_indices, score_samples
 from continuar.evaluation.samples import GeneratedSamples
 from continuar.pictures import grid, save_png
 from continuar.sampling.engines import ENGINE_NAMES
 from continuar.sampling.fast.weights import DTYPES
+from continuar.statistics import moments
 
 OPTIONAL = ("guidance_schedule", "steps", "sampler", "diffusion_steps", "temperature")
 """Settings that are the model's unless given."""
@@ -116,7 +117,7 @@ def main() -> None:
     for name, kind in (("steps", int), ("diffusion-steps", int), ("temperature", float)):
         parser.add_argument(f"--{name}", type=kind, help="default: the model's")
     parser.add_argument("--engine", choices=ENGINE_NAMES, default="auto", help="who generates")
-    parser.add_argument("--precision", choices=tuple(DTYPES), default="float32", help="of the graphs engine's matrix products")
+    parser.add_argument("--precision", choices=tuple(DTYPES), default="float32", help="of the fast engine's matrix products")
     parser.add_argument("--tf32", action="store_true", help="sample with TF32 matrix products (NVIDIA GPUs; faster, slightly off)")
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()

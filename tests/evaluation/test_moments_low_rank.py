@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from continuar.evaluation.metrics import Moments, frechet_distance, moments
+from continuar.evaluation.metrics import frechet_distance
+from continuar.statistics import Moments, moments
 
 
 @pytest.mark.parametrize("rank", [1, 20, 128])

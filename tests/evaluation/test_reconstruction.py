@@ -9,10 +9,11 @@ from scipy import ndimage
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from continuar.errors import UserError
-from continuar.evaluation.metrics import frechet_distance, moments
+from continuar.evaluation.metrics import frechet_distance
 from continuar.evaluation.networks import FeatureNetwork
-from continuar.evaluation.reconstruction import psnr, reconstruct, score_reconstructions, ssim
+from continuar.evaluation.reconstruction import mean_squared_error, reconstruct, score_reconstructions, ssim
 from continuar.evaluation.samples import open_images
+from continuar.statistics import moments, psnr
 from continuar.tokenizers import PixelConfig
 from tests.evaluation.tiny_networks import MeanColour
 
@@ -50,20 +51,20 @@ def test_ssim_is_that_of_an_independent_implementation() -> None:
 def test_equal_images_are_equal() -> None:
     a, _ = images()
     np.testing.assert_allclose(ssim(a, a), 1)
-    assert np.isinf(psnr(a, a)).all()
+    assert np.isinf(psnr(mean_squared_error(a, a))).all()
 
 
 def test_psnr_is_its_formula() -> None:
     a = np.zeros((2, 4, 4, 3), np.uint8)
     b = a.copy()
     b[0], b[1, 0, 0, 0] = 255, 48
-    np.testing.assert_allclose(psnr(a, b), [0, 10 * np.log10(255**2 / (48**2 / 48))])
+    np.testing.assert_allclose(psnr(mean_squared_error(a, b)), [0, 10 * np.log10(255**2 / (48**2 / 48))])
 
 
 def test_shapes_that_cannot_be_compared_are_refused() -> None:
     a, b = images()
     with pytest.raises(UserError, match="allowed: equal shapes"):
-        psnr(a, b[:2])
+        mean_squared_error(a, b[:2])
     with pytest.raises(UserError, match="images are 10 pixels; allowed for SSIM: 11 or more"):
         ssim(a[:, :10, :10], b[:, :10, :10])
 
@@ -89,7 +90,7 @@ def test_a_tokenizer_is_scored_on_streamed_images(tmp_path: Path) -> None:
     found = score_reconstructions(grey, open_images(tmp_path / "i.npz"), network, batch_size=4)
     other = reconstruct(grey, originals)
     np.testing.assert_allclose(other, originals.mean(-1, keepdims=True).repeat(3, -1), atol=0.51)
-    assert found.psnr == pytest.approx(psnr(originals, other).mean())
+    assert found.psnr == pytest.approx(psnr(mean_squared_error(originals, other)).mean())
     assert found.ssim == pytest.approx(ssim(originals, other).mean())
     expected = frechet_distance(moments(network(other).features_ND), moments(network(originals).features_ND))
     assert found.frechet_distance == pytest.approx(expected, rel=1e-6)

@@ -8,10 +8,11 @@ import pytest
 
 from continuar.cli.main import main
 from continuar.errors import UserError
-from continuar.evaluation.metrics import NeighbourSearch, moments
+from continuar.evaluation.metrics import NeighbourSearch
 from continuar.evaluation.networks import FID_SHA256, FeatureNetwork
 from continuar.evaluation.reference import measure_images, open_reference, read_statistics, reference_indices, write_statistics
 from continuar.evaluation.samples import open_images
+from continuar.statistics import moments
 from tests.evaluation.tiny_networks import Halves, MeanColour, save_classifier, tiny_network
 from tests.tiny import write_images
 

@@ -15,7 +15,8 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 from continuar.errors import UserError
 from continuar.evaluation import metrics as precision_recall_module
-from continuar.evaluation.metrics import Moments, frechet_distance, inception_score, kernel_distance, moments, precision_recall
+from continuar.evaluation.metrics import frechet_distance, inception_score, kernel_distance, precision_recall
+from continuar.statistics import Moments, moments
 
 
 class Pixels(nn.Module):

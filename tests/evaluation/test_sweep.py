@@ -87,7 +87,7 @@ def test_a_sweep_continues_and_its_tables_hold_what_was_found(place: Path, tmp_p
         "Frechet distance (classifier)",
         "lower is better",
         "12 images per point, held against 12 of data",
-        "engine graphs",
+        "engine fast",
     ):
         assert words in drawn
     assert "steps 1" not in drawn  # what is swept is no common setting

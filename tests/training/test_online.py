@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 
 from continuar.data.loader import load_images
 from continuar.errors import UserError
-from continuar.evaluation.metrics import frechet_distance, moments
+from continuar.evaluation.metrics import frechet_distance
 from continuar.evaluation.networks import load_network
 from continuar.pipeline import load, newest_checkpoints
+from continuar.statistics import moments
 from continuar.training import metrics as online_module
 from continuar.training.config import OnlineConfig, Run
 from continuar.training.trainer import train

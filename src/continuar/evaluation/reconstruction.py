@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from continuar.errors import require
-from continuar.evaluation.metrics import MomentAccumulator, frechet_distance
+from continuar.evaluation.metrics import frechet_distance
 from continuar.evaluation.networks import FeatureNetwork, exact_float32
 from continuar.evaluation.samples import Images
 from continuar.pipeline import to_uint8
+from continuar.statistics import MomentAccumulator, psnr
 from continuar.tokenizers import Tokenizer
 
 _WINDOW, _SIGMA = 11, 1.5
@@ -59,9 +60,9 @@ class ReconstructionScores:
         """uint8 images and their reconstructions.
 
         Raises:
-            UserError: see `psnr`, `ssim`.
+            UserError: see `ssim`.
         """
-        self._decibels.append(psnr(images_BHW3, others_BHW3))
+        self._decibels.append(psnr(mean_squared_error(images_BHW3, others_BHW3)))
         self._similarities.append(ssim(images_BHW3, others_BHW3))
         if self._network is not None:
             self._originals.add(self._network(images_BHW3).features_ND)
@@ -79,12 +80,11 @@ class ReconstructionScores:
         )
 
 
-def psnr(a_BHW3: np.ndarray, b_BHW3: np.ndarray) -> np.ndarray:
-    """Peak signal-to-noise ratio [B] of uint8 images, in dB; infinite for equal ones."""
+def mean_squared_error(a_BHW3: np.ndarray, b_BHW3: np.ndarray) -> np.ndarray:
+    """Mean squared difference [B] of uint8 images."""
     _check(a_BHW3, b_BHW3)
     error = (a_BHW3.astype(np.float64) - b_BHW3).reshape(len(a_BHW3), -1)
-    with np.errstate(divide="ignore"):
-        return 10 * np.log10(255**2 / (error**2).mean(1))
+    return (error**2).mean(1)
 
 
 def ssim(a_BHW3: np.ndarray, b_BHW3: np.ndarray) -> np.ndarray:
@@ -130,7 +130,7 @@ def score_reconstructions(
         device: where the tokenizer is.
 
     Raises:
-        UserError: an image that the tokenizer does not take; see `psnr`, `ssim`.
+        UserError: an image that the tokenizer does not take; see `ssim`.
     """
     scores = ReconstructionScores(network)
     for first, block in images.blocks(batch_size):

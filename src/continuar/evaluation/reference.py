@@ -32,8 +32,6 @@ from continuar.evaluation.metrics import (
     InceptionScore,
     K,
     KernelDistance,
-    MomentAccumulator,
-    Moments,
     NeighbourSearch,
     PrecisionRecall,
     frechet_distance,
@@ -43,6 +41,7 @@ from continuar.evaluation.metrics import (
 )
 from continuar.evaluation.networks import FeatureNetwork, class_accuracy
 from continuar.evaluation.samples import ARRAY, Images, NpzImages, by, npz_names, open_images, reading
+from continuar.statistics import MomentAccumulator, Moments
 
 REFERENCE_IMAGES = 10_000
 

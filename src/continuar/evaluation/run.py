@@ -39,7 +39,7 @@ from continuar.checkpoints.store import checksum, read_json, read_tensors, write
 from continuar.config import differences, to_json
 from continuar.distributed import EvaluationProcesses
 from continuar.errors import UserError, require
-from continuar.evaluation.metrics import K_DENSITY, K, MomentAccumulator, Moments, NeighbourSearch, neighbours_picture
+from continuar.evaluation.metrics import K_DENSITY, K, NeighbourSearch, neighbours_picture
 from continuar.evaluation.networks import FeatureNetwork
 from continuar.evaluation.reference import (
     REFERENCE_IMAGES,
@@ -53,6 +53,7 @@ from continuar.evaluation.reference import (
 )
 from continuar.evaluation.samples import Samples, by
 from continuar.pictures import grid, save_png
+from continuar.statistics import MomentAccumulator, Moments
 
 FORMAT = 1
 

@@ -31,11 +31,12 @@ from PIL import Image
 from continuar.checkpoints.store import PipelineConfig
 from continuar.config import to_json
 from continuar.errors import require
-from continuar.evaluation.metrics import MomentAccumulator, frechet_distance
+from continuar.evaluation.metrics import frechet_distance
 from continuar.evaluation.networks import load_network
 from continuar.evaluation.run import EvaluationOptions, measured
 from continuar.evaluation.samples import GeneratedSamples
 from continuar.pipeline import Pipeline
+from continuar.statistics import MomentAccumulator
 from continuar.tokenizers import Tokenizer
 from continuar.training.config import BaseRun
 from continuar.training.data import reads_cache
