@@ -101,7 +101,7 @@ def main() -> None:
         scores, seconds = [], 0.0
         for guidance in GUIDANCE:
             began = time.perf_counter()
-            images = pipe(labels.tolist(), 0, guidance=guidance, batch_size=250)
+            images = pipe(labels.tolist(), 0, guidance_scale=guidance, batch_size=250)
             seconds = time.perf_counter() - began
             scores.append(judge.score(images, labels))
         shown[name] = pipe(list(range(10)), 100)

@@ -35,7 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("model")
     parser.add_argument("--per-class", type=int, default=30)
-    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0])
+    parser.add_argument("--guidance-scale", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0])
     parser.add_argument("--diffusion-steps", type=int, nargs="+", default=[25, 50, 100])
     parser.add_argument("--weights", default="ema")
     options = parser.parse_args()
@@ -49,9 +49,9 @@ def main() -> None:
     pipe = continuar.load(options.model, weights=options.weights)
     labels = np.repeat(np.arange(10), options.per_class)
     for steps in options.diffusion_steps:
-        for guidance in options.guidance:
+        for guidance in options.guidance_scale:
             began = time.perf_counter()
-            images = pipe(labels.tolist(), 0, guidance=guidance, diffusion_steps=steps, batch_size=300)[..., 0]
+            images = pipe(labels.tolist(), 0, guidance_scale=guidance, diffusion_steps=steps, batch_size=300)[..., 0]
             seconds = time.perf_counter() - began
             flat = images.reshape(len(images), -1).astype(float)
             accuracy = (judge.predict(flat) == labels).mean()

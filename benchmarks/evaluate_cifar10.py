@@ -5,9 +5,9 @@
 
 Image i shows class i mod 10 and has seed i. The distance is that of the samples to all training images; beside it stands that of as
 many real test images, which a perfect model would reach; the other scores are against 10,000 training images. Accuracy is the
-classifier's, over all samples and over the first 1,000. Every MODEL is measured at every --guidance; of the first combination come
-grid.png (10 x 10) and neighbours.png (16 samples, each followed by its 4 nearest training images with their distances). result.json
-holds every row.
+classifier's, over all samples and over the first 1,000. Every MODEL is measured at each --guidance-scale; the first combination
+gives grid.png (10 x 10) and neighbours.png (16 samples, each followed by its 4 nearest training images with their distances).
+result.json holds every row.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ def measure(options: argparse.Namespace, reference: Reference) -> Iterator[tuple
     size = min(options.batch_size, options.samples)
     for model in options.models:
         pipe = continuar.load(model, weights=options.weights, device=reference.device)
-        for guidance in options.guidance or [pipe.defaults.guidance]:
-            settings = {"guidance": guidance, **given}
+        for guidance in options.guidance_scale or [pipe.defaults.guidance_scale]:
+            settings = {"guidance_scale": guidance, **given}
             samples = GeneratedSamples(pipe, options.samples, settings=settings, engine=options.engine, precision=options.precision)
             began = time.perf_counter()
             images = np.concatenate([samples.make(first, size) for first in range(0, samples.count, size)])
@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=2500)
     parser.add_argument("--limit", type=int, default=0, help="use only so many real images of each kind; 0: all")
     parser.add_argument("--weights", default="ema", choices=("ema", "raw"))
-    parser.add_argument("--guidance", type=float, nargs="+", help="default: the model's")
+    parser.add_argument("--guidance-scale", type=float, nargs="+", help="default: the model's")
     parser.add_argument("--guidance-schedule", choices=("linear", "constant"), help="default: the model's")
     parser.add_argument("--sampler", choices=list(SAMPLERS), help="default: the model's")
     for name, kind in (("steps", int), ("diffusion-steps", int), ("temperature", float)):

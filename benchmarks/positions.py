@@ -42,7 +42,7 @@ def main() -> None:
                 directory = options.out / f"{row}-{positions}-{seed}"
                 pipe = train(run, directory, device=torch.device("cpu"), resume=True)
                 loss = json.loads((directory / "metrics.jsonl").read_text().splitlines()[-1])["loss"]
-                found = [judge.score(pipe(labels.tolist(), 0, guidance=g, batch_size=250), labels) for g in GUIDANCE]
+                found = [judge.score(pipe(labels.tolist(), 0, guidance_scale=g, batch_size=250), labels) for g in GUIDANCE]
                 seconds = seconds_of(directory, run.train.batch_size)
                 lines.append(f"| {row} | {positions} | {seed} | {seconds:.0f} | {loss:.4f} | {' | '.join(found)} |")
                 print(lines[-1], flush=True)

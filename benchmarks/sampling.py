@@ -76,7 +76,10 @@ class Case:
 
     def options(self) -> SamplingOptions:
         return SamplingOptions(
-            steps=self.steps, guidance=3.0, head=DiffusionOptions(diffusion_steps=self.diffusion_steps), guidance_schedule="linear"
+            steps=self.steps,
+            guidance_scale=3.0,
+            head=DiffusionOptions(diffusion_steps=self.diffusion_steps),
+            guidance_schedule="linear",
         )
 
 
@@ -180,7 +183,7 @@ def equality(device: torch.device) -> Iterator[dict[str, Any]]:
         for batch in (1, 8, 256):
             for guidance in (1.0, 3.0):
                 for known in (0, 100):
-                    options = SamplingOptions(steps=steps, guidance=guidance, head=DiffusionOptions(diffusion_steps=25))
+                    options = SamplingOptions(steps=steps, guidance_scale=guidance, head=DiffusionOptions(diffusion_steps=25))
                     start = start_of(model, batch, device, known)
                     truth = eager.generate(model, start, options)
                     first, again = (exact.generate(start, options) for _ in range(2))
@@ -190,7 +193,7 @@ def equality(device: torch.device) -> Iterator[dict[str, Any]]:
                     yield {
                         "model": name,
                         "batch": batch,
-                        "guidance": guidance,
+                        "guidance_scale": guidance,
                         "known": known,
                         "float32_largest": (first - truth).abs().max().item(),
                         "float32_replayed_largest": (again - truth).abs().max().item(),

@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--steps", type=int, nargs="+", default=[8, 16, 32, 64])
     parser.add_argument("--diffusion-steps", type=int, nargs="+", default=[10, 25, 50, 100])
-    parser.add_argument("--guidance", type=float, default=2.0)
+    parser.add_argument("--guidance-scale", type=float, default=2.0)
     parser.add_argument("--compare", type=int, nargs="+", help="numbers of images at which to compare the engines")
     parser.add_argument("--repeats", type=int, default=2, help="of each engine, with --compare")
     options = parser.parse_args()
@@ -62,14 +62,20 @@ def main() -> None:
     model = run.model_config(classes).build()
     pipe = Pipeline(PipelineConfig(model.config, run.tokenizer, tuple(str(i) for i in range(classes)), run.sampling), model)
     if options.compare:
-        settings = {"steps": options.steps[-1], "diffusion_steps": options.diffusion_steps[-1], "guidance": options.guidance}
+        settings = {
+            "steps": options.steps[-1],
+            "diffusion_steps": options.diffusion_steps[-1],
+            "guidance_scale": options.guidance_scale,
+        }
         print(f"{options.recipe}, {settings}, {torch.get_num_threads()} threads, torch {torch.__version__}")
         for images in options.compare:
             compare(pipe, [i % classes for i in range(images)], options.repeats, settings)
         return
     labels = [i % classes for i in range(options.images)]
     pipe(labels[:2], 0, steps=2, diffusion_steps=2)  # allocations and thread pools are made once
-    print(f"{options.recipe}, {options.images} images, guidance {options.guidance}, {torch.get_num_threads()} threads, seconds")
+    print(
+        f"{options.recipe}, {options.images} images, guidance {options.guidance_scale}, {torch.get_num_threads()} threads, seconds"
+    )
     print("steps \\ diffusion" + "".join(f"{d:>16}" for d in options.diffusion_steps))
     for steps in options.steps:
         print(f"{steps:>17}", end="", flush=True)
@@ -80,7 +86,7 @@ def main() -> None:
                 0,
                 steps=steps,
                 diffusion_steps=diffusion_steps,
-                guidance=options.guidance,
+                guidance_scale=options.guidance_scale,
                 batch_size=options.batch_size,
             )
             busy = f"({time.process_time() - computed:.1f})"

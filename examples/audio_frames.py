@@ -115,7 +115,7 @@ def train(model: Model, steps: int, std: Tensor, batch: int = 64) -> Model:
 
 def sample(model: Model, labels_B: Tensor, std: Tensor, guidance: float = 1.0, diffusion_steps: int = 50) -> Tensor:
     """One tone [N, 64] per label."""
-    options = SamplingOptions(guidance=guidance, head=DiffusionOptions(diffusion_steps=diffusion_steps))
+    options = SamplingOptions(guidance_scale=guidance, head=DiffusionOptions(diffusion_steps=diffusion_steps))
     return generate(model, SamplingInput.blank(model.config.tokens, torch.arange(len(labels_B)), labels_B), options) * std
 
 

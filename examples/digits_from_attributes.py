@@ -166,7 +166,7 @@ def main() -> None:
     model, tokenizer = build((data.images_BHW * 2).std().item())
     train(model, tokenizer, data, options.images)
     print(f"CPU time of training: {time.process_time() - began:.0f} s")
-    sampling = SamplingOptions(steps=16, guidance=2.0, head=DiffusionOptions(diffusion_steps=50))
+    sampling = SamplingOptions(steps=16, guidance_scale=2.0, head=DiffusionOptions(diffusion_steps=50))
     pipe = Pipeline(PipelineConfig(model.config, tokenizer.config, (), sampling), model, tokenizer)
     pipe.save_pretrained(options.out / "model")
     report(pipe, data, options.samples)

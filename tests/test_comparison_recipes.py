@@ -21,7 +21,7 @@ def test_generated_digits_can_be_read(name: str, tmp_path: Path) -> None:
     judge = svm.SVC(gamma="scale").fit(real.images[..., 0].reshape(len(real), -1).astype(float), real.labels)
     pipe = train(RECIPES[name](), tmp_path / "run", device=torch.device("cpu"))
     labels = np.repeat(np.arange(10), 20)
-    images = pipe(labels.tolist(), 0, guidance=1.0 if name.endswith("regression") else 2.0, batch_size=200)
+    images = pipe(labels.tolist(), 0, guidance_scale=1.0 if name.endswith("regression") else 2.0, batch_size=200)
     accuracy = (judge.predict(images[..., 0].reshape(len(images), -1).astype(float)) == labels).mean()
     # Guessing reads a tenth; the least trained of these, random order with a mixture, had 0.58 when measured.
     assert accuracy > 0.4

@@ -60,7 +60,7 @@ def test_progress_counts_steps_of_all_batches(pipe: Pipeline) -> None:
         ({"labels": []}, "nothing to generate"),
         ({"labels": [0], "steps": 17}, "steps is 17; allowed: 1 to 16"),
         ({"labels": [0], "batch_size": 0}, "batch size is 0"),
-        ({"labels": [0], "guidance": float("inf")}, "guidance is inf"),
+        ({"labels": [0], "guidance_scale": float("inf")}, "guidance_scale is inf"),
         ({"labels": [0], "sampler": "euler"}, "sampler is 'euler'; allowed: ddpm, ddim"),
         ({"labels": [0], "guidance_schedule": "cosine"}, "guidance schedule is 'cosine'"),
     ],

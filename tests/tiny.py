@@ -59,7 +59,7 @@ def options_of(config: ModelConfig, **values: Any) -> SamplingOptions:
     defaults = SamplingOptions().for_head(config.head)
     names = option_names(type(config.head.options()))
     steps = {"steps": 5} if takes_steps(config) else {}
-    return defaults.override(**(steps | {"guidance": 2.0} | {k: v for k, v in small.items() if k in names} | values))
+    return defaults.override(**(steps | {"guidance_scale": 2.0} | {k: v for k, v in small.items() if k in names} | values))
 
 
 def tokenizer_of(config: ModelConfig) -> PixelConfig | CodebookConfig:
@@ -135,7 +135,7 @@ def tiny_run(path: Path | str, **loop: Any) -> Run:
         optim=OptimConfig(lr=1e-3),
         ema=EMAConfig(decay=0.9),
         train=LoopConfig(**(defaults | loop)),
-        sampling=SamplingOptions(steps=2, guidance=2.0, head=DiffusionOptions(diffusion_steps=3)),
+        sampling=SamplingOptions(steps=2, guidance_scale=2.0, head=DiffusionOptions(diffusion_steps=3)),
     )
 
 

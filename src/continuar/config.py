@@ -121,7 +121,11 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
     return [] if old == new else [f"{path}: {json.dumps(old)} -> {json.dumps(new)}"]
 
 
-RENAMED_FIELDS = {"timesteps_per_token": "diffusion_batch_mul", "recompute": "activation_checkpointing"}
+RENAMED_FIELDS = {
+    "timesteps_per_token": "diffusion_batch_mul",
+    "recompute": "activation_checkpointing",
+    "guidance": "guidance_scale",
+}
 RENAMED_VALUES = {
     "prediction": {"eps": "epsilon", "velocity": "v_prediction"},
     "sampler": {"dpmpp": "dpmpp_2m", "dpmpp-sde": "dpmpp_2m_sde"},

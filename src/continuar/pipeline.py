@@ -104,7 +104,7 @@ class Pipeline:
         known_tokens: Array | None = None,
         known_mask: Array | None = None,
         steps: int | None = None,
-        guidance: float | None = None,
+        guidance_scale: float | None = None,
         guidance_schedule: GuidanceSchedule | None = None,
         temperature: float | None = None,
         batch_size: int = 64,
@@ -126,7 +126,7 @@ class Pipeline:
                 [1, N, D]. They come back unchanged; what stands at unknown positions does not matter.
             known_mask: bool, True where known: [B, N], or [N] or [h, w] for all images. Images may differ in how many they know;
                 all known gives the tokens back as they are, none known is plain generation.
-            steps, guidance, guidance_schedule, temperature: see `SamplingOptions`; None is the model's default.
+            steps, guidance_scale, guidance_schedule, temperature: see `SamplingOptions`; None is the model's default.
             batch_size: images generated at once.
             engine, precision: see `engine`.
             on_progress: called with (steps done, steps in all).
@@ -139,7 +139,7 @@ class Pipeline:
             UserError: an unknown class, a setting out of range, an option the head does not have, or known tokens of another shape.
         """
         options = self.defaults.override(
-            steps=steps, guidance=guidance, guidance_schedule=guidance_schedule, temperature=temperature, **head_options
+            steps=steps, guidance_scale=guidance_scale, guidance_schedule=guidance_schedule, temperature=temperature, **head_options
         )
         tokens = self.tokens(
             labels,

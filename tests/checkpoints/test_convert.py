@@ -125,7 +125,7 @@ def test_model_file_carries_the_papers_sampling_settings(sizes: Sizes, name: str
     told = {"model": name} if name else vars(args(sizes))
     file, _ = model_file(OfficialFile(Path("mar.pth"), meta_state(sizes), told, "model_ema"))
     s = file.sampling
-    assert (s.steps, s.guidance) == (64 if name else 9, guidance)
+    assert (s.steps, s.guidance_scale) == (64 if name else 9, guidance)
     assert (s.guidance_schedule, s.temperature, s.head) == ("linear", 1.0, DiffusionOptions(diffusion_steps=100, sampler="ddpm"))
     assert file.tokenizer.spec == file.model.tokens
     assert official_args(file).get("model") == name

@@ -44,7 +44,7 @@ def model_file(tokenizer: TokenizerConfig, classes: tuple[str, ...] = ("cat", "d
         ),
         DiffusionHeadConfig(width=8, depth=1, diffusion_batch_mul=2),
     )
-    return PipelineConfig(config, tokenizer, classes, SamplingOptions(steps=3, guidance=2.5, temperature=0.9))
+    return PipelineConfig(config, tokenizer, classes, SamplingOptions(steps=3, guidance_scale=2.5, temperature=0.9))
 
 
 FILES = [model_file(LatentConfig(image_size=64, scale=0.1)), model_file(PixelConfig(image_size=8, patch=2, std=0.5), ())]

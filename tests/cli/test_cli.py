@@ -89,7 +89,20 @@ def test_every_recipe_builds_its_model_config(name: str) -> None:
 
 def test_sample_writes_images_grid_and_settings(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    options = ["--classes", "bee,0", "--per-class", "2", "--seed", "7", "--guidance", "1.5", "--batch-size", "3", "--device", "cpu"]
+    options = [
+        "--classes",
+        "bee,0",
+        "--per-class",
+        "2",
+        "--seed",
+        "7",
+        "--guidance-scale",
+        "1.5",
+        "--batch-size",
+        "3",
+        "--device",
+        "cpu",
+    ]
     assert main(["sample", str(model), *options, "--out", str(out)]) == 0
     assert {p.name for p in out.iterdir()} == {*(f"{i:05d}.png" for i in range(4)), "grid.png", "samples.json"}
     entries = json.loads((out / "samples.json").read_text())
@@ -99,9 +112,9 @@ def test_sample_writes_images_grid_and_settings(model: Path, tmp_path: Path) -> 
         ("00002.png", 0, "ant", 9),
         ("00003.png", 0, "ant", 10),
     ]
-    assert all(e["guidance"] == 1.5 and e["steps"] == 5 and e["diffusion_steps"] == 6 for e in entries)
+    assert all(e["guidance_scale"] == 1.5 and e["steps"] == 5 and e["diffusion_steps"] == 6 for e in entries)
     image = np.asarray(Image.open(out / "00002.png"))
-    expected = Pipeline.from_pretrained(model, device="cpu")(["ant"], [9], guidance=1.5)[0]
+    expected = Pipeline.from_pretrained(model, device="cpu")(["ant"], [9], guidance_scale=1.5)[0]
     assert np.abs(image.astype(int) - expected.astype(int)).max() <= 1
 
 
@@ -115,8 +128,8 @@ def test_sample_writes_images_grid_and_settings(model: Path, tmp_path: Path) -> 
         (["--steps", "0"], "steps is 0; allowed: 1"),
         (["--diffusion-steps", "0"], "diffusion steps is 0; allowed: 1 to 1000"),
         (["--diffusion-steps", "1001"], "diffusion steps is 1001; allowed: 1 to 1000"),
-        (["--guidance", "-1"], "guidance is -1.0; allowed: 0 or more"),
-        (["--guidance", "nan"], "guidance is nan; allowed: 0 or more"),
+        (["--guidance-scale", "-1"], "guidance_scale is -1.0; allowed: 0 or more"),
+        (["--guidance", "nan"], "guidance_scale is nan; allowed: 0 or more"),
         (["--temperature", "nan"], "temperature is nan; allowed: 0 or more"),
         (["--temperature", "-0.5"], "temperature is -0.5; allowed: 0 or more"),
         (["--sampler", "ddim", "--temperature", "0.9"], "temperature is 0.9 with the sampler 'ddim'"),

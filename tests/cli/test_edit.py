@@ -41,7 +41,15 @@ def test_edit_writes_variants_that_differ_in_the_hole_alone(model: Path, drawn: 
     assert {p.name for p in out.iterdir()} == {"00000.png", "00001.png", "00002.png", "grid.png", "samples.json"}
     entries = json.loads((out / "samples.json").read_text())
     assert [(e["file"], e["seed"]) for e in entries] == [("00000.png", 4), ("00001.png", 5), ("00002.png", 6)]
-    wanted = {"label": 1, "class_name": "bee", "grow": 0, "tokens_generated": 4, "steps": 3, "guidance": 2.0, "diffusion_steps": 6}
+    wanted = {
+        "label": 1,
+        "class_name": "bee",
+        "grow": 0,
+        "tokens_generated": 4,
+        "steps": 3,
+        "guidance_scale": 2.0,
+        "diffusion_steps": 6,
+    }
     wanted |= {"image": str(drawn / "image.png"), "mask": str(drawn / "mask.png"), "model": str(model), "weights": "ema"}
     assert all(wanted.items() <= e.items() for e in entries)
 

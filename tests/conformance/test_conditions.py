@@ -75,10 +75,10 @@ def test_null_is_what_guidance_sees_as_its_unconditional_half(config: ModelConfi
         told = SamplingInput.blank(config.tokens, seeds, values_of(config, 2))
     untold = SamplingInput.blank(config.tokens, seeds)
     options = options_of(config, guidance_schedule="constant")
-    only_null = generate(model, told, options.override(guidance=0.0))
-    without = generate(model, untold, options.override(guidance=1.0))
+    only_null = generate(model, told, options.override(guidance_scale=0.0))
+    without = generate(model, untold, options.override(guidance_scale=1.0))
     torch.testing.assert_close(only_null, without, rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(generate(model, told, options.override(guidance=1.0)), without, rtol=1e-2, atol=1e-2)
+    assert not torch.allclose(generate(model, told, options.override(guidance_scale=1.0)), without, rtol=1e-2, atol=1e-2)
 
 
 @every_model
@@ -256,7 +256,7 @@ def test_sequences_of_vectors_are_learned_by_heart(backbone: Any) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-    options = options_of(config, steps=None, guidance=1.0)
+    options = options_of(config, steps=None, guidance_scale=1.0)
     assert isinstance(options.head, FlowOptions)
     drawn = generate(model.eval(), SamplingInput.blank(config.tokens, which, words[which]), options.override(flow_steps=20))
     far = (drawn[:, None] - images).square().flatten(2).sum(-1)

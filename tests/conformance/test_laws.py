@@ -92,7 +92,7 @@ def test_every_position_is_committed_exactly_once(config: ModelConfig, known: in
             real(state, index_BK, x_BKE)
 
         monkeypatch.setattr(model.backbone, "commit", spy)
-        options = options_of(config, steps=steps, guidance=1.0)
+        options = options_of(config, steps=steps, guidance_scale=1.0)
         generate(model, start_of(model, [0, 1], [0, 1], known_mask(2, known)), options)
         assert (committed == 1).all()
 
@@ -137,9 +137,9 @@ def test_guidance_of_one_is_no_guidance_and_more_changes_the_image(config: Model
     start = start_of(model, [1, 2], [0, 1])
     # One candidate: the mixture head chooses among as many as guidance asks for, and so does not draw the same one otherwise.
     single = {"candidates": 1} if config.head.kind == "mixture" else {}
-    plain, one = (generate(model, start, options_of(config, guidance=g, **single)) for g in (1.0, 1.0 + 1e-9))
+    plain, one = (generate(model, start, options_of(config, guidance_scale=g, **single)) for g in (1.0, 1.0 + 1e-9))
     assert away(plain, one) < 1e-3
-    weak, strong = (generate(model, start, options_of(config, guidance=g)) for g in (1.0 + 1e-9, 8.0))
+    weak, strong = (generate(model, start, options_of(config, guidance_scale=g)) for g in (1.0 + 1e-9, 8.0))
     assert away(weak, strong) > 1e-2
 
 
@@ -217,7 +217,7 @@ def test_a_few_short_sequences_are_learned_by_heart(config: ModelConfig) -> None
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-    given = options_of(small, steps=None, guidance=1.0)
+    given = options_of(small, steps=None, guidance_scale=1.0)
     steps = {k: 50 for k in ("diffusion_steps", "flow_steps") if k in given.to_dict()}
     start = SamplingInput(labels.repeat(8), torch.arange(24), spec.blank(24), torch.zeros(24, 4, dtype=torch.bool))
     drawn = generate(model.eval(), start, given.override(**steps))

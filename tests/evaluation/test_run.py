@@ -68,7 +68,9 @@ def test_evaluate_scores_the_images_that_the_model_gives(place: Path, done: Path
     names = {"inception_score", "inception_score_whole", "kernel_distance", "kernel_distance_std", "precision", "recall"}
     assert names | {"density", "coverage", "class_accuracy"} <= set(found["scores"])
     assert SETTINGS.items() <= found["samples"]["settings"].items()
-    assert found["samples"]["settings"]["guidance"] == pipe.defaults.guidance  # the model's own are written down as well
+    assert (
+        found["samples"]["settings"]["guidance_scale"] == pipe.defaults.guidance_scale
+    )  # the model's own are written down as well
     assert (found["samples"]["images"], found["samples"]["seed"], found["speed"]["images_made"]) == (21, 0, 21)
     assert (found["reference"]["images"], found["reference"]["images_of_precision_and_recall"]) == (60, 60)
     assert found["network"]["sha256"] == network.sha256

@@ -51,7 +51,7 @@ def test_pieces_train_save_sample_report_and_plot(tmp_path: Path, capsys: pytest
     torch.manual_seed(0)
     model, tokenizer = example.build(0.7, width=16, depth=1)
     example.train(model, tokenizer, data, images=12, batch=4)
-    options = SamplingOptions(steps=2, guidance=2.0, head=DiffusionOptions(diffusion_steps=2))
+    options = SamplingOptions(steps=2, guidance_scale=2.0, head=DiffusionOptions(diffusion_steps=2))
     pipe = Pipeline(PipelineConfig(model.config, tokenizer.config, (), options), model, tokenizer)
     again = Pipeline.from_pretrained(pipe.save_pretrained(tmp_path / "model"), device="cpu")
     told, seeds = example.describe(torch.arange(4), torch.zeros(4, 2)), torch.arange(4)

@@ -47,11 +47,11 @@ def assert_equal(config: ModelConfig, fast: torch.Tensor, eager: torch.Tensor) -
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("guidance", "known"), [(1.0, 5), (2.0, 0)])
+@pytest.mark.parametrize(("scale", "known"), [(1.0, 5), (2.0, 0)])
 @pytest.mark.parametrize("config", CONFIGS, ids=name)
-def test_graphs_equals_eager(config: ModelConfig, guidance: float, known: int, device: str) -> None:
+def test_graphs_equals_eager(config: ModelConfig, scale: float, known: int, device: str) -> None:
     model = shaken(config).to(device)
-    options, engine = options_of(config, guidance=guidance), FastEngine(model, strict=True)
+    options, engine = options_of(config, guidance_scale=scale), FastEngine(model, strict=True)
     for batch in (3, 1, 3) if device == "cuda" else (3,):  # a shape that comes again is replayed
         start = start_of(config, batch, known, device)
         fast = engine.generate(start, options)
@@ -86,7 +86,7 @@ def test_temperature_and_guidance_are_not_baked_in() -> None:
     config = DIFFUSION[0]
     model, start = shaken(config), start_of(config, 2, 0)
     engine = FastEngine(model)
-    for values in ({"guidance": 3.0}, {"guidance": 1.5}, {"temperature": 0.5}, {"guidance_schedule": "constant"}):
+    for values in ({"guidance_scale": 3.0}, {"guidance_scale": 1.5}, {"temperature": 0.5}, {"guidance_schedule": "constant"}):
         options = options_of(config, **values)
         assert_equal(config, engine.generate(start, options), generate(model, start, options))
 

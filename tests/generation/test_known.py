@@ -73,12 +73,12 @@ def test_unknown_positions_do_not_matter_and_known_ones_do(config: ModelConfig) 
 def test_the_last_snapshot_is_the_call(config: ModelConfig) -> None:
     pipe, tokens, mask = quick(config), random_tokens(config, len(COUNTS), 1), masks(COUNTS)
     known = {"known_tokens": tokens, "known_mask": mask, "batch_size": 2}
-    shots = list(pipe.stream(LABELS, SEEDS, guidance=1.5, **known))
+    shots = list(pipe.stream(LABELS, SEEDS, guidance_scale=1.5, **known))
     steps = options_of(config).steps or N
     assert [(s.step, s.steps) for s in shots] == [(i, steps) for i in range(1, steps + 1)]
-    options = pipe.defaults.override(guidance=1.5)
+    options = pipe.defaults.override(guidance_scale=1.5)
     assert torch.equal(shots[-1].tokens, pipe.tokens(LABELS, SEEDS, options=options, **known))
-    assert np.array_equal(shots[-1].image(), pipe(LABELS, SEEDS, guidance=1.5, **known))
+    assert np.array_equal(shots[-1].image(), pipe(LABELS, SEEDS, guidance_scale=1.5, **known))
     for before, after in pairwise(shots):
         assert (before.known_BN <= after.known_BN).all()
         assert torch.equal(after.tokens[before.known_BN], before.tokens[before.known_BN])

@@ -258,7 +258,7 @@ def replay_generation(model: Model, g: dict[str, Tensor], name: str, sampling: d
     draws = [g[f"{name}.draw{i:04d}"] for i in range(sampling["draws"])]
     options = SamplingOptions(
         steps=sampling["num_iter"],
-        guidance=sampling["cfg"],
+        guidance_scale=sampling["cfg"],
         guidance_schedule=sampling["cfg_schedule"],
         temperature=sampling["temperature"],
         head=DiffusionOptions(diffusion_steps=int(sampling["num_sampling_steps"])),

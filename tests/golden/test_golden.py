@@ -73,7 +73,7 @@ def test_checker_says_which_quantity_is_wrong_and_exits_1() -> None:
     script = (
         "import sys; sys.path.insert(0, sys.argv[1]); import check\n"
         "import continuar.sampling.generate as plan\n"
-        "plan.guidance_scale = lambda scale, schedule, remaining, total: scale\n"
+        "plan.guidance_at_step = lambda scale, schedule, remaining, total: scale\n"
         "sys.exit(check.main(sys.argv[2:]))"
     )
     done = subprocess.run(

@@ -68,7 +68,7 @@ def test_recipes_are_quiet_but_for_the_control_that_is_meant_to_fail(name: str) 
         ),
         (
             with_(train=replace(GOOD.train, label_dropout=0.0)),
-            r"guidance of 2.5 takes .* better: --train.label-dropout 0.1, or --sampling.guidance 1$",
+            r"guidance_scale 2.5 needs .* better: --train.label-dropout 0.1, or --sampling.guidance-scale 1$",
         ),
     ],
 )

@@ -39,7 +39,7 @@ def dit_run(path: Path | str, **loop) -> DiTRun:
         optim=base.optim,
         ema=base.ema,
         train=base.train,
-        sampling=SamplingOptions(guidance=2.0, guidance_schedule="constant", head=DiffusionOptions(diffusion_steps=4)),
+        sampling=SamplingOptions(guidance_scale=2.0, guidance_schedule="constant", head=DiffusionOptions(diffusion_steps=4)),
     )
 
 
@@ -89,9 +89,9 @@ def test_both_weights_load_and_sample_by_every_sampler_at_any_batch_size(trained
     for name in SAMPLERS:
         few, many = (again([0, 1], sampler=name, diffusion_steps=steps) for steps in (3, 9))
         assert not np.array_equal(few, many)
-    unguided, guided = again([0], guidance=1.0), again([0], guidance=4.0)
+    unguided, guided = again([0], guidance_scale=1.0), again([0], guidance_scale=4.0)
     assert not np.array_equal(unguided, guided)
-    assert np.array_equal(again(seeds=[3], guidance=4.0), again(seeds=[3], guidance=1.0))  # no class: nothing to guide by
+    assert np.array_equal(again(seeds=[3], guidance_scale=4.0), again(seeds=[3], guidance_scale=1.0))  # no class, no guidance
     shots = list(again.stream([0, 1], batch_size=1))
     assert [(shot.step, shot.steps) for shot in shots] == [(1, 1)]
     assert np.abs(shots[0].image().astype(int) - again([0, 1])).max() <= 1

@@ -69,7 +69,7 @@ def ar_run(path: Path, **loop: Any) -> Run:
         order=RasterOrderConfig(),
         backbone=CausalConfig(width=16, depth=2, heads=2),
         head=CategoricalHeadConfig(),
-        sampling=SamplingOptions(guidance=2.0),
+        sampling=SamplingOptions(guidance_scale=2.0),
     )
 
 

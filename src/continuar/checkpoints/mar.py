@@ -382,7 +382,7 @@ def model_file(
     )
     tokenizer, notes = _tokenizer(official, config.tokens)
     guidance = _GUIDANCE.get(backbone.width, 3.0) if config.classes else 1.0
-    sampling = SamplingOptions(steps=min(64, config.tokens.seq_len), guidance=guidance)
+    sampling = SamplingOptions(steps=min(64, config.tokens.seq_len), guidance_scale=guidance)
     file = PipelineConfig(config, tokenizer, tuple(map(str, range(config.classes))), sampling)
     return file, notes + _check_args(official, file)
 

@@ -67,9 +67,9 @@ def main(arguments: list[str]) -> int:
     settings = pipe.defaults.override(**options.settings.given())
     plan = make_plan(pipe.model.order, settings, pipe.model.order.seq_len)
     engine = pipe.engine(options.settings.engine, options.settings.precision)
-    guided = bool(pipe.classes) and settings.guidance != 1.0
+    guided = bool(pipe.classes) and settings.guidance_scale != 1.0
     peak = matmul_peak(pipe.device)
-    floor = generation_flops(pipe.file.model, settings if guided else settings.override(guidance=1.0)) / peak
+    floor = generation_flops(pipe.file.model, settings if guided else settings.override(guidance_scale=1.0)) / peak
     print(f"{options.model} on {_name(pipe.device)}, torch {torch.__version__}, {len(plan)} steps, {_head(settings.to_dict())}")
     print(f"floor {floor:.3g} s/image: {floor * peak / 1e12:.3g} TFLOP at {peak / 1e12:.3g} TFLOP/s\n")
     print("batch   s/image  images/s  x floor  transformer   head  decoder     memory  warm-up")

@@ -245,7 +245,7 @@ class SamplingSettings:
 
     steps: int | None = None
     """Autoregressive steps, 1 to the number of tokens."""
-    guidance: float | None = None
+    guidance_scale: Annotated[float | None, tyro.conf.arg(aliases=["--guidance"])] = None
     """Scale of classifier-free guidance, 0 or more; 1 is none."""
     guidance_schedule: Literal["linear", "constant"] | None = None
     """How guidance grows over the steps."""
@@ -255,7 +255,7 @@ class SamplingSettings:
 
     def given(self) -> dict[str, Any]:
         """What was given, by name, as `Pipeline.__call__` takes it."""
-        own = {"steps": self.steps, "guidance": self.guidance, "guidance_schedule": self.guidance_schedule}
+        own = {"steps": self.steps, "guidance_scale": self.guidance_scale, "guidance_schedule": self.guidance_schedule}
         return {k: v for k, v in (own | {"temperature": self.temperature}).items() if v is not None} | given(self.head)
 
 

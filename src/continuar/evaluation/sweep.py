@@ -54,7 +54,7 @@ from continuar.sampling.fast.weights import Precision
 
 def _axes() -> dict[str, Callable[[str], int | float | str]]:
     """The settings of every model, and the options of every head: a new head needs no line here."""
-    hints = {"steps": int, "temperature": float, "guidance": float, "guidance_schedule": str, "weights": str}
+    hints = {"steps": int, "temperature": float, "guidance_scale": float, "guidance_schedule": str, "weights": str}
     for options in members(HeadOptions):
         types = get_type_hints(options)
         hints |= {name: types[name] for name in option_names(options)}

@@ -85,7 +85,7 @@ def comparison_run(base: Run, row: Row, head: HeadConfig, vocabulary: int) -> Ru
     if head.kind == "diffusion":
         sampling = dataclasses.replace(sampling, head=base.sampling.head)
     if head.kind == "regression":
-        sampling = dataclasses.replace(sampling, guidance=1.0)
+        sampling = dataclasses.replace(sampling, guidance_scale=1.0)
     tokenizer, optim = base.tokenizer, base.optim
     if head.token_kind == "id":
         tokenizer = CodebookConfig(
@@ -205,6 +205,6 @@ def _like(base: Run, network: DiTNetworkConfig, diffusion_steps: int) -> DiTRun:
         ema=base.ema,
         train=base.train,
         sampling=SamplingOptions(
-            guidance=1.5, guidance_schedule="constant", head=DiffusionOptions(diffusion_steps=diffusion_steps)
+            guidance_scale=1.5, guidance_schedule="constant", head=DiffusionOptions(diffusion_steps=diffusion_steps)
         ),
     )

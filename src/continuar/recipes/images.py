@@ -40,7 +40,7 @@ def digits() -> Run:
         optim=OptimConfig(lr=2e-3, warmup_images=6_400, decay="linear", decay_images=50_000),
         ema=EMAConfig(decay=0.998),
         train=LoopConfig(images=75_000, batch_size=64, log_images=6_400, sample_images=75_000, save_images=75_000),
-        sampling=SamplingOptions(steps=16, guidance=2.0, head=DiffusionOptions(diffusion_steps=50)),
+        sampling=SamplingOptions(steps=16, guidance_scale=2.0, head=DiffusionOptions(diffusion_steps=50)),
     )
 
 
@@ -67,7 +67,7 @@ def cifar10() -> Run:
             save_images=5_000_000,
             engine="compile-graphs",
         ),
-        sampling=SamplingOptions(steps=32, guidance=2.5, guidance_schedule="constant"),
+        sampling=SamplingOptions(steps=32, guidance_scale=2.5, guidance_schedule="constant"),
     )
 
 
@@ -86,7 +86,7 @@ def folder() -> Run:
         optim=OptimConfig(lr=4e-4, warmup_images=50_000),
         ema=EMAConfig(decay=0.9995),
         train=LoopConfig(images=5_000_000, batch_size=128, log_images=10_000, sample_images=250_000, save_images=250_000),
-        sampling=SamplingOptions(steps=32, guidance=2.5, guidance_schedule="constant"),
+        sampling=SamplingOptions(steps=32, guidance_scale=2.5, guidance_schedule="constant"),
     )
 
 
@@ -113,7 +113,7 @@ def folder_gpu() -> Run:
             save_images=500_000,
             engine="compile-graphs",
         ),
-        sampling=SamplingOptions(steps=64, guidance=2.5, guidance_schedule="constant"),
+        sampling=SamplingOptions(steps=64, guidance_scale=2.5, guidance_schedule="constant"),
     )
 
 
@@ -121,7 +121,7 @@ IMAGENET_IMAGES = 1_281_167
 BATCH = 2048
 
 
-def _imagenet256(backbone: MAEConfig, head: DiffusionHeadConfig, guidance: float) -> Run:
+def _imagenet256(backbone: MAEConfig, head: DiffusionHeadConfig, guidance_scale: float) -> Run:
     """What all sizes share: 800 epochs at batch 2048, lr 1e-4 per 256 images, constant after 100 epochs of warm-up."""
     return Run(
         data=DataConfig(classes=1000, flip=True),
@@ -144,7 +144,7 @@ def _imagenet256(backbone: MAEConfig, head: DiffusionHeadConfig, guidance: float
             sample_images=5 * IMAGENET_IMAGES,
             save_images=5 * IMAGENET_IMAGES,
         ),
-        sampling=SamplingOptions(steps=256, guidance=guidance, guidance_schedule="linear"),
+        sampling=SamplingOptions(steps=256, guidance_scale=guidance_scale, guidance_schedule="linear"),
     )
 
 
@@ -154,7 +154,7 @@ def mar_b_imagenet256() -> Run:
     continuar train mar_b_imagenet256 --data.path latents/imagenet256
     """
     backbone = MAEConfig(width=768, encoder_depth=12, heads=12, decoder_depth=12)
-    return _imagenet256(backbone, DiffusionHeadConfig(width=1024, depth=6), guidance=2.9)
+    return _imagenet256(backbone, DiffusionHeadConfig(width=1024, depth=6), guidance_scale=2.9)
 
 
 def mar_l_imagenet256() -> Run:
@@ -163,7 +163,7 @@ def mar_l_imagenet256() -> Run:
     continuar train mar_l_imagenet256 --data.path latents/imagenet256
     """
     backbone = MAEConfig(width=1024, encoder_depth=16, heads=16, decoder_depth=16)
-    return _imagenet256(backbone, DiffusionHeadConfig(width=1280, depth=8), guidance=3.0)
+    return _imagenet256(backbone, DiffusionHeadConfig(width=1280, depth=8), guidance_scale=3.0)
 
 
 def mar_h_imagenet256() -> Run:
@@ -172,7 +172,7 @@ def mar_h_imagenet256() -> Run:
     continuar train mar_h_imagenet256 --data.path latents/imagenet256
     """
     backbone = MAEConfig(width=1280, encoder_depth=20, heads=16, decoder_depth=20)
-    return _imagenet256(backbone, DiffusionHeadConfig(width=1536, depth=12), guidance=3.2)
+    return _imagenet256(backbone, DiffusionHeadConfig(width=1536, depth=12), guidance_scale=3.2)
 
 
 def mar_l_imagenet256_ablation() -> Run:

@@ -35,7 +35,7 @@ from continuar.tokenizers import TokenSpec
 GuidanceSchedule = Literal["linear", "constant"]
 
 
-def guidance_scale(scale: float, schedule: GuidanceSchedule, remaining: int, total: int) -> float:
+def guidance_at_step(scale: float, schedule: GuidanceSchedule, remaining: int, total: int) -> float:
     """The scale w_s of one autoregressive step (paper, Section 4; linear as in MUSE, Chang et al. 2023).
 
     Args:
@@ -64,7 +64,7 @@ class SamplingOptions:
     steps: int | None = None
     """Autoregressive steps, 1 to the number of tokens (paper: 64; 256 for the best FID). None is the order's own number: one per
     token where it predicts one at a time, 64 where it predicts groups."""
-    guidance: float = 1.0
+    guidance_scale: float = 1.0
     """Scale of classifier-free guidance, 0 or more; 1 is none (paper: B 2.9, L 3.0, H 3.2)."""
     guidance_schedule: GuidanceSchedule = "linear"
     """"linear" grows to the scale with the share of known tokens; "constant" uses it at every step."""
@@ -75,7 +75,7 @@ class SamplingOptions:
 
     def __post_init__(self) -> None:
         require(self.steps is None or self.steps >= 1, f"steps is {self.steps}; allowed: 1 to the number of tokens")
-        check_scale("guidance", self.guidance)
+        check_scale("guidance_scale", self.guidance_scale)
         check_scale("temperature", self.temperature)
         require(
             self.guidance_schedule in ("linear", "constant"),
@@ -143,7 +143,7 @@ def make_plan(order: Order, options: SamplingOptions, unknown: int) -> tuple[Pla
     steps, start = [], total - unknown
     for size in order.group_sizes(options.steps, unknown):
         remaining = total - start - size
-        steps.append(PlanStep(start, size, guidance_scale(options.guidance, options.guidance_schedule, remaining, total)))
+        steps.append(PlanStep(start, size, guidance_at_step(options.guidance_scale, options.guidance_schedule, remaining, total)))
         start += size
     return tuple(steps)
 
@@ -228,7 +228,7 @@ def prepare(model: Model, start: SamplingInput, options: SamplingOptions, order_
     options.head.check_tokens(model.config.tokens.size)
     # Guidance runs the null condition as B more rows of the same batch; without it they are not there at all.
     # With the null condition itself both halves would be the same.
-    guided = options.guidance != 1.0 and start.condition is not None
+    guided = options.guidance_scale != 1.0 and start.condition is not None
     null = model.condition.null(len(start.seeds_B))
     cond = null if start.condition is None else model.condition(start.condition)
     require(len(cond) == len(null), f"{len(cond)} conditions for {len(null)} seeds; allowed: one each")

@@ -295,10 +295,10 @@ def run_warnings(run: BaseRun) -> list[str]:
             f"without warm-up the average still holds {share:.0%} of the initial weights after {loop.steps:,} steps; "
             "better: --ema.warmup"
         )
-    if loop.label_dropout == 0 and run.sampling.guidance != 1:
+    if loop.label_dropout == 0 and run.sampling.guidance_scale != 1:
         found.append(
-            f"guidance of {run.sampling.guidance:g} takes the null condition, which is never trained with train.label_dropout 0; "
-            "better: --train.label-dropout 0.1, or --sampling.guidance 1"
+            f"guidance_scale {run.sampling.guidance_scale:g} needs the null condition, which train.label_dropout 0 never trains; "
+            "better: --train.label-dropout 0.1, or --sampling.guidance-scale 1"
         )
     return found
 

@@ -96,7 +96,7 @@ def generation_flops(config: ModelConfig | DiTConfig, options: SamplingOptions) 
         points = [0, config.tokens.seq_len // 2, config.tokens.seq_len - 1]
         curve = np.polyfit(points, [_backbone_flops(model, known) for known in points], 2)
         backbone = sum(float(np.polyval(curve, step.start)) for step in plan)
-        guided = options.guidance != 1.0
+        guided = options.guidance_scale != 1.0
         head = _head_flops(model, options.for_head(config), guided)
         return backbone * (2 if guided else 1) + head * config.tokens.seq_len
 
@@ -107,7 +107,7 @@ def _dit_flops(model: DiT, options: SamplingOptions) -> float:
     assert isinstance(options.head, DiffusionOptions)
     with FlopCounterMode(display=False) as counter:
         model(model.config.tokens.blank(1), zero, zero)
-    return float(counter.get_total_flops()) * options.head.diffusion_steps * (2 if options.guidance != 1.0 else 1)
+    return float(counter.get_total_flops()) * options.head.diffusion_steps * (2 if options.guidance_scale != 1.0 else 1)
 
 
 def _backbone_flops(model: Model, known: int) -> int:
