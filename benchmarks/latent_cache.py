@@ -24,8 +24,8 @@ from torch import Tensor
 
 from continuar.checkpoints.store import write_json
 from continuar.data.latent_cache import INDEX, CacheInfo, LatentCache, ShardInfo, shard_path
-from continuar.tokenizers import Tokenizer, TokenSpec
-from continuar.tokenizers.base import patchify
+from continuar.tokenizers import LatentConfig, Tokenizer
+from continuar.tokenizers.pixel import patchify
 from continuar.tokenizers.vae import posterior
 from continuar.training.data import LatentStream
 
@@ -34,8 +34,6 @@ SHAPE = (32, 16, 16)
 
 class Drawing(Tokenizer):
     """KL-16's tokens without its network."""
-
-    spec = TokenSpec((16, 16), 16)
 
     def encode(self, images_B3HW: Tensor) -> Tensor:
         raise NotImplementedError
@@ -87,10 +85,14 @@ def main() -> None:
         print(f"{len(cache)} images in {cache.info.shards} shards, {len(cache) * cache.info.row_bytes / 2**20:.0f} MiB")
         for _ in cache.blocks():
             pass
-        stream = LatentStream(cache, Drawing(), flip=True, batch_size=options.batch, seed=0, device=torch.device("cpu"))
+        stream = LatentStream(
+            cache, Drawing(LatentConfig()), flip=True, batch_size=options.batch, seed=0, device=torch.device("cpu")
+        )
         for threads in (1, 2):
             streams = [
-                LatentStream(cache, Drawing(), flip=True, batch_size=options.batch, seed=i, device=torch.device("cpu"))
+                LatentStream(
+                    cache, Drawing(LatentConfig()), flip=True, batch_size=options.batch, seed=i, device=torch.device("cpu")
+                )
                 for i in range(threads)
             ]
             found = rate(lambda step, s=streams: s[step % len(s)].read(step // len(s)), options.batch, options.seconds, threads)

@@ -40,15 +40,14 @@ import torch
 from torch import Tensor
 
 from continuar.checkpoints.store import checksum, write_json
-from continuar.checkpoints.tokenizers import fingerprint
 from continuar.config import differences, to_json
 from continuar.data.latent_cache import INDEX, CacheInfo, DType, LatentCache, ShardInfo, is_cache, read_info, read_shard, shard_path
 from continuar.data.loader import check_skipped, decode_block, image_blocks
 from continuar.data.sources import Source
 from continuar.distributed import SingleProcess
 from continuar.errors import UserError, require
-from continuar.pipeline import to_uint8
-from continuar.tokenizers import Tokenizer, VAETokenizer
+from continuar.tokenizers import Tokenizer, VAETokenizer, fingerprint
+from continuar.tokenizers.pixel import to_signed, to_uint8
 from continuar.tokenizers.vae import posterior
 
 
@@ -155,11 +154,6 @@ def encoded(
                 on_progress(done, number)
     if skipped:
         check_skipped(skipped, number, max_skipped_share)
-
-
-def to_signed(pixels_BHW3: Tensor) -> Tensor:
-    """uint8 [B, H, W, 3] -> floats [B, 3, H, W] in [-1, 1]."""
-    return pixels_BHW3.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
 _LOG = logging.getLogger("continuar")

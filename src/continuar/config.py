@@ -53,6 +53,8 @@ def from_json(kind: type[T] | Any, value: Any, where: str = "config") -> T:
         if len(each) != len(value):
             raise UserError(f"{where} has {len(value)} entries; {len(each)} are expected")
         return typing.cast(T, tuple(from_json(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(each, value, strict=True))))
+    if origin is dict and isinstance(value, dict):
+        return typing.cast(T, value)  # plain JSON values, which whoever takes them checks
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return typing.cast(T, float(value))
     if kind is Path and isinstance(value, str):
@@ -130,6 +132,8 @@ RENAMED_VALUES = {
     "prediction": {"eps": "epsilon", "velocity": "v_prediction"},
     "sampler": {"dpmpp": "dpmpp_2m", "dpmpp-sde": "dpmpp_2m_sde"},
 }
+NETWORKS_WITH_OPTIONS = ("tiny", "dc", "consistency")
+"""Kinds of autoencoder networks that had one field per argument."""
 
 
 def rename_old_fields(value: Any) -> Any:
@@ -138,6 +142,8 @@ def rename_old_fields(value: Any) -> Any:
         return [rename_old_fields(v) for v in value]
     if not isinstance(value, dict):
         return value
+    if value.get("kind") in NETWORKS_WITH_OPTIONS and "options" not in value:
+        return {"kind": value["kind"], "options": {k: v for k, v in value.items() if k != "kind"}}
     renamed = {RENAMED_FIELDS.get(k, k): rename_old_fields(v) for k, v in value.items()}
     for name, values in RENAMED_VALUES.items():
         if isinstance(renamed.get(name), str):

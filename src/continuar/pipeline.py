@@ -37,6 +37,7 @@ from continuar.sampling.fast.weights import Precision
 from continuar.sampling.generate import GuidanceSchedule, SamplingInput, SamplingOptions, make_plan
 from continuar.sampling.known_tokens import Array, Snapshot, equal_batches, snapshots, with_known
 from continuar.tokenizers import Tokenizer
+from continuar.tokenizers.pixel import to_uint8
 
 Weights = Literal["ema", "raw"]
 SHIPPED = Path(__file__).parent / "shipped"
@@ -341,8 +342,3 @@ def newest_checkpoints(run: Path) -> list[Path]:
     folder = run / "checkpoints"
     found = folder.glob("step-*") if folder.is_dir() else []
     return sorted((p for p in found if (p / CONFIG).is_file()), reverse=True)
-
-
-def to_uint8(images_B3HW: Tensor) -> Tensor:
-    """[-1, 1] floats [B, 3, H, W] -> uint8 [B, H, W, 3], rounded to nearest."""
-    return ((images_B3HW.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)

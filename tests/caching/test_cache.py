@@ -16,14 +16,24 @@ import pytest
 import torch
 from PIL import Image
 
-from continuar.caching import CacheOptions, build_cache, cache_info, to_signed
-from continuar.checkpoints.tokenizers import fingerprint, save_tokenizer
+from continuar.caching import CacheOptions, build_cache, cache_info
+from continuar.checkpoints.tokenizers import save_tokenizer
 from continuar.cli.main import main
 from continuar.data.latent_cache import INDEX, LatentCache, read_info
 from continuar.data.loader import load_images
 from continuar.data.sources import find_source
 from continuar.errors import UserError
-from continuar.tokenizers import LatentConfig, PixelConfig, PixelTokenizer, Tokenizer, TokenizerConfig, VAEConfig, VQConfig
+from continuar.tokenizers import (
+    LatentConfig,
+    PixelConfig,
+    PixelTokenizer,
+    Tokenizer,
+    TokenizerConfig,
+    VAEConfig,
+    VQConfig,
+    fingerprint,
+)
+from continuar.tokenizers.pixel import to_signed
 from tests.tiny import write_images
 from tests.tokenizers.networks import KL, VQ, shaken
 

@@ -11,13 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from continuar.caching import LatentSums, encoded, measure, to_signed
+from continuar.caching import LatentSums, encoded, measure
 from continuar.checkpoints.tokenizers import load_tokenizer, save_tokenizer
 from continuar.cli.main import main
 from continuar.data.loader import load_images
 from continuar.data.sources import find_source
 from continuar.errors import UserError
 from continuar.tokenizers import PixelConfig, VAEConfig, VAETokenizer, VQConfig
+from continuar.tokenizers.pixel import to_signed
 from tests.tiny import write_images
 from tests.tokenizers.networks import KL, TINY, VQ, shaken
 

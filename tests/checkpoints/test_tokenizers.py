@@ -16,7 +16,6 @@ from continuar.checkpoints.store import TOKENIZER, PipelineConfig, write_tensors
 from continuar.checkpoints.tokenizers import (
     TOKENIZER_CONFIG,
     Changes,
-    fingerprint,
     for_model,
     load_tokenizer,
     save_tokenizer,
@@ -33,6 +32,7 @@ from continuar.tokenizers import (
     TokenizerConfig,
     VAEConfig,
     VQConfig,
+    fingerprint,
 )
 from tests.tiny import model_configs, options_of
 from tests.tiny import shaken as shaken_model

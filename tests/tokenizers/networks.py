@@ -24,35 +24,43 @@ VQ = VQNetwork(
     vq_embed_dim=2,
 )
 TINY = TinyNetwork(
-    encoder_block_out_channels=(64, 64),
-    decoder_block_out_channels=(64, 64),
-    num_encoder_blocks=(1, 1),
-    num_decoder_blocks=(1, 1),
+    {
+        "latent_channels": 4,
+        "encoder_block_out_channels": (64, 64),
+        "decoder_block_out_channels": (64, 64),
+        "num_encoder_blocks": (1, 1),
+        "num_decoder_blocks": (1, 1),
+    }
 )
 DC = DCNetwork(
-    latent_channels=8,
-    attention_head_dim=4,
-    encoder_block_types=("ResBlock", "EfficientViTBlock"),
-    decoder_block_types=("ResBlock", "EfficientViTBlock"),
-    encoder_block_out_channels=(8, 8),
-    decoder_block_out_channels=(8, 8),
-    encoder_layers_per_block=(1, 1),
-    decoder_layers_per_block=(1, 1),
-    encoder_qkv_multiscales=((), (5,)),
-    decoder_qkv_multiscales=((), (5,)),
-    decoder_norm_types=("rms_norm",) * 2,
-    decoder_act_fns=("silu",) * 2,
+    {
+        "latent_channels": 8,
+        "attention_head_dim": 4,
+        "encoder_block_types": ("ResBlock", "EfficientViTBlock"),
+        "decoder_block_types": ("ResBlock", "EfficientViTBlock"),
+        "encoder_block_out_channels": (8, 8),
+        "decoder_block_out_channels": (8, 8),
+        "encoder_layers_per_block": (1, 1),
+        "decoder_layers_per_block": (1, 1),
+        "encoder_qkv_multiscales": ((), (5,)),
+        "decoder_qkv_multiscales": ((), (5,)),
+        "decoder_norm_types": ("rms_norm",) * 2,
+        "decoder_act_fns": ("silu",) * 2,
+    }
 )
 CONSISTENCY = ConsistencyNetwork(
-    encoder_block_out_channels=(4, 8),
-    encoder_down_block_types=("DownEncoderBlock2D",) * 2,
-    encoder_layers_per_block=1,
-    encoder_norm_num_groups=2,
-    decoder_block_out_channels=(8, 8),
-    decoder_down_block_types=("ResnetDownsampleBlock2D",) * 2,
-    decoder_up_block_types=("ResnetUpsampleBlock2D",) * 2,
-    decoder_layers_per_block=1,
-    decoder_norm_num_groups=4,
+    {
+        "latent_channels": 4,
+        "encoder_block_out_channels": (4, 8),
+        "encoder_down_block_types": ("DownEncoderBlock2D",) * 2,
+        "encoder_layers_per_block": 1,
+        "encoder_norm_num_groups": 2,
+        "decoder_block_out_channels": (8, 8),
+        "decoder_down_block_types": ("ResnetDownsampleBlock2D",) * 2,
+        "decoder_up_block_types": ("ResnetUpsampleBlock2D",) * 2,
+        "decoder_layers_per_block": 1,
+        "decoder_norm_num_groups": 4,
+    }
 )
 NETWORKS: dict[str, NetworkConfig] = {"kl": KL, "vq": VQ, "tiny": TINY, "dc": DC, "consistency": CONSISTENCY}
 

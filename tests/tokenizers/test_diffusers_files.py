@@ -84,8 +84,12 @@ def test_names_of_older_attention_layers_are_understood(tmp_path: Path) -> None:
 
 
 def test_one_name_for_all_stages_is_spread_over_them(tmp_path: Path) -> None:
-    saved(DC, tmp_path, decoder_norm_types="rms_norm", decoder_act_fns="silu")
-    assert load_diffusers(tmp_path, image_size=8).config.network == DC
+    model = saved(DC, tmp_path, decoder_norm_types="rms_norm", decoder_act_fns="silu")
+    tokenizer = load_diffusers(tmp_path, image_size=8)
+    assert tokenizer.config.network.options["decoder_norm_types"] == "rms_norm"
+    with torch.no_grad():
+        latents = model.encode(images(), return_dict=False)[0]
+        torch.testing.assert_close(tokenizer.reconstruct(latents), model.decode(latents, return_dict=False)[0].clamp(-1, 1))
 
 
 def test_half_precision_weights_are_computed_with_in_float32(tmp_path: Path) -> None:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import MISSING, fields, replace
+from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 import torch
 
-from continuar.config import from_json, to_json
+from continuar.config import from_json, rename_old_fields, to_json
 from continuar.errors import UserError
 from continuar.tokenizers import TokenizerConfig, VAEConfig, VQConfig
-from continuar.tokenizers.base import patchify
-from continuar.tokenizers.diffusers_files import NETWORKS as CLASSES
-from continuar.tokenizers.networks import NetworkConfig, diffusers_class
+from continuar.tokenizers.networks import KLNetwork, NetworkConfig, TinyNetwork, VQNetwork, diffusers_class
+from continuar.tokenizers.pixel import patchify
 from continuar.tokenizers.vae import NAMED, LatentConfig, named_tokenizer
 
 from .networks import CONSISTENCY, KL, NETWORKS, TINY, VQ, images, shaken
@@ -21,16 +21,12 @@ from .networks import CONSISTENCY, KL, NETWORKS, TINY, VQ, images, shaken
 every_network = pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
 
 
-@pytest.mark.parametrize("name", CLASSES)
-def test_defaults_are_those_of_diffusers(name: str) -> None:
-    signature = inspect.signature(diffusers_class(name).__init__).parameters
-    for field in fields(CLASSES[name]):
-        if field.name == "kind":
-            continue
-        ours, theirs = field.default, signature[field.name].default
-        stages = theirs if not isinstance(theirs, str) or not isinstance(ours, tuple) else (theirs,) * len(ours)
-        assert ours is not MISSING
-        assert ours == stages, field.name
+@pytest.mark.parametrize("network", [KLNetwork, VQNetwork])
+def test_defaults_are_those_of_diffusers(network: Any) -> None:
+    signature = inspect.signature(diffusers_class(network.class_name).__init__).parameters
+    for field in fields(network):
+        if field.name != "kind":
+            assert field.default == signature[field.name].default, field.name
 
 
 @every_network
@@ -181,6 +177,43 @@ def test_network_refuses(change: dict, message: str) -> None:
     with pytest.raises(UserError) as error:
         replace(KL, **change)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"latent_channels": ...}, "network.latent_channels is None; allowed: 1 or more"),
+        ({"latent_channels": "3"}, "network.latent_channels is '3'; allowed: 1 or more"),
+        ({"encoder_block_out_channels": []}, "network.encoder_block_out_channels is []; allowed: a list of widths"),
+        ({"in_channels": 1}, "network.in_channels is 1; allowed: 3"),
+    ],
+)
+def test_network_kept_as_diffusers_writes_it_refuses(change: dict, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        TinyNetwork({k: v for k, v in (TINY.options | change).items() if v is not ...})
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"latent_chanels": 4}, "unknown argument of AutoencoderTiny 'latent_chanels'; did you mean latent_channels"),
+        ({"act_fn": "step"}, "AutoencoderTiny does not accept its arguments: "),
+        ({"num_encoder_blocks": 3}, "AutoencoderTiny does not accept its arguments: "),
+    ],
+)
+def test_diffusers_refuses_when_the_network_is_built(change: dict, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        TinyNetwork(TINY.options | change).build()
+    assert message in str(error.value)
+
+
+def test_networks_saved_with_a_field_per_argument_are_read() -> None:
+    config = VAEConfig(network=TINY, image_size=8)
+    new = to_json(config)
+    old = new | {"network": {"kind": "tiny", **new["network"]["options"]}}
+    assert from_json(TokenizerConfig, rename_old_fields(old)) == config
+    assert rename_old_fields(new) == new
 
 
 def test_a_tokenizer_without_a_scale_encodes_but_gives_no_tokens() -> None:

@@ -7,14 +7,12 @@ a model that was trained on the tokens has its own config of them, with the scal
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from continuar.checkpoints.ldm import read_ldm
@@ -172,19 +170,6 @@ def for_model(config: LatentConfig, source: str | Path) -> VAETokenizer:
     if not isinstance(own, VAETokenizer) or own.spec != config.spec:
         raise UserError(f"{source} gives {own.spec}; the model takes {config.spec}")
     return own
-
-
-def fingerprint(tokenizer: Tokenizer) -> str:
-    """What a cache of latents belongs to: 32 hexadecimal digits of the weights that `Tokenizer.encode` depends on.
-
-    Scale, patch, image size and decoder are not part of it: they may change without making the latents wrong.
-    """
-    digest = hashlib.blake2b(type(tokenizer).__name__.encode(), digest_size=16)
-    for name, tensor in sorted(tokenizer.encoding_state().items()):
-        values = tensor.detach().to("cpu").contiguous()
-        digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
-        digest.update(values.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _from_diffusers(source: str | Path, changes: Changes) -> Tokenizer:

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 import tyro
 
-from continuar.caching import to_signed
 from continuar.checkpoints.tokenizers import Changes, load_tokenizer
 from continuar.cli.common import parse, progress_bars
 from continuar.data.loader import check_skipped, image_blocks
@@ -21,8 +20,8 @@ from continuar.errors import require
 from continuar.evaluation.networks import load_network
 from continuar.evaluation.reconstruction import ReconstructionScores
 from continuar.pictures import grid, save_png
-from continuar.pipeline import to_uint8
 from continuar.tokenizers import VQTokenizer
+from continuar.tokenizers.pixel import to_signed, to_uint8
 from continuar.training.gan_losses import usage
 
 _DESCRIPTION = (

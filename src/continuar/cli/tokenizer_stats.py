@@ -15,7 +15,6 @@ from continuar.checkpoints.tokenizers import (
     TOKENIZER_CONFIG,
     Changes,
     find_saved,
-    fingerprint,
     load_tokenizer,
     save_tokenizer,
     set_scale,
@@ -25,7 +24,7 @@ from continuar.data.latent_cache import LatentCache, is_cache
 from continuar.data.sources import find_source
 from continuar.devices import pick_device
 from continuar.errors import UserError, require
-from continuar.tokenizers import VAETokenizer
+from continuar.tokenizers import VAETokenizer, fingerprint
 
 _DESCRIPTION = (
     "Measure mean and standard deviation of a tokenizer's latents, streamed in float64, and keep scale = 1/std with the tokenizer."

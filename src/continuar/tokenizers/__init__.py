@@ -1,6 +1,6 @@
 """Tokenizers: images <-> tokens. `TokenizerConfig` is the closed table of them."""
 
-from continuar.tokenizers.base import Tokenizer, TokenKind, TokenSpec
+from continuar.tokenizers.base import Tokenizer, TokenKind, TokenSpec, fingerprint
 from continuar.tokenizers.kmeans import CodebookConfig, CodebookTokenizer
 from continuar.tokenizers.pixel import PixelConfig, PixelTokenizer
 from continuar.tokenizers.vae import LatentConfig, LatentTokenizer, VAEConfig, VAETokenizer
@@ -23,4 +23,5 @@ __all__ = [
     "VAETokenizer",
     "VQConfig",
     "VQTokenizer",
+    "fingerprint",
 ]

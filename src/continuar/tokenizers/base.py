@@ -1,9 +1,11 @@
-"""What a tokenizer is: images <-> tokens of about unit standard deviation."""
+"""The interface of a tokenizer: images <-> tokens of about unit standard deviation."""
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -32,93 +34,91 @@ class TokenSpec:
             f"dim {self.dim}, vocabulary {self.vocabulary}; allowed: one of them above 0, vectors or ids",
         )
 
-    @property
+    # Computed once: samplers ask for these in every call.
+
+    @cached_property
     def kind(self) -> TokenKind:
         """ "vector": tokens are floats [B, N, D]; "id": int64 [B, N]."""
         return "id" if self.vocabulary else "vector"
 
-    @property
+    @cached_property
     def size(self) -> int:
         """D of vectors, V of ids."""
         return self.vocabulary or self.dim
 
-    def blank(self, batch: int, device: torch.device | str | None = None) -> Tensor:
-        """Tokens of ``batch`` images, all zero: float32 [B, N, D], or int64 [B, N]."""
-        if self.kind == "id":
-            return torch.zeros(batch, self.seq_len, dtype=torch.int64, device=device)
-        return torch.zeros(batch, self.seq_len, self.dim, device=device)
-
-    @property
+    @cached_property
     def seq_len(self) -> int:
         """N, the number of tokens."""
         return self.grid[0] * self.grid[1]
 
+    @cached_property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the tokens of one image: [N, D], or [N] for ids."""
+        return (self.seq_len,) if self.vocabulary else (self.seq_len, self.dim)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """int64 for ids, float32 for vectors."""
+        return torch.int64 if self.vocabulary else torch.float32
+
+    def blank(self, batch: int, device: torch.device | str | None = None) -> Tensor:
+        """Tokens of ``batch`` images, all zero: float32 [B, N, D], or int64 [B, N]."""
+        return torch.zeros(batch, *self.shape, dtype=self.dtype, device=device)
+
 
 class Tokenizer(nn.Module, ABC):
-    """Images are [B, 3, H, W] float in [-1, 1]; ``encode`` is what a cache may keep, ``tokenize`` what a model sees.
+    """Images are [B, 3, H, W] floats in [-1, 1]; ``encode`` gives what a cache keeps, ``tokenize`` what a model sees.
 
-    Tokens are [B, N, D] floats of about unit std, or [B, N] int64 ids, as ``spec.kind`` says. Parameters and buffers, where a
-    tokenizer has them, are saved beside the model as tokenizer.safetensors.
+    Tokens are [B, N, D] floats of about unit std, or [B, N] int64 ids: see ``spec.kind``. A tokenizer's parameters and buffers, if
+    it has any, are saved beside the model as tokenizer.safetensors.
+
+    Attributes:
+        config: the frozen config that builds it. spec: its tokens.
     """
 
-    config: Any
-    """The frozen config that builds it."""
-    spec: TokenSpec
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config: Any = config
+        self.spec: TokenSpec = config.spec
 
     def fit(self, images_n3HW: Tensor) -> None:
-        """Learns from training images [n, 3, H, W] what the config leaves open; most tokenizers leave nothing open."""
+        """Learns from training images [n, 3, H, W] what the config leaves open; most tokenizers have nothing to learn."""
 
     @abstractmethod
     def encode(self, images_B3HW: Tensor) -> Tensor:
-        """Cacheable latents, first dimension B: patches, or posterior moments."""
+        """Cacheable latents, first dimension B: pixels, posterior moments, or ids."""
 
     def encoding_state(self) -> dict[str, Tensor]:
-        """The weights that `encode` depends on: latents kept in a cache belong to them."""
+        """The weights that `encode` depends on; another `fingerprint` of them makes a cache of latents invalid."""
         return self.state_dict()
 
     @abstractmethod
     def tokenize(self, latents: Tensor) -> Tensor:
-        """Model-ready tokens. Draws from the posterior where there is one."""
+        """Model-ready tokens. Draws from the posterior if there is one."""
 
     @abstractmethod
     def decode(self, tokens: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1], clamped."""
 
     def reconstruct(self, latents: Tensor) -> Tensor:
-        """Images of latents as `encode` gives them, without any draw and whatever the scale."""
+        """Images of latents that `encode` gave, without any draw and without needing a scale."""
         return self.decode(self.tokenize(latents))
 
 
-def check_patches(image_size: int, patch: int) -> None:
-    """Refuses squares that do not tile the image."""
-    require(image_size >= 1 and patch >= 1, f"image size {image_size}, patch {patch}: 1 or more each")
-    require(
-        image_size % patch == 0,
-        f"image size {image_size} is not divisible by the patch {patch}; allowed patches: "
-        + ", ".join(str(p) for p in range(1, image_size + 1) if image_size % p == 0),
-    )
+def fingerprint(tokenizer: Tokenizer) -> str:
+    """32 hexadecimal digits that identify the encoder: a hash of `Tokenizer.encoding_state`.
 
-
-def pixels_of(images_B3HW: Tensor, size: int, channels: int) -> Tensor:
-    """Images [B, 3, size, size] as [B, channels, size, size]; one channel is the mean of three.
-
-    Raises:
-        UserError: images of another shape.
+    Scale, patch, image size and decoder are not part of it: they may change without making cached latents wrong.
     """
-    require(images_B3HW.shape[1:] == (3, size, size), f"images are {tuple(images_B3HW.shape)}; allowed: [B, 3, {size}, {size}]")
-    return images_B3HW if channels == 3 else images_B3HW.mean(1, keepdim=True)
+    digest = hashlib.blake2b(type(tokenizer).__name__.encode(), digest_size=16)
+    for name, tensor in sorted(tokenizer.encoding_state().items()):
+        values = tensor.detach().to("cpu").contiguous()
+        digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
+        digest.update(values.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
-def patchify(x_BCHW: Tensor, patch: int) -> Tensor:
-    """[B, C, H, W] -> [B, (H/p)(W/p), C p p], raster order; channels of a token are ordered (c, row, column)."""
-    b, c, h, w = x_BCHW.shape
-    x = x_BCHW.reshape(b, c, h // patch, patch, w // patch, patch)
-    return x.permute(0, 2, 4, 1, 3, 5).reshape(b, (h // patch) * (w // patch), c * patch * patch)
-
-
-def unpatchify(x_BND: Tensor, patch: int, grid: tuple[int, int]) -> Tensor:
-    """The inverse of `patchify`: [B, h w, C p p] -> [B, C, h p, w p]."""
-    b, _, d = x_BND.shape
-    h, w = grid
-    x = x_BND.reshape(b, h, w, d // patch**2, patch, patch)
-    return x.permute(0, 3, 1, 4, 2, 5).reshape(b, d // patch**2, h * patch, w * patch)
+def check_images(images_B3HW: Tensor, size: int) -> None:
+    """Refuses images of another shape than [B, 3, size, size]."""
+    fits = images_B3HW.shape[1:] == (3, size, size)
+    require(fits, f"images are {tuple(images_B3HW.shape)}; allowed: [B, 3, {size}, {size}]")

@@ -1,7 +1,8 @@
-"""Autoencoders as diffusers keeps them: a directory with ``config.json`` and safetensors, or a repository of the Hugging Face hub.
+"""Reading autoencoders of diffusers: a directory with ``config.json`` and safetensors, or a repository of the Hugging Face hub.
 
-Only safetensors are read: nothing is unpickled. Every key and shape must fit. A directory of a whole pipeline is entered by its
-``vae`` folder.
+1. Find the place: a directory (a whole pipeline's directory is entered by its ``vae`` folder), or a hub id.
+2. Turn ``config.json`` into one of our network configs, and its scaling and shift factors into those of the tokenizer.
+3. Read the weights. Every key and shape must fit. Only safetensors are read: nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -9,21 +10,22 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, get_args
 
 from safetensors import SafetensorError, safe_open
 
 from continuar.config import from_json
 from continuar.errors import UserError, require, unknown_name
-from continuar.tokenizers.networks import NetworkConfig, VQNetwork, diffusers_class
+from continuar.tokenizers.networks import ConsistencyNetwork, DiffusersNetwork, NetworkConfig, VQNetwork, diffusers_class
 from continuar.tokenizers.vae import VAEConfig, VAETokenizer
 from continuar.tokenizers.vq import VQConfig, VQTokenizer
 
 NETWORKS: dict[str, type[Any]] = {network.class_name: network for network in get_args(NetworkConfig)}
-# Fields that change neither latents nor images here: sizes seen in training, memory settings, and how `VQModel` looks up ids.
-_NO_MATTER = {"sample_size", "force_upcast", "lookup_from_codebook", "latent_magnitude", "latent_shift"}
+# Entries of a config.json that change neither latents nor images here: sizes seen in training, memory settings, how `VQModel`
+# looks up ids, and the scale and shift, which belong to the tokenizer.
+_UNUSED = {"sample_size", "force_upcast", "lookup_from_codebook", "latent_magnitude", "latent_shift"}
+_UNUSED |= {"scaling_factor", "shift_factor", "latents_mean", "latents_std"}
 _HUB = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)*")
 
 
@@ -36,23 +38,21 @@ def load_diffusers(
         source: a directory, or a hub id "owner/name" or "owner/name/folder".
         image_size: pixels; must be divisible by stride x patch.
         patch: side of the square of latents that makes one token.
-        ids: of a VQModel, ids of the codebook instead of the vectors before quantisation.
+        ids: for a VQModel, ids of the codebook instead of the vectors before quantisation.
         scale: multiplies latents; None takes ``scaling_factor`` of the autoencoder's config.
 
     Raises:
         UserError: not found, pickled weights, an unknown class or field, or keys that do not fit.
     """
     where, folder = _locate(str(source))
-    values = _read_config(where, folder)
-    network, told, shift = network_from_diffusers(values, f"{source} config.json")
+    network, own_scale, shift = network_from_diffusers(_read_config(where, folder), f"{source} config.json")
     if ids:
         if not isinstance(network, VQNetwork):
             raise UserError(f"{source} is an {network.class_name}, which has no ids; allowed: VQModel")
         require(patch == 1 and scale is None, f"patch {patch}, scale {scale} with ids; allowed: patch 1 and no scale")
         tokenizer = VQConfig(network=network, image_size=image_size).build()
     else:
-        config = VAEConfig("vae", network, image_size, patch, told if scale is None else scale, shift)
-        tokenizer = config.build()
+        tokenizer = VAEConfig("vae", network, image_size, patch, own_scale if scale is None else scale, shift).build()
     tokenizer.network.load_state_dict(_weights(network, where, folder, str(source)))
     return tokenizer
 
@@ -66,24 +66,21 @@ def network_from_diffusers(values: Mapping[str, Any], where: str) -> tuple[Netwo
     name = values.get("_class_name")
     if name not in NETWORKS:
         raise unknown_name(f"autoencoder class in {where}", str(name), NETWORKS)
-    kind = NETWORKS[name]
-    known = {f.name for f in fields(kind)}
+    kind: Any = NETWORKS[name]
     for statistic in ("latents_mean", "latents_std"):
         require(values.get(statistic) is None, f"{where} has {statistic} per channel; allowed: one scaling_factor and shift_factor")
-    scale, shift = values.get("scaling_factor"), values.get("shift_factor")
-    ours = {k: v for k, v in values.items() if not k.startswith("_") and k not in _NO_MATTER}
-    for elsewhere in ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "block_out_channels"):
-        if elsewhere not in known:
-            ours.pop(elsewhere, None)
-    stages = len(ours.get("encoder_block_out_channels", getattr(kind, "encoder_block_out_channels", ())))
-    for field, hint in get_type_hints(kind).items():
-        if get_origin(hint) is tuple and isinstance(ours.get(field), str):
-            ours[field] = [ours[field]] * stages  # one for all stages
-    network = from_json(kind, {**ours, "kind": kind.kind}, where)
-    return network, _number(scale, "scaling_factor", where), _number(shift, "shift_factor", where)
+    options = {k: v for k, v in values.items() if not k.startswith("_") and k not in _UNUSED}
+    if issubclass(kind, DiffusersNetwork):
+        options.pop("block_out_channels", None)  # diffusers adds it to the config, but the constructors do not take it
+        if kind is ConsistencyNetwork and "scaling_factor" in values:
+            options["scaling_factor"] = values["scaling_factor"]  # its decoder divides latents by it
+        options = {"options": options}
+    network = from_json(NetworkConfig, {**options, "kind": kind.kind}, where)
+    return network, _number(values, "scaling_factor", where), _number(values, "shift_factor", where)
 
 
-def _number(value: Any, name: str, where: str) -> float:
+def _number(values: Mapping[str, Any], name: str, where: str) -> float:
+    value = values.get(name)
     plain = value is None or (isinstance(value, int | float) and not isinstance(value, bool))
     require(plain, f"{name} of {where} is {value!r}; allowed: a number")
     return float(value or 0.0)
@@ -94,8 +91,8 @@ def _locate(source: str) -> tuple[str, str | None]:
     path = Path(source)
     if path.is_dir():
         inner = path / "vae"
-        whole = not (path / "config.json").is_file() and (inner / "config.json").is_file()
-        return str(inner if whole else path), None
+        pipeline = not (path / "config.json").is_file() and (inner / "config.json").is_file()
+        return str(inner if pipeline else path), None
     require(not path.exists(), f"{source} is a file; allowed: a directory or a hub id owner/name")
     is_hub = _HUB.fullmatch(source) is not None and not source.startswith((".", "/"))
     require(is_hub, f"{source} does not exist; allowed: a directory of an autoencoder, or a hub id owner/name")
@@ -116,7 +113,7 @@ def _read_config(where: str, folder: str | None) -> dict[str, Any]:
         except ImportError as problem:
             raise UserError("autoencoders of the hub need diffusers: pip install 'continuar[diffusers]'") from problem
         except (OSError, ValueError) as problem:
-            raise _not_had(where, folder, problem) from problem
+            raise _unreadable(where, folder, problem) from problem
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as problem:
@@ -126,15 +123,16 @@ def _read_config(where: str, folder: str | None) -> dict[str, Any]:
 
 
 def _weights(network: NetworkConfig, where: str, folder: str | None, source: str) -> dict[str, Any]:
-    """The weights in float32; diffusers knows the names that older versions of it gave to attention."""
+    """The weights in float32."""
     if Path(where).is_dir():
         _check_files(Path(where))
     kind = diffusers_class(network.class_name)
     options = {"use_safetensors": True, "output_loading_info": True, "low_cpu_mem_usage": False}
     try:
+        # Read by diffusers, which knows the names that its older versions gave to attention layers.
         model, info = kind.from_pretrained(where, subfolder=folder, **options)
     except (OSError, ValueError) as problem:
-        raise _not_had(where, folder, problem) from problem
+        raise _unreadable(where, folder, problem) from problem
     except RuntimeError as problem:
         raise UserError(f"{source} does not fit its config: {_line(problem)}") from problem
     found = [f"{n.removesuffix('_keys')} {', '.join(map(str, keys[:4]))}" for n, keys in info.items() if keys]
@@ -156,7 +154,7 @@ def _check_files(directory: Path) -> None:
             raise UserError(f"{path} is truncated or damaged: {_line(problem)}") from problem
 
 
-def _not_had(where: str, folder: str | None, problem: Exception) -> UserError:
+def _unreadable(where: str, folder: str | None, problem: Exception) -> UserError:
     return UserError(f"{where}{f'/{folder}' if folder else ''} cannot be read: {_line(problem)}; allowed: safetensors only")
 
 

@@ -1,18 +1,16 @@
-"""Latents of an autoencoder that is kept elsewhere: the shape and scale of its tokens, without its network.
+"""Continuous tokens from the latents of an autoencoder.
 
-Models converted from the official checkpoints, and the ImageNet recipes, see tokens of this kind. Tokens are
-``latents * scale``, with 2-D latents cut into patches; ``decode`` needs the autoencoder itself and says so.
-
-Continuous tokens from any autoencoder of diffusers.
-
-1. ``encode``: images -> posterior moments [B, 2C, h, w], or latents [B, C, h, w] where the encoder is deterministic. A cache keeps
+1. ``encode``: images -> posterior moments [B, 2C, h, w], or latents [B, C, h, w] if the encoder is deterministic. A cache keeps
    these, so that the posterior is drawn anew at every use.
 2. ``tokenize``: draw from the posterior, subtract the shift, multiply by the scale, merge p x p latents into one token.
 3. ``decode``: the same backwards, then the decoder.
 
-The scale is 1/std of the latents over the training set (paper, Section 4: KL-16 x 0.2325); this config is its only home.
+The scale is 1/std of the latents over the training set (paper, Section 4: KL-16 x 0.2325); the config is its only home.
 
-The tokenizers of the paper's Table 2 (Li et al., NeurIPS 2024), for images of 256 x 256, by name.
+`VAETokenizer` has the autoencoder, a network of diffusers. `LatentTokenizer` has the shape and scale of its tokens only: models
+converted from the official checkpoints, and the ImageNet recipes, take such tokens.
+
+`NAMED` holds the tokenizers of the paper's Table 2 (Li et al., NeurIPS 2024), for images of 256 x 256:
 
 | name | what | rFID there |
 |---|---|---|
@@ -22,21 +20,22 @@ The tokenizers of the paper's Table 2 (Li et al., NeurIPS 2024), for images of 2
 | consistency | the consistency decoder on latents of kl8, 2 x 2 merged | 1.30 |
 | kl16_mar | the paper's own KL-16: no attention in the decoder's upsampling path | 1.22 |
 
-They are architectures; weights come from files. Where no scale is known it is 0, to be measured.
+They are architectures; weights come from files. A scale of 0 is not known and must be measured.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from continuar.errors import UserError, require, unknown_name
-from continuar.tokenizers.base import Tokenizer, TokenSpec, patchify, unpatchify
+from continuar.tokenizers.base import Tokenizer, TokenSpec, check_images
 from continuar.tokenizers.networks import ConsistencyNetwork, DownBlock, KLNetwork, NetworkConfig, UpBlock, VQNetwork
+from continuar.tokenizers.pixel import patchify, unpatchify
 
 
 @dataclass(frozen=True)
@@ -58,11 +57,10 @@ class LatentConfig:
     """Multiplies latents to unit std: 1/std over the training set. 0.2325 is that of the paper's KL-16 on ImageNet."""
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "stride", "channels", "patch"):
+        for name in ("stride", "channels"):
             require(getattr(self, name) >= 1, f"tokenizer.{name} is {getattr(self, name)}; allowed: 1 or more")
-        step = self.stride * self.patch
-        require(self.image_size % step == 0, f"image size {self.image_size} is not divisible by stride x patch = {step}")
-        require(0 < self.scale < float("inf"), f"tokenizer.scale is {self.scale}; allowed: above 0")
+        check_image_size(self.image_size, self.stride, self.patch)
+        require(0 < self.scale < math.inf, f"tokenizer.scale is {self.scale}; allowed: above 0")
 
     @property
     def spec(self) -> TokenSpec:
@@ -76,11 +74,7 @@ class LatentConfig:
 
 
 class LatentTokenizer(Tokenizer):
-    """See the module's docstring."""
-
-    def __init__(self, config: LatentConfig) -> None:
-        super().__init__()
-        self.config, self.spec = config, config.spec
+    """Tokens of latents without the autoencoder: `encode` and `decode` raise a UserError that names it."""
 
     def encode(self, images_B3HW: Tensor) -> Tensor:
         raise UserError(f"encoding images needs the autoencoder '{self.config.autoencoder}', which is not part of this model")
@@ -99,7 +93,6 @@ class LatentTokenizer(Tokenizer):
         )
 
 
-NO_WEIGHTS = "the autoencoder has random weights; `continuar cache DATA TOKENIZER DST` keeps latents of a trained one, to train on"
 NO_SCALE = "the tokenizer has no scale yet: `continuar tokenizer stats TOKENIZER DATA` measures it, or give --scale"
 
 
@@ -146,33 +139,28 @@ def check_image_size(size: int, stride: int, patch: int = 1) -> None:
     )
 
 
-def check_images(images_B3HW: Tensor, size: int) -> None:
-    """Refuses images of another shape than [B, 3, size, size]."""
-    fits = images_B3HW.shape[1:] == (3, size, size)
-    require(fits, f"images are {tuple(images_B3HW.shape)}; allowed: [B, 3, {size}, {size}]")
-
-
 def posterior(moments_B2Chw: Tensor) -> tuple[Tensor, Tensor]:
     """(mean, std) [B, C, h, w] of a Gaussian posterior; log variances are clamped to -30..20 as in LDM."""
     mean, log_variance = moments_B2Chw.float().chunk(2, dim=1)
     return mean, (log_variance.clamp(-30, 20) / 2).exp()
 
 
-class VAETokenizer(Tokenizer):
-    """See the module's docstring.
+class NetworkTokenizer(Tokenizer):
+    """A tokenizer with an autoencoder of diffusers.
 
     Attributes:
         network: the diffusers model, frozen, in evaluation mode; ``network.save_pretrained(DIR)`` writes it for diffusers.
     """
 
-    def __init__(self, config: VAEConfig) -> None:
-        super().__init__()
-        self.config, self.spec = config, config.spec
-        self.network = config.network.build()
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.network: Any = config.network.build()
         self.eval().requires_grad_(False)
 
     def fit(self, images_n3HW: Tensor) -> None:
-        raise UserError(NO_WEIGHTS)
+        raise UserError(
+            "the autoencoder has random weights; `continuar cache DATA TOKENIZER DST` keeps latents of a trained one, to train on"
+        )
 
     def encode(self, images_B3HW: Tensor) -> Tensor:
         check_images(images_B3HW, self.config.image_size)
@@ -182,13 +170,16 @@ class VAETokenizer(Tokenizer):
         parts = tuple(f"network.{name}." for name in self.config.network.encoder_parts)
         return {k: v for k, v in self.state_dict().items() if k.startswith(parts)}
 
+
+class VAETokenizer(NetworkTokenizer):
+    """Vectors from the posterior, or from a deterministic encoder."""
+
     def tokenize(self, latents: Tensor) -> Tensor:
         require(self.config.scale > 0, NO_SCALE)
+        x = latents.float()
         if self.config.network.has_variance:
             mean, std = posterior(latents)
             x = mean + std * torch.randn_like(mean)
-        else:
-            x = latents.float()
         return patchify((x - self.config.shift) * self.config.scale, self.config.patch)
 
     def latents(self, tokens_BND: Tensor) -> Tensor:
@@ -200,6 +191,7 @@ class VAETokenizer(Tokenizer):
         return self.config.network.decode(self.network, self.latents(tokens)).clamp(-1, 1)
 
     def reconstruct(self, latents: Tensor) -> Tensor:
+        # Without tokens between, because a tokenizer that has no scale yet must be measurable too.
         x = posterior(latents)[0] if self.config.network.has_variance else latents.float()
         return self.config.network.decode(self.network, x).clamp(-1, 1)
 
@@ -232,14 +224,15 @@ VQ16_LDM = VQNetwork(
     num_vq_embeddings=16384,
     vq_embed_dim=8,
 )
-# What multiplies the latents of Stable Diffusion's autoencoder, of this architecture (Rombach et al. 2022).
-_KL8_SCALE = ConsistencyNetwork.scaling_factor
+CONSISTENCY = ConsistencyNetwork({"latent_channels": 4, "encoder_block_out_channels": [128, 256, 512, 512]})
+# The scale of Stable Diffusion's autoencoder, which has the architecture of kl8 (Rombach et al. 2022).
+_KL8_SCALE = 0.18215
 
 NAMED: dict[str, VAEConfig] = {
     "vq16": VAEConfig(network=VQ16_LDM),
     "kl16": VAEConfig(network=KL16_LDM),
     "kl8": VAEConfig(network=KL8_LDM, patch=2, scale=_KL8_SCALE),
-    "consistency": VAEConfig(network=ConsistencyNetwork(), patch=2, scale=_KL8_SCALE),
+    "consistency": VAEConfig(network=CONSISTENCY, patch=2, scale=_KL8_SCALE),
     "kl16_mar": VAEConfig(network=KL16_MAR, scale=LatentConfig.scale),
 }
 

@@ -10,15 +10,15 @@ The same network gives continuous tokens, the vectors before quantisation, as `V
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from continuar.errors import UserError, require
-from continuar.tokenizers.base import Tokenizer, TokenSpec
+from continuar.errors import require
+from continuar.tokenizers.base import TokenSpec
 from continuar.tokenizers.networks import VQNetwork
-from continuar.tokenizers.vae import NO_WEIGHTS, check_image_size, check_images
+from continuar.tokenizers.vae import NetworkTokenizer, check_image_size
 
 
 @dataclass(frozen=True)
@@ -50,17 +50,8 @@ def nearest_codes(x_MD: Tensor, codebook_VD: Tensor) -> Tensor:
     return torch.cdist(x_MD.float(), codebook_VD.float()).argmin(1)
 
 
-class VQTokenizer(Tokenizer):
-    """See the module's docstring. Latents are the ids [B, N] int64 themselves."""
-
-    def __init__(self, config: VQConfig) -> None:
-        super().__init__()
-        self.config, self.spec = config, config.spec
-        self.network: Any = config.network.build()
-        self.eval().requires_grad_(False)
-
-    def fit(self, images_n3HW: Tensor) -> None:
-        raise UserError(NO_WEIGHTS)
+class VQTokenizer(NetworkTokenizer):
+    """Ids of the codebook. Latents are the ids [B, N] int64 themselves."""
 
     @property
     def codebook(self) -> Tensor:
@@ -68,13 +59,12 @@ class VQTokenizer(Tokenizer):
         return self.network.quantize.embedding.weight
 
     def encode(self, images_B3HW: Tensor) -> Tensor:
-        check_images(images_B3HW, self.config.image_size)
-        x_BCHW = self.config.network.encode(self.network, images_B3HW)
-        return nearest_codes(x_BCHW.permute(0, 2, 3, 1).flatten(0, 2), self.codebook).view(len(images_B3HW), -1)
+        x_MC = super().encode(images_B3HW).permute(0, 2, 3, 1).flatten(0, 2)
+        return nearest_codes(x_MC, self.codebook).view(len(images_B3HW), -1)
 
     def encoding_state(self) -> dict[str, Tensor]:
-        parts = tuple(f"network.{name}." for name in (*self.config.network.encoder_parts, "quantize"))
-        return {k: v for k, v in self.state_dict().items() if k.startswith(parts)}
+        codes = {k: v for k, v in self.state_dict().items() if k.startswith("network.quantize.")}
+        return super().encoding_state() | codes
 
     def tokenize(self, latents: Tensor) -> Tensor:
         return latents.long()

@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 
 from continuar.checkpoints.store import read_pipeline_config, read_tokenizer
-from continuar.checkpoints.tokenizers import Changes, fingerprint, load_tokenizer
+from continuar.checkpoints.tokenizers import Changes, load_tokenizer
 from continuar.data.latent_cache import LatentCache, is_cache
 from continuar.data.loader import ImageSet, load_images
 from continuar.errors import UserError, require
 from continuar.pipeline import find_model, newest_checkpoints
-from continuar.tokenizers import CodebookConfig, LatentConfig, PixelConfig, Tokenizer, VAEConfig, VQConfig
+from continuar.tokenizers import CodebookConfig, LatentConfig, PixelConfig, Tokenizer, VAEConfig, VQConfig, fingerprint
 from continuar.training.config import BaseRun, DataConfig
 
 

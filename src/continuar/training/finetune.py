@@ -22,7 +22,6 @@ from torch import Tensor
 
 from continuar.checkpoints.mar import model_file, read_official, to_continuar
 from continuar.checkpoints.store import current_names, load_state, read_pipeline_config, read_tokenizer
-from continuar.checkpoints.tokenizers import fingerprint
 from continuar.config import differences, to_json
 from continuar.errors import UserError, require
 from continuar.models.autoregressive import Model, ModelConfig
@@ -30,7 +29,7 @@ from continuar.models.conditions import LabelsConfig
 from continuar.models.dit import DiTConfig
 from continuar.models.positions import Grid, resize_rows
 from continuar.pipeline import find_model, read_weights
-from continuar.tokenizers import Tokenizer
+from continuar.tokenizers import Tokenizer, fingerprint
 
 
 def resized(state: Mapping[str, Tensor], old: Grid, model: Model) -> dict[str, Tensor]:
