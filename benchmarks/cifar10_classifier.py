@@ -25,7 +25,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from continuar.checkpoints.store import write_json
 from continuar.data.loader import load_images
 from continuar.devices import pick_device
-from continuar.evaluation.networks import Classifier, ClassifierConfig, class_accuracy
+from continuar.evaluation.metrics import class_accuracy
+from continuar.evaluation.networks import Classifier, ClassifierConfig
 from continuar.training.config import DataConfig
 from continuar.training.data import IndexStream, augment
 

@@ -27,8 +27,8 @@ import continuar
 from continuar.data.loader import ImageSet, load_images
 from continuar.devices import pick_device
 from continuar.diffusion.samplers import SAMPLERS
-from continuar.evaluation.metrics import frechet_distance, nearest_neighbours, neighbours_picture
-from continuar.evaluation.networks import Classifier, SqueezeNet, class_accuracy, extract, sha256_of_file
+from continuar.evaluation.metrics import class_accuracy, frechet_distance, nearest_neighbours, neighbours_picture
+from continuar.evaluation.networks import Classifier, Extracted, SqueezeNet, extract, sha256_of_file
 from continuar.evaluation.reference import REFERENCE_IMAGES, Statistics, reference_indices, score_samples
 from continuar.evaluation.samples import GeneratedSamples
 from continuar.pictures import grid, save_png
@@ -85,7 +85,7 @@ def measure(options: argparse.Namespace, reference: Reference) -> Iterator[tuple
             images = np.concatenate([samples.make(first, size) for first in range(0, samples.count, size)])
             seconds = time.perf_counter() - began
             features = extract(reference.network, images, device=reference.device)
-            scores = score_samples(moments(features), features, None, reference.statistics, device=reference.device)
+            scores = score_samples(Extracted(features, None), reference.statistics, device=reference.device)
             predicted, first = reference.judge.predict(images), min(1000, samples.count)
             assert samples.labels is not None
             row = {
@@ -93,7 +93,7 @@ def measure(options: argparse.Namespace, reference: Reference) -> Iterator[tuple
                 "weights": options.weights,
                 **samples.describe()["settings"],
                 "samples": samples.count,
-                **{f"squeezenet_{name}": value for name, value in scores.values().items()},
+                **{f"squeezenet_{name}": value for name, value in scores.values.items()},
                 "class_accuracy": class_accuracy(predicted, samples.labels),
                 "class_accuracy_of_first_1000": class_accuracy(predicted[:first], samples.labels[:first]),
                 "images_per_second": samples.count / seconds,

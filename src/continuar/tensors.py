@@ -57,3 +57,15 @@ def matmul_precision(level: str) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Within the block, float32 products and convolutions are computed in float32, without TF32."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        with matmul_precision("highest"):
+            yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before

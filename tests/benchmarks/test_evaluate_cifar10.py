@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 import continuar
 from continuar.data.loader import load_images
 from continuar.errors import UserError
-from continuar.evaluation.metrics import frechet_distance
-from continuar.evaluation.networks import Classifier, ClassifierConfig, SqueezeNet, class_accuracy, extract
+from continuar.evaluation.metrics import class_accuracy, frechet_distance
+from continuar.evaluation.networks import Classifier, ClassifierConfig, SqueezeNet, extract
 from continuar.pipeline import shipped_models
 from continuar.statistics import moments
 from tests.tiny import write_images

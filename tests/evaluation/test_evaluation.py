@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from continuar.data.loader import load_images
 from continuar.errors import UserError
-from continuar.evaluation.metrics import NeighbourSearch, frechet_distance, nearest_neighbours, neighbours_picture
-from continuar.evaluation.networks import Classifier, ClassifierConfig, SqueezeNet, class_accuracy, extract
+from continuar.evaluation.metrics import NeighbourSearch, class_accuracy, frechet_distance, nearest_neighbours, neighbours_picture
+from continuar.evaluation.networks import Classifier, ClassifierConfig, SqueezeNet, extract
 from continuar.statistics import Moments, moments
 
 SHARED = Path(__file__).parents[3] / "shared"

@@ -1,5 +1,6 @@
 """PSNR and SSIM, against SciPy's Gaussian filter, torchmetrics and closed forms; a tokenizer scored by them."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from continuar.errors import UserError
 from continuar.evaluation.metrics import frechet_distance
 from continuar.evaluation.networks import FeatureNetwork
-from continuar.evaluation.reconstruction import mean_squared_error, reconstruct, score_reconstructions, ssim
+from continuar.evaluation.reconstruction import ReconstructionScores, mean_squared_error, reconstruct, score_reconstructions, ssim
 from continuar.evaluation.samples import open_images
 from continuar.statistics import moments, psnr
 from continuar.tokenizers import PixelConfig
@@ -69,8 +70,14 @@ def test_shapes_that_cannot_be_compared_are_refused() -> None:
         ssim(a[:, :10, :10], b[:, :10, :10])
 
 
-def test_ssim_agrees_with_torchmetrics_on_windows_inside_the_image() -> None:
-    """Its mean takes windows beyond the edge as well, over mirrored pixels."""
+def test_reconstruction_scores_without_torchmetrics_are_refused_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchmetrics.functional.image", None)
+    with pytest.raises(UserError, match=r"SSIM needs torchmetrics: pip install 'continuar\[metrics\]'"):
+        ReconstructionScores()
+
+
+def test_ssim_is_the_mean_of_windows_inside_the_image() -> None:
+    """torchmetrics' own mean takes windows beyond the edge as well, over mirrored pixels."""
     a, b = images()
     x, y = (torch.from_numpy(i).permute(0, 3, 1, 2).double() for i in (a, b))
     _, every = structural_similarity_index_measure(x, y, data_range=255.0, return_full_image=True)

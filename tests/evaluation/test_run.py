@@ -18,7 +18,7 @@ from continuar.errors import UserError
 from continuar.evaluation.metrics import frechet_distance
 from continuar.evaluation.networks import FID_SHA256, FeatureNetwork
 from continuar.evaluation.run import EvaluationOptions, evaluate
-from continuar.evaluation.samples import GeneratedSamples, GivenSamples, open_images
+from continuar.evaluation.samples import GeneratedSamples, open_images
 from continuar.pipeline import Pipeline
 from continuar.statistics import moments
 from tests.evaluation.tiny_networks import Halves, save_classifier, save_model, tiny_network
@@ -185,8 +185,10 @@ def test_spatial_distance_is_that_of_the_spatial_features_and_named_sfid_only_wi
     ours, theirs = network(images).spatial_NS, network(real).spatial_NS
     assert ours is not None
     assert theirs is not None
-    assert report.scores.spatial_frechet_distance == pytest.approx(frechet_distance(moments(ours), moments(theirs)), rel=1e-5)
-    assert report.scores.spatial_frechet_distance != pytest.approx(report.scores.frechet_distance, rel=1e-2)
+    assert report.scores.values["spatial_frechet_distance"] == pytest.approx(
+        frechet_distance(moments(ours), moments(theirs)), rel=1e-5
+    )
+    assert report.scores.values["spatial_frechet_distance"] != pytest.approx(report.scores.values["frechet_distance"], rel=1e-2)
     assert report.to_json()["titles"]["spatial_frechet_distance"] == "spatial Frechet distance (halves)"
     # Against statistics in ADM's layout, which are of the FID weights: the same distance under its name, or a note.
     fid, mean, both = FeatureNetwork("inception", Halves(), FID_SHA256 + "00"), moments(real.mean((1, 2))), moments(theirs)
@@ -194,11 +196,13 @@ def test_spatial_distance_is_that_of_the_spatial_features_and_named_sfid_only_wi
     np.savez(tmp_path / "without.npz", mu=mean.mean, sigma=mean.covariance)
     found = evaluate(samples, tmp_path / "adm.npz", fid, tmp_path / "b", options=EvaluationOptions(5))
     assert found is not None
-    assert found.scores.spatial_frechet_distance == pytest.approx(report.scores.spatial_frechet_distance, rel=1e-6)
+    assert found.scores.values["spatial_frechet_distance"] == pytest.approx(
+        report.scores.values["spatial_frechet_distance"], rel=1e-6
+    )
     assert "\nsFID " in found.table()
     lacking = evaluate(samples, tmp_path / "without.npz", fid, tmp_path / "c", options=EvaluationOptions(5))
     assert lacking is not None
-    assert lacking.scores.spatial_frechet_distance is None
+    assert "spatial_frechet_distance" not in lacking.scores.values
     assert any("no spatial Frechet distance (sFID)" in note for note in lacking.notes)
 
 
@@ -215,15 +219,15 @@ def test_shards_can_be_discarded(place: Path, tmp_path: Path) -> None:
 def test_saved_images_score_as_the_model_did(place: Path, done: Path, tmp_path: Path) -> None:
     """From PNGs, and from an npz in ADM's layout; equal sets are at distance 0 with precision and recall 1."""
     network = tiny_network(place)
-    folder = GivenSamples(open_images(done / "images"))
+    folder = open_images(done / "images")
     found = evaluate(folder, place / "data", network, tmp_path / "a", options=EvaluationOptions(5))
     assert found is not None
     expected = {k: v for k, v in result(done)["scores"].items() if k != "class_accuracy"}
-    assert found.scores.values() == pytest.approx(expected, rel=1e-6)
+    assert found.scores.values == pytest.approx(expected, rel=1e-6)
     np.savez(tmp_path / "i.npz", folder.make(0, 21))
-    same = evaluate(GivenSamples(open_images(tmp_path / "i.npz")), done / "images", network, tmp_path / "b")
+    same = evaluate(open_images(tmp_path / "i.npz"), done / "images", network, tmp_path / "b")
     assert same is not None
-    scores = same.scores.values()
+    scores = same.scores.values
     trace = np.trace(moments(network(folder.make(0, 21)).features_ND).covariance)
     assert scores["frechet_distance"] <= 1e-6 * trace
     assert (scores["precision"], scores["recall"], scores["coverage"]) == (1, 1, 1)

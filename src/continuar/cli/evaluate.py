@@ -12,28 +12,23 @@ from continuar.cli.common import NetworkOptions, RunningSettings, load_pipeline,
 from continuar.distributed import evaluation_processes
 from continuar.errors import require
 from continuar.evaluation.run import RESULT, EvaluationOptions, evaluate
-from continuar.evaluation.samples import GeneratedSamples, GivenSamples, Samples, open_images
+from continuar.evaluation.samples import GeneratedSamples, Samples, open_images
+from continuar.pipeline import Pipeline, Weights
 
 _DESCRIPTION = (
-    "Score a model's images, or images that lie somewhere, against real ones: Frechet distance (FID with the FID Inception "
-    "weights), inception score, kernel distance, precision and recall, density and coverage. Image i has the seed SEED + i and "
-    "shows class i mod classes. Under torchrun the processes share the work. The same command continues an interrupted evaluation."
+    "Score a model's images, or images on disk, against real ones: Frechet distance (FID with the FID Inception weights), "
+    "inception score, kernel distance, precision and recall, density and coverage. Image i has the seed SEED + i and shows class "
+    "i mod classes. Under torchrun the processes share the work. The same command continues an interrupted evaluation."
 )
 
 
 @dataclass(frozen=True)
-class Arguments:
-    """Score images."""
+class ScoringArguments:
+    """Arguments of `continuar evaluate` and `continuar sweep`."""
 
-    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[MODEL]")] = ""
-    """A run directory, a saved model, a shipped name, or an official MAR checkpoint file."""
-    images_from: Path | None = None
-    """Score these instead: a folder of images, Parquet or tars, or an .npz file with arr_0."""
     reference: str = ""
     """What to score against: an .npz file of `continuar stats` or of ADM's suite, a folder of images, Parquet or tars."""
     features: Annotated[NetworkOptions, tyro.conf.arg(name="")] = field(default_factory=NetworkOptions)
-    images: int = 50_000
-    """Images to generate, a multiple of the number of classes."""
     seed: int = 0
     """Seed of the first image."""
     weights: Literal["ema", "raw"] = "ema"
@@ -42,41 +37,53 @@ class Arguments:
     """For a model of latents: its autoencoder (a saved tokenizer, an LDM-layout file such as kl16.ckpt, a diffusers directory or
     hub id)."""
     settings: Annotated[RunningSettings, tyro.conf.arg(name="")] = field(default_factory=RunningSettings)
-    options: Annotated[EvaluationOptions, tyro.conf.arg(name="")] = field(default_factory=EvaluationOptions)
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
+
+    def load(self, model: str, weights: Weights) -> Pipeline:
+        """Loads a model on this process's device."""
+        return load_pipeline(model, self.tokenizer, weights=weights, device=local_device(self.device))
+
+
+@dataclass(frozen=True)
+class Arguments(ScoringArguments):
+    """Score images."""
+
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[MODEL]")] = ""
+    """A run directory, a saved model, a shipped name, or an official MAR checkpoint file."""
+    images_from: Path | None = None
+    """Score these instead: a folder of images, Parquet or tars, or an .npz file with arr_0."""
+    images: int = 50_000
+    """Images to generate, a multiple of the number of classes."""
+    options: Annotated[EvaluationOptions, tyro.conf.arg(name="")] = field(default_factory=EvaluationOptions)
     out: Path = Path("evaluation")
     """The directory to write to: result.json, samples.png, and the features of finished batches."""
 
 
 def main(arguments: list[str]) -> int:
-    """See the module's docstring."""
+    """Runs the command; prints the report in the first process."""
     options = parse(Arguments, arguments, prog="continuar evaluate", description=_DESCRIPTION)
     require(bool(options.reference), "--reference is missing: what should the images be scored against?")
     with evaluation_processes() as group, progress_bars(shown=group.is_first) as bar:
         network = options.features.load(local_device(options.device))
-        report = evaluate(
-            find_samples(options), options.reference, network, options.out, options=options.options, group=group, bar=bar
-        )
+        samples = _samples(options)
+        report = evaluate(samples, options.reference, network, options.out, options=options.options, group=group, bar=bar)
     if report is not None:
         print(f"{report.table()}written  {options.out / RESULT}")
     return 0
 
 
-def find_samples(options: Arguments) -> Samples:
-    """What to score."""
+def _samples(options: Arguments) -> Samples:
     given = options.settings.given()
     if options.images_from is not None:
         require(not options.model, f"--images-from is given, and the model '{options.model}'; allowed: one of them")
         running, usual = options.settings.running(), RunningSettings().running()
         named = [*given, *(name for name, value in running.items() if value != usual[name])]
         require(not named, f"--images-from is given, and sampling settings ({', '.join(named)}); those are for a model")
-        return GivenSamples(open_images(options.images_from))
+        return open_images(options.images_from)
     require(bool(options.model), "neither a model nor --images-from is given; allowed: one of them")
-    device = local_device(options.device)
-    pipe = load_pipeline(options.model, options.tokenizer, weights=options.weights, device=device)
     return GeneratedSamples(
-        pipe,
+        options.load(options.model, options.weights),
         options.images,
         seed=options.seed,
         settings=given,

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import tyro
 
 from continuar.cli.common import NetworkOptions, local_device, parse, progress_bars
@@ -17,8 +16,8 @@ from continuar.evaluation.samples import by, open_images
 
 _DESCRIPTION = (
     "Reference statistics of real images for `continuar evaluate --reference OUT.npz`: mean and covariance of the features of all "
-    "of them, and the features of some for precision, recall, density, coverage and the kernel distance. The layout is that of "
-    "ADM's suite, with what the file is of beside it."
+    "of them, and the features of some for precision, recall, density, coverage and the kernel distance. The file has the layout "
+    "of ADM's suite, and the names of its network and data."
 )
 
 
@@ -48,7 +47,7 @@ class Arguments:
 
 
 def main(arguments: list[str]) -> int:
-    """See the module's docstring."""
+    """Runs the command; prints what was measured."""
     options = parse(Arguments, arguments, prog="continuar stats", description=_DESCRIPTION)
     require(options.out.suffix == ".npz", f"OUT is {options.out}; allowed: a name ending in .npz")
     require(options.overwrite or not options.out.exists(), f"{options.out} exists; choose another name or --overwrite")
@@ -62,7 +61,7 @@ def main(arguments: list[str]) -> int:
             images, network, batch_size=options.batch_size, kept=options.reference_images, on_progress=bar("measuring")
         )
     kept = reference_indices(len(images), options.reference_images)
-    pixels = np.concatenate([images.read(i, i + 1) for i in kept.tolist()]) if options.keep_images and len(kept) else None
+    pixels = images.take(kept.tolist()) if options.keep_images and len(kept) else None
     write_statistics(options.out, statistics, pixels)
     dimensions = len(statistics.moments.mean)
     lines = [

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, cast
 
 import tyro
 
-from continuar.cli.common import NetworkOptions, RunningSettings, load_pipeline, local_device, parse, progress_bars
+from continuar.cli.common import local_device, parse, progress_bars
+from continuar.cli.evaluate import ScoringArguments
 from continuar.distributed import evaluation_processes
 from continuar.errors import require
 from continuar.evaluation.reference import REFERENCE_IMAGES
 from continuar.evaluation.run import EvaluationOptions
-from continuar.evaluation.sweep import AXES, SWEEPS, TRADEOFF, SweepOptions, markdown_table, parse_axes, sweep, tradeoff
-from continuar.pipeline import Pipeline, Weights
+from continuar.evaluation.sweep import AXES, SWEEPS, TRADEOFF, Sweep, markdown_table, parse_axes
+from continuar.pipeline import Weights
 
 _DESCRIPTION = (
     "Evaluate a model at every combination of settings, into tables (CSV, Markdown) and plots (PNG, SVG). "
@@ -27,40 +27,27 @@ _DESCRIPTION = (
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(ScoringArguments):
     """Evaluate a model at many settings."""
 
     models: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="MODEL [MODEL ...]")] = ()
     """A run directory, a saved model, a shipped name, or an official MAR checkpoint file; several for figure6."""
     over: tuple[str, ...] = ()
     """What to sweep: figure4, or steps=8,16,32 temperature=0.95,1, or figure6 for several models."""
-    reference: str = ""
-    """What to score against: an .npz file of `continuar stats` or of ADM's suite, a folder of images, Parquet or tars."""
-    features: Annotated[NetworkOptions, tyro.conf.arg(name="")] = field(default_factory=NetworkOptions)
     images: int = 10_000
     """Images per point, a multiple of the number of classes."""
-    seed: int = 0
-    """Seed of the first image, the same at every point."""
-    weights: Literal["ema", "raw"] = "ema"
-    """Which weights of a training run, where that is not swept."""
-    tokenizer: str | None = None
-    """For a model of latents: its autoencoder (a saved tokenizer, an LDM-layout file such as kl16.ckpt, a diffusers directory or
-    hub id)."""
-    settings: Annotated[RunningSettings, tyro.conf.arg(name="")] = field(default_factory=RunningSettings)
     batch_size: int = 64
     """Images made and measured at once."""
     reference_images: int = REFERENCE_IMAGES
     """How many images of a reference without features give those of precision, recall, density, coverage, kernel distance."""
     split: str = "train"
     """Which part of a reference that has several."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:N or mps."""
     out: Path = Path("sweep")
     """The directory to write to: table.csv, table.md, plot.png, plot.svg, points/."""
 
 
 def main(arguments: list[str]) -> int:
-    """See the module's docstring."""
+    """Runs the command; prints the table in the first process."""
     options = parse(Arguments, arguments, prog="continuar sweep", description=_DESCRIPTION)
     compared = TRADEOFF in options.over
     given = [text for text in options.over if text != TRADEOFF]
@@ -68,27 +55,26 @@ def main(arguments: list[str]) -> int:
     count = len(options.models)
     require(count == 1 or (compared and count > 1), f"{count} models are given; allowed: one, or several for --over {TRADEOFF}")
     require(bool(options.reference), "--reference is missing: what should the images be scored against?")
-    common = SweepOptions(
-        images=options.images,
-        seed=options.seed,
-        weights=options.weights,
-        settings=options.settings.given(),
-        engine=options.settings.engine,
-        precision=options.settings.precision,
-        evaluation=EvaluationOptions(options.batch_size, options.reference_images, options.split),
-    )
-    device = local_device(options.device)
+    evaluation = EvaluationOptions(options.batch_size, options.reference_images, options.split)
     with evaluation_processes() as group, progress_bars(shown=group.is_first) as bar:
-
-        def load(model: str, weights: str = options.weights) -> Pipeline:
-            return load_pipeline(model, options.tokenizer, weights=cast(Weights, weights), device=device)
-
-        shared: dict[str, Any] = {"options": common, "group": group, "bar": bar}
-        measured = (axes, options.reference, options.features.load(device), options.out)
+        sweep = Sweep(
+            options.reference,
+            options.features.load(local_device(options.device)),
+            options.out,
+            images=options.images,
+            seed=options.seed,
+            weights=options.weights,
+            settings=options.settings.given(),
+            engine=options.settings.engine,
+            precision=options.settings.precision,
+            evaluation=evaluation,
+            group=group,
+            bar=bar,
+        )
         if compared:
-            rows = tradeoff(options.models, load, *measured, **shared)
+            rows = sweep.compare(options.models, lambda model: options.load(model, options.weights), axes)
         else:
-            rows = sweep(options.models[0], partial(load, options.models[0]), *measured, **shared)
+            rows = sweep.run(options.models[0], lambda weights: options.load(options.models[0], cast(Weights, weights)), axes)
     if rows:
         print(f"{markdown_table(rows)}\nwritten  {options.out}: table.csv, table.md, plot.png, plot.svg")
     return 0

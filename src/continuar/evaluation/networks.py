@@ -1,33 +1,10 @@
-"""Image features of SqueezeNet 1.1 (Iandola et al. 2016), written out in torch so that torchvision is not needed.
+"""The networks whose features images are compared by; `NETWORKS` is the closed table that the command line knows.
 
-The weights are the user's to supply by path: a safetensors file with the keys of torchvision's ``squeezenet1_1``, trained on
-ImageNet in Caffe's convention (BGR, means subtracted).
+A network is any module from uint8 images [B, H, W, 3] to features [B, D], to (features, logits [B, C]), or to (features, logits,
+spatial features [B, S]). Its name and the SHA-256 of its weights stand in every report: distances in different features, or with
+different weights, cannot be compared. "FID", "sFID", "KID" and "IS" mean the FID Inception weights and nothing else.
 
-The Inception network of FID as torch-fidelity ports it, with the spatial features of sFID beside its own.
-
-sFID (Nash et al. 2021) is the Frechet distance of features that still know where something is: the first 7 channels of a 17 x 17
-map, 2,023 numbers, about as many as FID's 2,048. ADM's suite (Dhariwal & Nichol 2021), whose references hold their mean and
-covariance as mu_s and sigma_s, reads them from the tensor "mixed_6/conv:0" of the graph of 2015-12-05. What that is:
-
-* The graph lists the operations of a unit, as published listings of its first ones show, in the order conv2d_params, Conv2D,
-  batchnorm, CheckNumerics, control_dependency, and last one with the unit's own name, which the next unit reads: the ReLU. So
-  "mixed_6/conv" is the first branch's 1x1 convolution *after* batch norm and ReLU; the bare convolution is "mixed_6/conv/Conv2D".
-* The ports of the graph to torch load mixed_6/conv into ``Mixed_6d.branch1x1``, channel by channel; public ports of sFID read the
-  whole unit as well.
-* The suite flattens [N, 17, 17, 7], channels last. The distance of two sets computed here would be the same in any order; against
-  mu_s and sigma_s the order matters.
-
-It has not been compared with published numbers: the weights are the user's to supply.
-
-A small residual classifier of images, to ask of generated images whether they show what was asked for.
-
-Three stages of pre-activation blocks (He et al. 2016; the wide variant of Zagoruyko & Komodakis 2016), global average, linear.
-
-The networks whose features images are compared by. `NETWORKS` is the closed table of those that the command line knows.
-
-A network is any module from uint8 images [B, H, W, 3] to features [B, D], or to (features, logits [B, C]), or to (features, logits,
-spatial features [B, S]). Its name and the SHA-256 of its weights stand in every report: distances in different features, or by
-different weights, cannot be compared. "FID", "sFID", "KID" and "IS" without more mean the FID Inception weights and nothing else.
+Nothing is downloaded: the user supplies weights by path.
 """
 
 from __future__ import annotations
@@ -36,12 +13,10 @@ import hashlib
 import io
 import json
 import pickle
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -59,16 +34,176 @@ from continuar.checkpoints.store import (
     write_tensors,
 )
 from continuar.config import from_json
-from continuar.devices import pick_device
 from continuar.errors import UserError, require, unknown_name
+from continuar.tensors import exact_float32
 
-FEATURES = 512
-_SIZE = 224
-_MEANS_BGR = (103.939, 116.779, 123.68)
+# How the SHA-256 of weights-inception-2015-12-05-6726825d.pth begins: its publisher writes it into the file's name.
+FID_SHA256 = "6726825d"
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """Float32 features [B, D]; logits [B, C] of networks with classes; spatial features [B, S] of `Inception`."""
+
+    features_ND: np.ndarray
+    logits_NC: np.ndarray | None
+    spatial_NS: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class FeatureNetwork:
+    """A network with its identity. `FeatureNetwork.of` makes one from any module."""
+
+    name: str
+    module: nn.Module
+    """In evaluation mode; see the types at the top of this file."""
+    sha256: str
+    """Hexadecimal digest of the weights."""
+    classes: tuple[str, ...] = ()
+    """Names of the logits, where they are known."""
+
+    @classmethod
+    def of(cls, module: nn.Module, name: str = "custom") -> FeatureNetwork:
+        """Wraps any module, identified by a name of your own and the SHA-256 of its state.
+
+        Raises:
+            UserError: the name belongs to a network of the table.
+        """
+        require(name not in NETWORKS, f"network name is '{name}', which means another one; allowed: any other name")
+        return cls(name, module.eval(), sha256_of_state(module))
+
+    @property
+    def is_fid(self) -> bool:
+        """True if distances may be called FID, sFID and KID, and the score IS."""
+        return self.name == "inception" and self.sha256.startswith(FID_SHA256)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights; the CPU for a network without weights."""
+        return next((p.device for p in self.module.parameters()), torch.device("cpu"))
+
+    def title(self, short: str, long: str) -> str:
+        """Returns a metric's short name (such as "FID") with the FID weights, else its long one with the network's name."""
+        return short if self.is_fid else f"{long} ({self.name})"
+
+    def __call__(self, images_BHW3: np.ndarray) -> Extracted:
+        """Extracts features of one batch of uint8 images, in float32 (no autocast, no TF32).
+
+        Raises:
+            UserError: the module returns something else.
+        """
+        out = _forward(self.module, images_BHW3, self.device)
+        features, *more = out if isinstance(out, tuple) else (out,)
+        logits, spatial = (*more, None, None)[:2]
+        for what, value in (("features", features), ("logits", logits), ("spatial features", spatial)):
+            require(
+                value is None or (value.ndim == 2 and len(value) == len(images_BHW3)),
+                f"the network '{self.name}' gives {what} {() if value is None else tuple(value.shape)}; "
+                f"allowed: [{len(images_BHW3)}, any]",
+            )
+        logits_NC, spatial_NS = (None if value is None else value.float().cpu().numpy() for value in (logits, spatial))
+        return Extracted(features.float().cpu().numpy(), logits_NC, spatial_NS)
+
+
+@torch.no_grad()
+def _forward(network: Callable[[Tensor], Tensor], images_BHW3: np.ndarray, device: torch.device | str) -> Tensor:
+    with exact_float32():
+        return network(torch.from_numpy(np.ascontiguousarray(images_BHW3)).to(device))
+
+
+def extract(
+    network: Callable[[Tensor], Tensor], images_BHW3: np.ndarray, *, device: torch.device | str = "cpu", batch_size: int = 256
+) -> np.ndarray:
+    """Returns float32 features [n, D] of uint8 images [n, H, W, 3], computed batch by batch (no autocast, no TF32)."""
+    require(images_BHW3.ndim == 4 and images_BHW3.shape[-1] == 3, f"images are {images_BHW3.shape}; allowed: [n, H, W, 3]")
+    starts = range(0, len(images_BHW3), batch_size)
+    return np.concatenate([_forward(network, images_BHW3[i : i + batch_size], device).float().cpu().numpy() for i in starts])
+
+
+def sha256_of_file(path: Path) -> str:
+    """Returns the SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of_state(module: nn.Module) -> str:
+    """Returns the SHA-256 of a module's state: names, types, shapes and bytes, in the order of the names; hexadecimal."""
+    digest = hashlib.sha256()
+    for key, value in sorted(module.state_dict().items()):
+        tensor = value.detach().cpu().contiguous()
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _resized(x_B3HW: Tensor, size: int, peak: float) -> Tensor:
+    """Images in 0..peak at ``size`` x ``size``, bicubic with antialiasing. Bicubic weights overshoot, hence the clamp."""
+    if x_B3HW.shape[-2:] == (size, size):
+        return x_B3HW
+    return F.interpolate(x_B3HW, (size, size), mode="bicubic", antialias=True, align_corners=False).clamp(0, peak)
+
+
+class Inception(nn.Module):
+    """The FID Inception network: uint8 images [B, H, W, 3] -> features [B, 2048], logits without bias [B, 1008], spatial [B, 2023].
+
+    torch-fidelity ports FID's graph of 2015-12-05 and resizes images to 299 x 299 bilinearly, as TensorFlow 1 did.
+
+    The spatial features are those of sFID (Nash et al. 2021), which still know where something is. ADM's suite (Dhariwal & Nichol
+    2021), whose references hold their mean and covariance as mu_s and sigma_s, reads the first 7 channels of the graph's tensor
+    "mixed_6/conv:0" (17 x 17):
+
+    * In this graph an operation with its unit's own name is the last of the unit, the ReLU. So "mixed_6/conv" is the first branch's
+      1x1 convolution *after* batch norm and ReLU; the bare convolution is "mixed_6/conv/Conv2D".
+    * Ports of the graph to torch load mixed_6/conv into ``Mixed_6d.branch1x1``; public ports of sFID read the same unit.
+    * The suite flattens [B, 17, 17, 7], channels last. Against mu_s and sigma_s the order matters.
+
+    sFID has not been compared with published numbers: that needs the FID weights.
+
+    Args:
+        network: torch-fidelity's FeatureExtractorInceptionV3 with the outputs "2048" and "logits_unbiased".
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self._unit: Tensor | None = None
+        # The port has no output for this unit.
+        network.get_submodule("Mixed_6d.branch1x1").register_forward_hook(self._keep)
+
+    def _keep(self, unit: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self._unit = output
+
+    def forward(self, images_BHW3: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        features, logits = self.network(images_BHW3.permute(0, 3, 1, 2).contiguous())
+        assert self._unit is not None
+        spatial = self._unit[:, :7].permute(0, 2, 3, 1).flatten(1)
+        self._unit = None
+        return features, logits, spatial
+
+
+def _load_inception(path: Path) -> FeatureNetwork:
+    try:
+        fidelity = import_module("torch_fidelity.feature_extractor_inceptionv3")
+    except ImportError as problem:
+        raise UserError("the network 'inception' needs torch-fidelity: pip install 'continuar[inception]'") from problem
+    except RuntimeError as problem:  # torchvision built for another torch
+        raise UserError(
+            f"torch-fidelity needs a torchvision that fits torch {torch.__version__}: {_one_line(problem)}"
+        ) from problem
+    try:
+        # torch-fidelity unpickles whatever it is given. So the file is read safely here and handed over anew.
+        safe = io.BytesIO()
+        torch.save(torch.load(path, map_location="cpu", weights_only=True), safe)
+        safe.seek(0)
+        outputs = ["2048", "logits_unbiased"]
+        network = fidelity.FeatureExtractorInceptionV3("inception", outputs, feature_extractor_weights_path=safe)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, TypeError, ValueError, AttributeError) as problem:
+        raise UserError(f"{path} is truncated or not the Inception network's weights: {_one_line(problem)}") from problem
+    return FeatureNetwork("inception", Inception(network), sha256_of_file(path))
 
 
 class _Fire(nn.Module):
-    """Squeeze to few channels, expand by 1x1 and 3x3 side by side."""
+    """Squeezes to few channels, then expands by 1x1 and 3x3 convolutions side by side."""
 
     def __init__(self, inputs: int, squeeze: int, expand: int) -> None:
         super().__init__()
@@ -82,129 +217,61 @@ class _Fire(nn.Module):
 
 
 class SqueezeNet(nn.Module):
-    """uint8 images [B, H, W, 3] of any size -> features [B, 512] float32, the global average of the last feature map."""
+    """SqueezeNet 1.1 (Iandola et al. 2016): uint8 images [B, H, W, 3] -> features [B, 512], the mean of the last feature map.
+
+    Written out in torch so that torchvision is not needed.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         fires = [_Fire(64, 16, 64), _Fire(128, 16, 64), nn.MaxPool2d(3, 2)]
         fires += [_Fire(128, 32, 128), _Fire(256, 32, 128), nn.MaxPool2d(3, 2)]
         fires += [_Fire(256, 48, 192), _Fire(384, 48, 192), _Fire(384, 64, 256), _Fire(512, 64, 256)]
-        # The list's indices are the keys of torchvision's layout.
+        # The list's indices are the keys of torchvision's file.
         self.layers = nn.ModuleList([nn.Conv2d(3, 64, 3, 2), nn.ReLU(), nn.MaxPool2d(3, 2), *fires])
 
     @classmethod
     def from_file(cls, path: str | Path, device: torch.device | str = "cpu") -> SqueezeNet:
-        """The network with weights from a safetensors file.
+        """Loads the weights of torchvision's ``squeezenet1_1`` layout from a safetensors file.
 
         Raises:
             UserError: missing, unreadable, or other keys or shapes.
         """
         network = cls()
         tensors = read_tensors(Path(path))
-        # A whole network's file has its classifier beside the features, under a prefix.
+        # torchvision's file holds the classifier too, and its features under a prefix.
         layers = {f"layers.{k.removeprefix('features.')}": v for k, v in tensors.items() if not k.startswith("classifier.")}
         load_state(network, layers, str(path))
         return network.eval().to(device)
 
     def forward(self, images_BHW3: Tensor) -> Tensor:
-        x = images_BHW3.permute(0, 3, 1, 2).flip(1).float()
-        if x.shape[-2:] != (_SIZE, _SIZE):
-            x = F.interpolate(x, (_SIZE, _SIZE), mode="bicubic", antialias=True, align_corners=False).clamp(0, 255)
-        x = x - torch.tensor(_MEANS_BGR, device=x.device).view(1, 3, 1, 1)
+        # The weights were trained in Caffe's convention: BGR in 0..255, means subtracted.
+        x = _resized(images_BHW3.permute(0, 3, 1, 2).flip(1).float(), 224, 255)
+        x = x - torch.tensor((103.939, 116.779, 123.68), device=x.device).view(1, 3, 1, 1)
         for layer in self.layers:
             x = layer(x)
         return x.mean((2, 3))
 
 
-@contextmanager
-def exact_float32() -> Iterator[None]:
-    """No gradients, and float32 products in float32: no TF32 inside the block."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
-
-
-def extract(
-    network: Callable[[Tensor], Tensor],
-    images_BHW3: np.ndarray,
-    *,
-    device: torch.device | str = "cpu",
-    batch_size: int = 256,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> np.ndarray:
-    """Features [n, D] float32 of uint8 images [n, H, W, 3], batch by batch, in float32 (no autocast, no TF32)."""
-    require(images_BHW3.ndim == 4 and images_BHW3.shape[-1] == 3, f"images are {images_BHW3.shape}; allowed: [n, H, W, 3]")
-    parts = []
-    with exact_float32():
-        for first in range(0, len(images_BHW3), batch_size):
-            batch = torch.from_numpy(np.ascontiguousarray(images_BHW3[first : first + batch_size])).to(device)
-            parts.append(network(batch).float().cpu().numpy())
-            if on_progress is not None:
-                on_progress(min(first + batch_size, len(images_BHW3)), len(images_BHW3))
-    return np.concatenate(parts)
-
-
-def check_same_dimensions(a_MD: np.ndarray, b_ND: np.ndarray) -> None:
-    """Refuses two sets that are not features of one network."""
-    require(a_MD.ndim == b_ND.ndim == 2, f"features are {a_MD.shape} and {b_ND.shape}; allowed: [images, dimensions]")
-    require(a_MD.shape[1] == b_ND.shape[1], f"features of {a_MD.shape[1]} and {b_ND.shape[1]} dimensions cannot be compared")
-
-
-def float64_device(device: torch.device | str) -> torch.device:
-    """The device, or the CPU instead of one that has no float64."""
-    found = pick_device(device)
-    return torch.device("cpu") if found.type == "mps" else found
-
-
-SPATIAL_CHANNELS = 7
-
-
-class Inception(nn.Module):
-    """uint8 images [B, H, W, 3] -> features [B, 2048], logits without bias [B, 1008], spatial features [B, 2023].
-
-    The images are resized bilinearly to 299 x 299 as in TensorFlow 1.
-
-    Args:
-        network: torch-fidelity's FeatureExtractorInceptionV3, asked for 2048 and logits_unbiased.
-    """
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-        self._unit: Tensor | None = None
-        network.get_submodule("Mixed_6d.branch1x1").register_forward_hook(self._keep)
-
-    def _keep(self, unit: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        self._unit = output
-
-    def forward(self, images_BHW3: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        features, logits = self.network(images_BHW3.permute(0, 3, 1, 2).contiguous())
-        assert self._unit is not None
-        spatial = self._unit[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
-        self._unit = None
-        return features, logits, spatial
-
-
 @dataclass(frozen=True)
 class ClassifierConfig:
-    """Width of the first stage (doubled twice), blocks per stage, class names in label order."""
+    """The size of a `Classifier`."""
 
     classes: tuple[str, ...]
+    """Names in label order."""
     width: int = 40
+    """Channels of the first stage; each further stage doubles them."""
     blocks: int = 2
+    """Residual blocks per stage."""
 
     def __post_init__(self) -> None:
         require(len(self.classes) >= 2, f"{len(self.classes)} classes; allowed: 2 or more")
         require(self.width >= 1 and self.blocks >= 1, f"width {self.width}, blocks {self.blocks}; allowed: 1 or more")
 
 
-class _Block(nn.Module):
+class _PreActivationBlock(nn.Module):
+    """A residual block with the norms before the convolutions (He et al. 2016)."""
+
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.BatchNorm2d(inputs), nn.BatchNorm2d(outputs)
@@ -219,16 +286,19 @@ class _Block(nn.Module):
 
 
 class Classifier(nn.Module):
-    """uint8 images [B, H, W, 3] -> logits [B, classes]."""
+    """A wide residual network (Zagoruyko & Komodakis 2016) of three stages: uint8 images [B, H, W, 3] -> logits [B, classes].
+
+    It tells whether generated images show the class that was asked for.
+    """
 
     def __init__(self, config: ClassifierConfig) -> None:
         super().__init__()
         self.config = config
-        widths = [config.width, 2 * config.width, 4 * config.width]
         blocks, inputs = [], config.width
-        for stage, width in enumerate(widths):
+        for stage in range(3):
+            width = config.width * 2**stage
             for number in range(config.blocks):
-                blocks.append(_Block(inputs, width, 2 if stage and number == 0 else 1))
+                blocks.append(_PreActivationBlock(inputs, width, 2 if stage and number == 0 else 1))
                 inputs = width
         self.stem = nn.Conv2d(3, config.width, 3, padding=1, bias=False)
         self.blocks = nn.Sequential(*blocks)
@@ -239,15 +309,15 @@ class Classifier(nn.Module):
         return self.output(self.features(images_BHW3))
 
     def features(self, images_BHW3: Tensor) -> Tensor:
-        """What the last layer sees: the global average of the last feature map, [B, 4 width]."""
+        """Returns the input of the last layer: the mean of the last feature map, [B, 4 width]."""
         x = images_BHW3.permute(0, 3, 1, 2).float() / 127.5 - 1
         return F.relu(self.norm(self.blocks(self.stem(x)))).mean((2, 3))
 
     def predict(self, images_BHW3: np.ndarray, batch_size: int = 500) -> np.ndarray:
-        """Labels [n] int64 of uint8 images; the logits of an image and of its mirror image are averaged."""
-        device = next(self.parameters()).device
-        mirrored = np.ascontiguousarray(images_BHW3[:, :, ::-1])
-        logits = [extract(self.eval(), images, device=device, batch_size=batch_size) for images in (images_BHW3, mirrored)]
+        """Returns labels [n] int64 of uint8 images; the logits of an image and of its mirror image are averaged."""
+        self.eval()
+        device = self.output.weight.device
+        logits = [extract(self, images, device=device, batch_size=batch_size) for images in (images_BHW3, images_BHW3[:, :, ::-1])]
         return (logits[0] + logits[1]).argmax(1)
 
     def save(self, directory: Path, dtype: torch.dtype | None = None) -> None:
@@ -258,123 +328,20 @@ class Classifier(nn.Module):
 
     @classmethod
     def load(cls, directory: str | Path, device: torch.device | str = "cpu") -> Classifier:
-        """The inverse of `save`, in evaluation mode and float32.
+        """Reads what `save` wrote, in evaluation mode and float32.
 
         Raises:
             UserError: missing, unreadable, or other keys or shapes.
         """
         directory = Path(directory)
-        config = from_json(ClassifierConfig, read_json(directory / CONFIG), str(directory / CONFIG))
-        network = cls(config)
+        network = cls(from_json(ClassifierConfig, read_json(directory / CONFIG), str(directory / CONFIG)))
         load_state(network, read_tensors(directory / WEIGHTS), str(directory / WEIGHTS))
         return network.float().eval().to(device)
 
 
-def class_accuracy(predicted: np.ndarray, labels: np.ndarray) -> float:
-    """The share of images that are recognised as what they should show."""
-    require(len(predicted) == len(labels) > 0, f"{len(predicted)} predictions for {len(labels)} labels; allowed: as many, not 0")
-    return float((predicted == labels).mean())
-
-
-FID_SHA256 = "6726825d"
-"""How the SHA-256 of weights-inception-2015-12-05-6726825d.pth begins, as its publisher writes it into the name."""
-
-
-@dataclass(frozen=True)
-class Extracted:
-    """Features [n, D]; from networks that judge classes, logits [n, C]; from `inception`, spatial features [n, S]. float32."""
-
-    features_ND: np.ndarray
-    logits_NC: np.ndarray | None
-    spatial_NS: np.ndarray | None = None
-
-
-@dataclass(frozen=True)
-class FeatureNetwork:
-    """A network with its identity. `of` makes one of any module."""
-
-    name: str
-    module: nn.Module
-    """uint8 images [B, H, W, 3] -> features [B, D], (features, logits [B, C]) or (features, logits, spatial features [B, S]); in
-    evaluation mode."""
-    sha256: str
-    """Of the weights, hexadecimal."""
-    classes: tuple[str, ...] = ()
-    """What its logits mean, where that is known."""
-
-    @classmethod
-    def of(cls, module: nn.Module, name: str = "custom") -> FeatureNetwork:
-        """Any module, identified by a name of your own and the SHA-256 of its state."""
-        require(name not in NETWORKS, f"network name is '{name}', which means another one; allowed: any other name")
-        return cls(name, module.eval(), sha256_of_state(module))
-
-    @property
-    def is_fid(self) -> bool:
-        """Whether distances may be called FID and KID, and the score IS."""
-        return self.name == "inception" and self.sha256.startswith(FID_SHA256)
-
-    def title(self, short: str, long: str) -> str:
-        """The short name of a metric, as "FID", if it is that; else the long one with the network's name."""
-        return short if self.is_fid else f"{long} ({self.name})"
-
-    def __call__(self, images_BHW3: np.ndarray) -> Extracted:
-        """One batch, in float32 (no autocast, no TF32).
-
-        Raises:
-            UserError: the module returns something else.
-        """
-        parameter = next(self.module.parameters(), torch.empty(0))
-        with exact_float32():
-            out = self.module(torch.from_numpy(np.ascontiguousarray(images_BHW3)).to(parameter.device))
-        features, *more = out if isinstance(out, tuple) else (out,)
-        logits, spatial = (*more, None, None)[:2]
-        for what, value in (("features", features), ("logits", logits), ("spatial features", spatial)):
-            shape = (len(images_BHW3), 0) if value is None else tuple(value.shape)
-            require(
-                len(shape) == 2 and shape[0] == len(images_BHW3),
-                f"the network '{self.name}' gives {what} {shape}; allowed: [{len(images_BHW3)}, any]",
-            )
-        logits_NC, spatial_NS = (None if value is None else value.float().cpu().numpy() for value in (logits, spatial))
-        return Extracted(features.float().cpu().numpy(), logits_NC, spatial_NS)
-
-
-def load_network(name: str, weights: str | Path | None, device: torch.device | str = "cpu") -> FeatureNetwork:
-    """A network of the closed table with the user's weights.
-
-    Raises:
-        UserError: an unknown name; no weights, or not this network's; a package that is not installed.
-    """
-    if name not in NETWORKS:
-        raise unknown_name("network", name, NETWORKS)
-    build, what = NETWORKS[name]
-    if name == PIXELS:
-        require(weights is None, f"--network-weights is {weights}; the network '{PIXELS}' has none")
-        return FeatureNetwork(PIXELS, Pixels(), sha256_of_state(Pixels()))
-    require(weights is not None, f"the network '{name}' needs --network-weights: {what}")
-    path = Path(weights or "")
-    require(path.exists(), f"network weights {path} do not exist; needed: {what}")
-    network = build(path)
-    network.module.eval().requires_grad_(False).to(device)
-    return network
-
-
-class Pixels(nn.Module):
-    """Colours in 0..1; of larger images, their means over a grid of 8 x 8.
-
-    Scores in them tell how a run goes, and whether colours and layout are right; not whether things can be recognised.
-    """
-
-    def forward(self, images_BHW3: Tensor) -> Tensor:
-        x = images_BHW3.permute(0, 3, 1, 2).float() / 255
-        height, width = x.shape[-2:]
-        return F.adaptive_avg_pool2d(x, (min(8, height), min(8, width))).flatten(1)
-
-
-def _squeezenet(path: Path) -> FeatureNetwork:
-    return FeatureNetwork("squeezenet", SqueezeNet.from_file(path), sha256_of_file(path))
-
-
 class _ClassifierFeatures(nn.Module):
+    """Features and logits of a classifier in one pass."""
+
     def __init__(self, classifier: Classifier) -> None:
         super().__init__()
         self.classifier = classifier
@@ -384,53 +351,26 @@ class _ClassifierFeatures(nn.Module):
         return features, self.classifier.output(features)
 
 
-def _classifier(path: Path) -> FeatureNetwork:
+def _load_classifier(path: Path) -> FeatureNetwork:
     classifier = Classifier.load(path)
     return FeatureNetwork("classifier", _ClassifierFeatures(classifier), sha256_of_file(path / WEIGHTS), classifier.config.classes)
 
 
-def _inception(path: Path) -> FeatureNetwork:
-    try:
-        fidelity = import_module("torch_fidelity.feature_extractor_inceptionv3")
-    except ImportError as problem:
-        raise UserError("the network 'inception' needs torch-fidelity: pip install 'continuar[inception]'") from problem
-    except RuntimeError as problem:
-        raise UserError(
-            f"torch-fidelity needs a torchvision that fits torch {torch.__version__}: {_one_line(problem)}"
-        ) from problem
-    try:
-        # Unpickled safely here and written anew for torch-fidelity, which unpickles whatever it is given.
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        safe = io.BytesIO()
-        torch.save(state, safe)
-        safe.seek(0)
-        network = fidelity.FeatureExtractorInceptionV3(
-            "inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=safe
-        )
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, TypeError, ValueError, AttributeError) as problem:
-        raise UserError(f"{path} is truncated or not the Inception network's weights: {_one_line(problem)}") from problem
-    return FeatureNetwork("inception", Inception(network), sha256_of_file(path))
-
-
-_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
 class _DINOv2(nn.Module):
-    """The class token after the last norm, of images at 224x224 (Oquab et al. 2023; as features, Stein et al. 2023)."""
+    """DINOv2's class token after the last norm, of images at 224 x 224 (Oquab et al. 2023; as features, Stein et al. 2023)."""
 
-    def __init__(self, network: nn.Module, size: int = 224) -> None:
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.network, self.size = network, size
+        self.network = network
 
     def forward(self, images_BHW3: Tensor) -> Tensor:
-        x = images_BHW3.permute(0, 3, 1, 2).float() / 255
-        if x.shape[-2:] != (self.size, self.size):
-            x = F.interpolate(x, (self.size, self.size), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-        mean, std = (torch.tensor(values, device=x.device).view(3, 1, 1) for values in (_IMAGENET_MEAN, _IMAGENET_STD))
+        x = _resized(images_BHW3.permute(0, 3, 1, 2).float() / 255, 224, 1)
+        # Mean and standard deviation of ImageNet, as DINOv2 was trained.
+        mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
         return self.network(pixel_values=(x - mean) / std).last_hidden_state[:, 0]
 
 
-def _dinov2(path: Path) -> FeatureNetwork:
+def _load_dinov2(path: Path) -> FeatureNetwork:
     try:
         transformers = import_module("transformers")
     except ImportError as problem:
@@ -446,37 +386,54 @@ def _dinov2(path: Path) -> FeatureNetwork:
         raise
     except Exception as problem:  # transformers and safetensors raise many kinds
         raise UserError(f"{path} is not a DINOv2 model: {_one_line(problem)}") from problem
+    # transformers only warns of missing weights and draws them at random.
     wrong = [k for kind in ("missing_keys", "mismatched_keys") for k in loaded[kind]]
     require(not wrong, f"{path} does not fit the model: missing or of another shape: {', '.join(map(str, wrong[:8]))}")
     return FeatureNetwork("dinov2", _DINOv2(model), sha256_of_file(path / WEIGHTS))
 
 
-PIXELS = "pixels"
+class Pixels(nn.Module):
+    """Colours in 0..1; of larger images, their means over a grid of 8 x 8. It has no weights.
+
+    Scores in these features tell how a run goes, and whether colours and layout are right; they know nothing of objects.
+    """
+
+    def forward(self, images_BHW3: Tensor) -> Tensor:
+        x = images_BHW3.permute(0, 3, 1, 2).float() / 255
+        height, width = x.shape[-2:]
+        return F.adaptive_avg_pool2d(x, (min(8, height), min(8, width))).flatten(1)
+
+
 NETWORKS: dict[str, tuple[Callable[[Path], FeatureNetwork], str]] = {
-    "inception": (_inception, "weights-inception-2015-12-05-6726825d.pth, of torch-fidelity's release v0.2.0"),
-    "squeezenet": (_squeezenet, "a safetensors file with the keys of torchvision's squeezenet1_1"),
-    "classifier": (_classifier, "a directory written by Classifier.save"),
-    "dinov2": (_dinov2, "a directory with config.json and model.safetensors of a DINOv2 model"),
-    PIXELS: (lambda _: load_network(PIXELS, None), "none"),
+    "inception": (_load_inception, "weights-inception-2015-12-05-6726825d.pth, of torch-fidelity's release v0.2.0"),
+    "squeezenet": (
+        lambda path: FeatureNetwork("squeezenet", SqueezeNet.from_file(path), sha256_of_file(path)),
+        "a safetensors file with the keys of torchvision's squeezenet1_1",
+    ),
+    "classifier": (_load_classifier, "a directory written by Classifier.save"),
+    "dinov2": (_load_dinov2, "a directory with config.json and model.safetensors of a DINOv2 model"),
+    "pixels": (lambda _: FeatureNetwork("pixels", Pixels(), sha256_of_state(Pixels())), ""),
 }
-"""Name -> (loader, what its weights are)."""
+"""Name -> (loader, its weights for people; empty for a network that has none)."""
 
 
-def sha256_of_file(path: Path) -> str:
-    """Hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def load_network(name: str, weights: str | Path | None, device: torch.device | str = "cpu") -> FeatureNetwork:
+    """Loads a network of the closed table with the user's weights.
 
-
-def sha256_of_state(module: nn.Module) -> str:
-    """Of a module's state: names, types, shapes and bytes, in the order of the names; hexadecimal."""
-    digest = hashlib.sha256()
-    state: dict[str, Any] = module.state_dict()
-    for key in sorted(state):
-        value: Tensor = state[key].detach().cpu().contiguous()
-        digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    Raises:
+        UserError: an unknown name; no weights, or not this network's; a package that is not installed.
+    """
+    if name not in NETWORKS:
+        raise unknown_name("network", name, NETWORKS)
+    load, needed = NETWORKS[name]
+    if needed:
+        require(weights is not None, f"the network '{name}' needs --network-weights: {needed}")
+        require(Path(weights or "").exists(), f"network weights {weights} do not exist; needed: {needed}")
+    else:
+        require(weights is None, f"--network-weights is {weights}; the network '{name}' has none")
+    network = load(Path(weights or ""))
+    network.module.eval().requires_grad_(False).to(device)
+    return network
 
 
 def _one_line(problem: BaseException, length: int = 300) -> str:

@@ -1,4 +1,4 @@
-"""How well a tokenizer's reconstructions agree with images: PSNR and SSIM, per image in float64, and as distributions.
+"""How well a tokenizer's reconstructions agree with images: PSNR and SSIM per image, and the Frechet distance of both sets.
 
 The Frechet distance of reconstructions to their originals is rFID with the FID Inception weights, and only then.
 """
@@ -7,27 +7,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
-from continuar.errors import require
+from continuar.errors import UserError, require
 from continuar.evaluation.metrics import frechet_distance
-from continuar.evaluation.networks import FeatureNetwork, exact_float32
+from continuar.evaluation.networks import FeatureNetwork
 from continuar.evaluation.samples import Images
 from continuar.pipeline import to_uint8
 from continuar.statistics import MomentAccumulator, psnr
+from continuar.tensors import exact_float32
 from continuar.tokenizers import Tokenizer
 
-_WINDOW, _SIGMA = 11, 1.5
-_C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+_WINDOW = 11
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Averages over ``count`` images; ``distance_name`` is what ``frechet_distance`` may be called."""
+    """Means over ``count`` images; ``distance_name`` is the name that ``frechet_distance`` may be called by."""
 
     count: int
     psnr: float
@@ -43,9 +43,13 @@ class ReconstructionScores:
 
     Args:
         network: for the Frechet distance; None leaves it out.
+
+    Raises:
+        UserError: torchmetrics is not installed.
     """
 
     def __init__(self, network: FeatureNetwork | None = None) -> None:
+        _torchmetrics()  # refused before the work, not after the first block
         self._network = network
         self._decibels: list[np.ndarray] = []
         self._similarities: list[np.ndarray] = []
@@ -57,7 +61,7 @@ class ReconstructionScores:
         return sum(map(len, self._decibels))
 
     def add(self, images_BHW3: np.ndarray, others_BHW3: np.ndarray) -> None:
-        """uint8 images and their reconstructions.
+        """Adds uint8 images and their reconstructions.
 
         Raises:
             UserError: see `ssim`.
@@ -69,7 +73,7 @@ class ReconstructionScores:
             self._copies.add(self._network(others_BHW3).features_ND)
 
     def result(self) -> Reconstruction:
-        """Of one image or more, two for a Frechet distance."""
+        """Returns the scores of one image or more; of two or more for a Frechet distance."""
         network = self._network
         return Reconstruction(
             count=self.count,
@@ -81,35 +85,38 @@ class ReconstructionScores:
 
 
 def mean_squared_error(a_BHW3: np.ndarray, b_BHW3: np.ndarray) -> np.ndarray:
-    """Mean squared difference [B] of uint8 images."""
-    _check(a_BHW3, b_BHW3)
-    error = (a_BHW3.astype(np.float64) - b_BHW3).reshape(len(a_BHW3), -1)
-    return (error**2).mean(1)
+    """The mean squared difference [B] of uint8 images, for `psnr`."""
+    _check_shapes(a_BHW3, b_BHW3)
+    return ((a_BHW3.astype(np.float64) - b_BHW3) ** 2).reshape(len(a_BHW3), -1).mean(1)
 
 
 def ssim(a_BHW3: np.ndarray, b_BHW3: np.ndarray) -> np.ndarray:
-    """Structural similarity [B] of uint8 images (Wang et al. 2004), 1 for equal ones.
+    """Structural similarity [B] of uint8 images in float64 (Wang et al. 2004), 1 for equal ones.
 
-    Gaussian windows of 11 x 11 with sigma 1.5, where they fit, each channel by itself.
+    Gaussian windows of 11 x 11 with sigma 1.5, each channel by itself.
 
     Raises:
-        UserError: images smaller than the window.
+        UserError: images smaller than the window, or torchmetrics is not installed.
     """
-    _check(a_BHW3, b_BHW3)
-    side = min(a_BHW3.shape[1:3])
+    _check_shapes(a_BHW3, b_BHW3)
+    side, edge = min(a_BHW3.shape[1:3]), _WINDOW // 2
     require(side >= _WINDOW, f"images are {side} pixels; allowed for SSIM: {_WINDOW} or more")
     x, y = (torch.from_numpy(v.astype(np.float64)).permute(0, 3, 1, 2) for v in (a_BHW3, b_BHW3))
-    mean_x, mean_y = _blurred(x), _blurred(y)
-    variance_x, variance_y = _blurred(x * x) - mean_x**2, _blurred(y * y) - mean_y**2
-    covariance = _blurred(x * y) - mean_x * mean_y
-    luminance = (2 * mean_x * mean_y + _C1) / (mean_x**2 + mean_y**2 + _C1)
-    structure = (2 * covariance + _C2) / (variance_x + variance_y + _C2)
-    return (luminance * structure).mean((1, 2, 3)).numpy()
+    _, map_B3HW = _torchmetrics().structural_similarity_index_measure(x, y, data_range=255.0, return_full_image=True)
+    # torchmetrics' own mean includes windows over the edge, filled with mirrored pixels; the paper takes windows inside the image.
+    return map_B3HW[..., edge:-edge, edge:-edge].mean((1, 2, 3)).numpy()
+
+
+def _torchmetrics() -> Any:
+    try:
+        return import_module("torchmetrics.functional.image")
+    except ImportError as problem:
+        raise UserError("SSIM needs torchmetrics: pip install 'continuar[metrics]'") from problem
 
 
 def reconstruct(tokenizer: Tokenizer, images_BHW3: np.ndarray, device: torch.device | str = "cpu") -> np.ndarray:
-    """uint8 images to latents and back; where there is a posterior, from its mean."""
-    with exact_float32():
+    """Encodes and decodes uint8 images; a tokenizer with a posterior decodes its mean."""
+    with torch.no_grad(), exact_float32():
         x_B3HW = torch.from_numpy(np.ascontiguousarray(images_BHW3)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
         return to_uint8(tokenizer.reconstruct(tokenizer.encode(x_B3HW))).cpu().numpy()
 
@@ -140,15 +147,5 @@ def score_reconstructions(
     return scores.result()
 
 
-def _blurred(x_BCHW: Tensor) -> Tensor:
-    """Under the window, rows and columns in turn."""
-    place = torch.arange(_WINDOW, dtype=torch.float64) - _WINDOW // 2
-    weights = (-(place**2) / (2 * _SIGMA**2)).exp()
-    weights = weights / weights.sum()
-    channels = x_BCHW.shape[1]
-    rows = F.conv2d(x_BCHW, weights.view(1, 1, -1, 1).expand(channels, -1, -1, -1), groups=channels)
-    return F.conv2d(rows, weights.view(1, 1, 1, -1).expand(channels, -1, -1, -1), groups=channels)
-
-
-def _check(a: np.ndarray, b: np.ndarray) -> None:
+def _check_shapes(a: np.ndarray, b: np.ndarray) -> None:
     require(a.shape == b.shape and a.ndim == 4, f"images are {a.shape} and {b.shape}; allowed: equal shapes [B, H, W, 3]")

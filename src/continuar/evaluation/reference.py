@@ -1,21 +1,18 @@
-"""What samples are held against: moments of all real images, and the features of some of them.
+"""References: statistics of real images that samples are compared with, and all scores of samples against one.
 
-Two references in one, which must not be mixed up. The Frechet distance takes the mean and covariance of *every* image; precision,
-recall, density, coverage and the kernel distance take features of a fixed number of images, 10,000 in the paper's suite: more
-references make smaller balls, and other numbers.
+A reference holds two things that must not be mixed up. The Frechet distance takes the mean and covariance of *every* image;
+precision, recall, density, coverage and the kernel distance take the features of a fixed number of images, 10,000 in ADM's suite:
+more references make smaller balls, and other numbers.
 
-The npz layout is that of ADM's suite (Dhariwal & Nichol 2021): mu, sigma, mu_s, sigma_s, arr_0, any of which may be absent; beside
-them we write features, count, size, network, sha256, source and version. Files are read with ``allow_pickle=False``.
-
-All scores of a set of samples against a reference.
+The npz layout is that of ADM's suite (Dhariwal & Nichol 2021): mu, sigma, mu_s, sigma_s, arr_0, any of which may be absent. This
+package adds features, count, size, network, sha256, source and version. Files are read with ``allow_pickle=False``.
 """
 
 from __future__ import annotations
 
-import os
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,49 +26,55 @@ from continuar.evaluation.metrics import (
     K_DENSITY,
     SPLITS,
     SUBSET_SIZE,
-    InceptionScore,
     K,
-    KernelDistance,
     NeighbourSearch,
-    PrecisionRecall,
+    class_accuracy,
     frechet_distance,
     inception_score,
     kernel_distance,
     precision_recall,
 )
-from continuar.evaluation.networks import FeatureNetwork, class_accuracy
+from continuar.evaluation.networks import Extracted, FeatureNetwork
 from continuar.evaluation.samples import ARRAY, Images, NpzImages, by, npz_names, open_images, reading
-from continuar.statistics import MomentAccumulator, Moments
+from continuar.io import atomic_file
+from continuar.statistics import MomentAccumulator, Moments, moments
 
 REFERENCE_IMAGES = 10_000
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of real images, in one network's features."""
+    """Statistics of real images in one network's features."""
 
     moments: Moments
-    """Of every image; count 0 where the file does not tell it."""
+    """Of every image; count 0 if the file does not hold it."""
     network: str
     sha256: str
     """Of the network's weights; empty in files of ADM's suite, which are of the FID Inception network."""
     size: tuple[int, int] | None
-    """Height and width; None where the file does not tell."""
+    """Height and width; None if the file does not hold them."""
     features_RD: np.ndarray | None
     """float32, of the images that precision, recall, density, coverage and the kernel distance take."""
     spatial: Moments | None = None
-    """mu_s and sigma_s of ADM's layout: of the spatial features of every image, where the network has them (`inception`)."""
+    """mu_s and sigma_s of ADM's layout: moments of the spatial features of every image, for networks that have them."""
     source: str = ""
 
     def is_of(self, network: FeatureNetwork) -> bool:
-        """Whether they were computed by this network with these weights."""
+        """True if this network with these weights computed them."""
         if not self.sha256:
             return network.is_fid
         return (self.network, self.sha256) == (network.name, network.sha256)
 
+    def __str__(self) -> str:
+        return f"statistics of {_identity(self.network, self.sha256)}"
+
+
+def _identity(network: str, sha256: str) -> str:
+    return f"the network '{network}' ({f'weights {sha256[:12]}' if sha256 else 'FID weights'})"
+
 
 def reference_indices(count: int, kept: int, seed: int = 0) -> np.ndarray:
-    """Which of ``count`` images give the features that are kept: at random, the same every time, in order."""
+    """Draws which of ``count`` images give the features that are kept: the same every time, in order."""
     return np.sort(np.random.default_rng(seed).choice(count, min(kept, count), replace=False))
 
 
@@ -88,7 +91,7 @@ def measure_images(
 
     Args:
         kept: how many images' features to keep, 0 or more.
-        search: told of the features of every image.
+        search: receives the features of every image.
         on_progress: called with (images done, images in all).
 
     Raises:
@@ -100,13 +103,12 @@ def measure_images(
     sums, spatial = MomentAccumulator(), MomentAccumulator()
     for first, block in images.blocks(batch_size):
         found = network(block)
-        found_BD = found.features_ND
-        sums.add(found_BD)
+        sums.add(found.features_ND)
         if found.spatial_NS is not None:
             spatial.add(found.spatial_NS)
-        features.append(found_BD[[i for i in range(len(block)) if first + i in chosen]])
+        features.append(found.features_ND[[i for i in range(len(block)) if first + i in chosen]])
         if search is not None:
-            search.add(found_BD, first)
+            search.add(found.features_ND, first)
         if on_progress is not None:
             on_progress(first + len(block), len(images))
     return Statistics(
@@ -121,7 +123,7 @@ def measure_images(
 
 
 def few_images(count: int, dimensions: int) -> tuple[str, ...]:
-    """A warning where a covariance has not the rank that its dimensions allow."""
+    """Warns of a covariance that cannot have full rank; () if it can."""
     if not 0 < count <= dimensions:
         return ()
     return (f"{count} images for {dimensions} features: the covariance is singular and the Frechet distance biased; take more",)
@@ -138,35 +140,29 @@ class Reference:
 
     @property
     def is_ready(self) -> bool:
-        """Whether the statistics hold all that they can."""
+        """True if the statistics hold everything that the images could add."""
         return self.statistics is not None and (self.images is None or self.statistics.features_RD is not None)
 
-    def measure(
-        self,
-        network: FeatureNetwork,
-        *,
-        batch_size: int = 64,
-        kept: int = REFERENCE_IMAGES,
-        search: NeighbourSearch | None = None,
-        on_progress: Callable[[int, int], None] | None = None,
-    ) -> Statistics:
-        """Statistics in the network's features, computing what is not there; arguments as of `measure_images`.
+    def measure(self, network: FeatureNetwork, **how: Any) -> Statistics:
+        """Returns statistics in the network's features and computes the missing ones from the images.
 
-        Where a file has the moments and images beside them, as ADM's references, the images give the features.
+        Args:
+            how: keyword arguments of `measure_images`.
         """
         given = self.statistics
-        if given is not None and self.is_ready and search is None:
+        if given is not None and self.is_ready and how.get("search") is None:
             return given
         assert self.images is not None
-        measured = measure_images(self.images, network, batch_size=batch_size, kept=kept, search=search, on_progress=on_progress)
+        measured = measure_images(self.images, network, **how)
         if given is None:
             return measured
+        # ADM's files hold the moments of all images and the pixels of 10,000: those give only the features.
         features_RD = measured.features_RD if given.features_RD is None else given.features_RD
-        return Statistics(given.moments, network.name, network.sha256, self.images.size, features_RD, given.spatial, self.name)
+        return replace(measured, moments=given.moments, features_RD=features_RD, spatial=given.spatial, source=self.name)
 
 
 def open_reference(path: str | Path, network: FeatureNetwork, size: tuple[int, int], split: str = "train") -> Reference:
-    """Opens what samples of ``size`` (height, width) will be held against.
+    """Opens a reference for samples of ``size`` (height, width).
 
     Args:
         path: statistics or images in an npz file; or a folder, Parquet or tars, whose images are cropped to the samples' size.
@@ -181,6 +177,7 @@ def open_reference(path: str | Path, network: FeatureNetwork, size: tuple[int, i
     )
     if path.suffix != ".npz":
         require(size[0] == size[1], f"samples are of {by(size)} pixels; only against an .npz file may they be other than square")
+        # Enlarged references would be blurred, and so would the best samples.
         natural = open_images(path, split=split)
         require(
             min(natural.size) >= size[0],
@@ -195,21 +192,13 @@ def open_reference(path: str | Path, network: FeatureNetwork, size: tuple[int, i
     )
     notes = () if known else (f"{path} does not tell its resolution, so it cannot be compared with the samples' {by(size)}",)
     if statistics is not None and not statistics.is_of(network):
-        require(images is not None, f"{path} holds {_of(statistics)}, not of {_network(network.name, network.sha256)}")
-        statistics, notes = None, (*notes, f"{path} holds {_of(statistics)}; measured anew from its images")
+        require(images is not None, f"{path} holds {statistics}, not of {_identity(network.name, network.sha256)}")
+        statistics, notes = None, (*notes, f"{path} holds {statistics}; measured anew from its images")
     return Reference(str(path), statistics, images, notes)
 
 
-def _of(statistics: Statistics) -> str:
-    return f"statistics of {_network(statistics.network, statistics.sha256)}"
-
-
-def _network(name: str, sha256: str) -> str:
-    return f"the network '{name}' ({f'weights {sha256[:12]}' if sha256 else 'FID weights'})"
-
-
 def write_statistics(path: Path, statistics: Statistics, images_NHW3: np.ndarray | None = None) -> None:
-    """Writes an npz file, whole or not at all; ``images_NHW3`` become its arr_0."""
+    """Writes an npz file atomically; ``images_NHW3`` become its arr_0."""
     values: dict[str, Any] = {
         "mu": statistics.moments.mean,
         "sigma": statistics.moments.covariance,
@@ -227,17 +216,12 @@ def write_statistics(path: Path, statistics: Statistics, images_NHW3: np.ndarray
         values |= {"mu_s": statistics.spatial.mean, "sigma_s": statistics.spatial.covariance}
     if images_NHW3 is not None:
         values[ARRAY] = images_NHW3
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            np.savez(file, **values)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_file(path) as file:
+        np.savez(file, **values)
 
 
 def read_statistics(path: Path) -> tuple[Statistics | None, Images | None]:
-    """The statistics in an npz file, and its images; at least one of them.
+    """Reads the statistics in an npz file, and its images; at least one of them.
 
     Raises:
         UserError: damaged, without the needed keys, or entries of other shapes.
@@ -249,29 +233,27 @@ def read_statistics(path: Path) -> tuple[Statistics | None, Images | None]:
     if not {"mu", "sigma"} <= set(names):
         require(images is not None, f"{path} has the entries {', '.join(names) or 'none'}; allowed: mu and sigma, or {ARRAY}")
         return None, images
-    # In files of ADM's suite everything but the images is small; those are read block by block, by `NpzImages`.
     with reading(path):
         try:
             with np.load(path, allow_pickle=False) as file:
+                # Everything but the images is small.
                 values = {name: file[name] for name in names if name != ARRAY}
         except (ValueError, OSError) as problem:
             raise UserError(f"{path} is truncated or not an npz file of plain arrays: {problem}") from problem
-    moments = _moments(path, values, "mu", "sigma", int(values.get("count", 0)))
-    features = values.get("features")
-    dimensions = len(moments.mean)
+    every = _moments(path, values, "mu", "sigma", int(values.get("count", 0)))
+    features, dimensions, size = values.get("features"), len(every.mean), values.get("size")
     require(
         features is None or (features.ndim == 2 and features.shape[1] == dimensions and features.dtype.kind == "f"),
         f"{path}: features are {getattr(features, 'shape', ())}; allowed: [n, {dimensions}]",
     )
-    size = values.get("size")
     statistics = Statistics(
-        moments,
-        str(values.get("network", "inception")),
-        str(values.get("sha256", "")),
-        None if size is None else (int(size[0]), int(size[1])),
-        features,
-        _moments(path, values, "mu_s", "sigma_s", 0) if {"mu_s", "sigma_s"} <= set(names) else None,
-        str(values.get("source", path)),
+        every,
+        network=str(values.get("network", "inception")),
+        sha256=str(values.get("sha256", "")),
+        size=None if size is None else (int(size[0]), int(size[1])),
+        features_RD=features,
+        spatial=_moments(path, values, "mu_s", "sigma_s", 0) if {"mu_s", "sigma_s"} <= set(names) else None,
+        source=str(values.get("source", path)),
     )
     return statistics, images
 
@@ -288,72 +270,44 @@ def _moments(path: Path, values: dict[str, np.ndarray], mean: str, covariance: s
 
 @dataclass(frozen=True)
 class Scores:
-    """None where something that a score needs is not there; ``notes`` say what."""
+    """All scores of a set of samples."""
 
-    frechet_distance: float
-    inception_score: InceptionScore | None
-    kernel_distance: KernelDistance | None
-    precision_recall: PrecisionRecall | None
-    class_accuracy: float | None
-    """The share of samples that the network takes for what was asked for."""
+    values: dict[str, float]
+    """By name. A score is absent if something that it needs is missing; ``notes`` explain it."""
+    parameters: dict[str, int | None]
+    """Splits, subsets and neighbours of these scores; None for absent scores."""
     notes: tuple[str, ...]
-    spatial_frechet_distance: float | None = None
-    """sFID, in the FID network's spatial features; see `inception`."""
-
-    def values(self) -> dict[str, float]:
-        """Every number by name, for tables and plots."""
-        found: dict[str, float] = {"frechet_distance": self.frechet_distance}
-        if self.spatial_frechet_distance is not None:
-            found["spatial_frechet_distance"] = self.spatial_frechet_distance
-        if self.inception_score is not None:
-            score = self.inception_score
-            found |= {"inception_score": score.mean, "inception_score_std": score.std, "inception_score_whole": score.whole}
-        if self.kernel_distance is not None:
-            found |= {"kernel_distance": self.kernel_distance.mean, "kernel_distance_std": self.kernel_distance.std}
-        if self.precision_recall is not None:
-            scores = self.precision_recall
-            found |= {"precision": scores.precision, "recall": scores.recall}
-            found |= {"density": scores.density, "coverage": scores.coverage}
-        if self.class_accuracy is not None:
-            found["class_accuracy"] = self.class_accuracy
-        return found
 
 
 def score_samples(
-    moments: Moments,
-    features_MD: np.ndarray,
-    logits_MC: np.ndarray | None,
-    reference: Statistics,
-    *,
-    labels_M: np.ndarray | None = None,
-    spatial: Moments | None = None,
-    device: torch.device | str = "cpu",
+    samples: Extracted, reference: Statistics, *, labels_M: np.ndarray | None = None, device: torch.device | str = "cpu"
 ) -> Scores:
-    """The scores of samples whose moments, features and logits are given.
+    """Scores samples by their features, logits and spatial features.
 
     Args:
-        labels_M: what was asked for, where the logits are of the same classes.
-        spatial: the moments of the samples' spatial features, where the network has them.
+        labels_M: the classes that were asked for, if they are those of the logits.
         device: where distances are computed.
 
     Raises:
         UserError: the reference's features are of other dimensions.
     """
+    features_MD, logits_MC, known_RD = samples.features_ND, samples.logits_NC, reference.features_RD
     count, dimensions = features_MD.shape
     notes = [f"samples: {n}" for n in few_images(count, dimensions)]
     notes += [f"reference: {n}" for n in few_images(reference.moments.count, dimensions)]
-    score = kernel = manifolds = located = None
-    if spatial is not None and reference.spatial is not None:
-        located = frechet_distance(spatial, reference.spatial)
-    elif spatial is not None:
+    values = {"frechet_distance": frechet_distance(moments(features_MD), reference.moments)}
+    splits = subsets = subset_size = None
+    if samples.spatial_NS is not None and reference.spatial is not None:
+        values["spatial_frechet_distance"] = frechet_distance(moments(samples.spatial_NS), reference.spatial)
+    elif samples.spatial_NS is not None:
         notes.append("no spatial Frechet distance (sFID): the reference has no spatial statistics (mu_s, sigma_s)")
     if logits_MC is None:
         notes.append("no inception score: the network judges no classes")
     elif count < SPLITS:
         notes.append(f"no inception score: {count} images for {SPLITS} splits")
     else:
-        score = inception_score(logits_MC)
-    known_RD = reference.features_RD
+        score, splits = inception_score(logits_MC), SPLITS
+        values |= {"inception_score": score.mean, "inception_score_std": score.std, "inception_score_whole": score.whole}
     fewest = 0 if known_RD is None else min(count, len(known_RD))
     if known_RD is None or not len(known_RD):
         notes.append("no kernel distance, precision, recall, density and coverage: the reference has neither features nor images")
@@ -362,6 +316,16 @@ def score_samples(
     else:
         # Small sets are halved, so that subsets differ and their spread means something.
         kernel = kernel_distance(features_MD, known_RD, subset_size=min(SUBSET_SIZE, fewest // 2), device=device)
-        manifolds = precision_recall(features_MD, known_RD, device=device)
-    accuracy = class_accuracy(logits_MC.argmax(1), labels_M) if logits_MC is not None and labels_M is not None else None
-    return Scores(frechet_distance(moments, reference.moments), score, kernel, manifolds, accuracy, tuple(notes), located)
+        subsets, subset_size = kernel.subsets, kernel.subset_size
+        values |= {"kernel_distance": kernel.mean, "kernel_distance_std": kernel.std}
+        values |= asdict(precision_recall(features_MD, known_RD, device=device))
+    if logits_MC is not None and labels_M is not None:
+        values["class_accuracy"] = class_accuracy(logits_MC.argmax(1), labels_M)
+    parameters = {
+        "inception_score_splits": splits,
+        "kernel_distance_subsets": subsets,
+        "kernel_distance_subset_size": subset_size,
+        "k_of_precision_and_recall": K,
+        "k_of_density_and_coverage": K_DENSITY,
+    }
+    return Scores(values, parameters, tuple(notes))

@@ -1,12 +1,11 @@
-"""Images to be measured, read block by block so that any number of them fits: folders, Parquet, tars, npz files.
+"""Images to be measured: images on disk, read block by block so that any number of them fits, and images that a model generates.
 
-What is evaluated: images that a model generates, or images that lie somewhere.
+An evaluation scores either kind; both have ``count``, ``size``, ``notes``, ``labels``, ``classes``, ``make`` and ``describe``.
 """
 
 from __future__ import annotations
 
 import hashlib
-import warnings
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
@@ -31,25 +30,28 @@ from continuar.sampling.generate import make_plan
 
 LOSSY = frozenset({".jpg", ".jpeg", ".webp"})
 ARRAY = "arr_0"
+"""The entry of an npz file that holds images, as ADM's suite stores samples and references."""
 
 
 class Images(ABC):
-    """Images of one size, by index.
+    """Images of one size on disk, by index.
 
     Attributes:
-        size: height and width. name: where they lie. notes: what a reader of the result should know.
+        size: height and width. name: their path. notes: what a reader of the result should know.
     """
 
     size: tuple[int, int]
     name: str
     notes: tuple[str, ...] = ()
+    labels: np.ndarray | None = None
+    classes: tuple[str, ...] = ()
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def read(self, first: int, stop: int) -> np.ndarray:
-        """uint8 [stop - first, H, W, 3].
+        """Returns uint8 [stop - first, H, W, 3].
 
         Raises:
             UserError: an image that is unreadable or of another size.
@@ -57,22 +59,40 @@ class Images(ABC):
 
     @abstractmethod
     def identity(self) -> str:
-        """Changes with the files: names, sizes and times, not their contents."""
+        """Returns a text that changes with the files: with their names, sizes and times, not with their contents."""
+
+    @property
+    def count(self) -> int:
+        """The number of images."""
+        return len(self)
+
+    def make(self, first: int, number: int) -> np.ndarray:
+        """Returns the images ``first``, ... ``first + number - 1``; fewer at the end."""
+        return self.read(first, min(first + number, len(self)))
+
+    def describe(self) -> dict[str, Any]:
+        """Returns everything that decides the images, as JSON values."""
+        size = list(self.size)
+        return {"kind": "given", "path": self.name, "identity": self.identity(), "images": len(self), "size": size}
+
+    def take(self, indices: list[int]) -> np.ndarray:
+        """Returns single images, uint8 [len(indices), H, W, 3]."""
+        return np.concatenate([self.read(i, i + 1) for i in indices])
 
     def blocks(self, size: int) -> Iterator[tuple[int, np.ndarray]]:
-        """(first index, block) of all images; the next block is read while one is used."""
-        starts = range(0, len(self), size)
+        """Yields (first index, block) of all images; the next block is read while the caller uses one."""
+        spans = [(first, min(first + size, len(self))) for first in range(0, len(self), size)]
         with ThreadPoolExecutor(1) as ahead:
-            pending = [ahead.submit(self.read, first, min(first + size, len(self))) for first in starts[:1]]
-            for first in starts:
-                block = pending.pop().result()
-                if first + size < len(self):
-                    pending.append(ahead.submit(self.read, first + size, min(first + 2 * size, len(self))))
+            waiting = ahead.submit(self.read, *spans[0])
+            for (first, _), following in zip(spans, [*spans[1:], None], strict=True):
+                block = waiting.result()
+                if following is not None:
+                    waiting = ahead.submit(self.read, *following)
                 yield first, block
 
 
 def open_images(path: str | Path, *, size: int | None = None, split: str = "train") -> Images:
-    """The images at ``path``.
+    """Opens the images at ``path``.
 
     Args:
         path: a folder of images or of class folders, Parquet or WebDataset tars, an npz file with ``arr_0``, or "digits".
@@ -83,11 +103,11 @@ def open_images(path: str | Path, *, size: int | None = None, split: str = "trai
         UserError: nothing there, no images, or images of several sizes.
     """
     if str(path) == DIGITS:
-        return Digits(size)
+        return DigitImages(size)
     path = Path(path)
     require(path.exists(), f"{path} does not exist; allowed: a folder of images, a .parquet, .tar or .npz file")
     if path.suffix == ".npz":
-        found: Images = NpzImages(path)
+        found = NpzImages(path)
         require(
             size is None or found.size == (size, size),
             f"{path} holds images of {by(found.size)} pixels, not of {size}x{size}; cropping is for the other kinds",
@@ -105,9 +125,7 @@ class LooseFolder(Source):
     """ROOT/IMAGE, sorted by name, without classes."""
 
     def __init__(self, root: Path) -> None:
-        self.paths = sorted(
-            p for p in root.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file()
-        )
+        self.paths = sorted(p for p in root.iterdir() if _is_image(p) and p.is_file())
         self.classes, self.labels = ("",), np.zeros(len(self.paths), np.int64)
 
     def read(self, index: int) -> bytes:
@@ -118,10 +136,13 @@ class LooseFolder(Source):
 
 
 class EncodedImages(Images):
-    """Files of a source, decoded by a pool of threads."""
+    """Files of a source, decoded by a pool of threads.
+
+    Training skips files that it cannot use, and here they stop: a score is of all images or of none.
+    """
 
     def __init__(self, path: Path, source: Source, size: int | None) -> None:
-        self._path, self._source, self._crop, self.name = path, source, size, str(path)
+        self._source, self._crop, self.name = source, size, str(path)
         require(len(source) > 0, f"{path} has no images")
         height, width = self._decode(0, None).shape[:2]
         self.size = (height, width) if size is None else (size, size)
@@ -146,8 +167,7 @@ class EncodedImages(Images):
             )
             block[index - first] = pixels
 
-        with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
-            warnings.simplefilter("ignore")
+        with ThreadPoolExecutor() as pool:
             list(pool.map(one, range(first, stop)))
         return block
 
@@ -161,7 +181,7 @@ class EncodedImages(Images):
         return f"{len(self)} {by(self.size)} {_files_identity(self._files)}"
 
 
-class Digits(Images):
+class DigitImages(Images):
     """scikit-learn's handwritten digits, which no folder holds."""
 
     def __init__(self, size: int | None = None) -> None:
@@ -179,7 +199,7 @@ class Digits(Images):
 
 
 class NpzImages(Images):
-    """``arr_0`` of an npz file, uint8 [n, H, W, 3], as ADM's suite stores samples and references; never all in memory."""
+    """``arr_0`` of an npz file, uint8 [n, H, W, 3]. ADM's references hold gigabytes, so the array is never loaded whole."""
 
     def __init__(self, path: Path) -> None:
         self._path, self.name = path, str(path)
@@ -214,15 +234,20 @@ class NpzImages(Images):
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turns what a damaged npz file raises into one line."""
+    """Turns the exceptions of a damaged npz file into one line."""
     try:
         yield
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as problem:
         raise UserError(f"{path} is truncated or not an npz file: {problem}") from problem
 
 
+def npz_names(archive: zipfile.ZipFile) -> list[str]:
+    """Returns the entries of an npz file."""
+    return [name.removesuffix(".npy") for name in archive.namelist()]
+
+
 def _header(file: IO[bytes], path: Path) -> tuple[tuple[int, ...], int]:
-    """Shape, and where the data begin."""
+    """Reads an array's shape and the offset of its data."""
     try:
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -231,11 +256,6 @@ def _header(file: IO[bytes], path: Path) -> tuple[tuple[int, ...], int]:
         raise UserError(f"{path} is truncated or not an npz file: {problem}") from problem
     require(dtype == np.uint8 and not fortran, f"{path}: {ARRAY} is of {dtype}; allowed: uint8, in C order")
     return tuple(int(n) for n in shape), file.tell()
-
-
-def npz_names(archive: zipfile.ZipFile) -> list[str]:
-    """The entries of an npz file."""
-    return [name.removesuffix(".npy") for name in archive.namelist()]
 
 
 def _archives(path: Path) -> list[str]:
@@ -251,46 +271,23 @@ def _files_identity(files: list[str]) -> str:
 
 
 def by(size: tuple[int, ...]) -> str:
-    """(h, w) as "hxw"."""
+    """Formats (h, w) as "hxw"."""
     return "x".join(map(str, size))
 
 
-class Samples(ABC):
-    """Images of one size by index, whoever makes them.
+class GeneratedSamples:
+    """Images that a model generates. Image i has the seed ``seed + i`` and shows class i mod classes, whichever process makes it.
 
     Attributes:
-        count: how many. size: height and width. notes: what a reader of the result should know.
-        labels: of each image, and ``classes`` what they mean; None and () where there are none.
-    """
-
-    count: int
-    size: tuple[int, int]
-    notes: tuple[str, ...] = ()
-    labels: np.ndarray | None = None
-    classes: tuple[str, ...] = ()
-
-    @abstractmethod
-    def make(self, first: int, number: int) -> np.ndarray:
-        """The images ``first``, ... ``first + number - 1``, uint8 [n, H, W, 3]; fewer where they end."""
-
-    @abstractmethod
-    def describe(self) -> dict[str, Any]:
-        """All that decides the images, as JSON values."""
-
-
-class GeneratedSamples(Samples):
-    """Image i has the seed ``seed + i`` and shows class i mod classes, whoever makes it and with whom.
-
-    Every call generates as many images as it is asked for, beyond ``count`` too: batches of one shape round alike, and serve
-    engines that capture one.
+        count: how many. size: height and width. labels: of each image, and ``classes`` their names; None and () without classes.
 
     Args:
         pipe: the model.
         count: a multiple of the number of classes, so that they are balanced.
         seed: of the first image.
         settings: sampling options by name that are not the model's defaults.
-        engine, precision: who computes, as `Pipeline.engine` takes it; what "auto" means for the model is what the report names.
-        name, weights: what the report calls the model.
+        engine, precision: as of `Pipeline.engine`; the report names the engine that "auto" chose.
+        name, weights: for the report.
 
     Raises:
         UserError: no images, a count that the classes do not divide, or settings or an engine that the model cannot take.
@@ -314,25 +311,30 @@ class GeneratedSamples(Samples):
         near = f"{less} or {less + classes}" if less else f"{classes}"
         require(count % classes == 0, f"images is {count}, which {classes} classes do not divide; take {near}")
         options = pipe.defaults.override(**dict(settings or {}))
-        make_plan(pipe.model.order, options, pipe.model.order.seq_len)  # refuses steps that the model cannot take
+        # Both calls refuse what the model cannot take, before the work begins.
+        make_plan(pipe.model.order, options, pipe.model.order.seq_len)
+        pipe.engine(engine, precision)
+        self.notes: tuple[str, ...] = ()
         self._pipe, self._seed, self._settings = pipe, seed, options.to_dict()
-        pipe.engine(engine, precision)  # refuses what cannot run the model
         self._running = {"engine": chosen(pipe.model, engine), "precision": precision}
-        self._name, self._weights = name, weights
+        self.name, self._weights = name, weights
         side = int(pipe.tokenizer.config.image_size)
         self.count, self.size, self.classes = count, (side, side), pipe.classes
         self.labels = np.arange(count) % classes if pipe.classes else None
 
     def make(self, first: int, number: int) -> np.ndarray:
+        """Generates the images ``first``, ... ``first + number - 1``, uint8 [n, H, W, 3]; fewer at the end."""
+        # The last batch is generated at full size, too, and cut: kernels round by batch shape, and engines capture one shape.
         index = range(first, first + number)
         labels = [i % len(self.classes) for i in index] if self.classes else None
         seeds = [self._seed + i for i in index]
         return self._pipe(labels, seeds, batch_size=number, **self._running, **self._settings)[: self.count - first]
 
     def describe(self) -> dict[str, Any]:
+        """Returns everything that decides the images, as JSON values."""
         return {
             "kind": "generated",
-            "model": self._name,
+            "model": self.name,
             "weights": self._weights,
             "model_sha256": sha256_of_state(self._pipe.model),
             "tokenizer_sha256": sha256_of_state(self._pipe.tokenizer),
@@ -346,21 +348,5 @@ class GeneratedSamples(Samples):
         }
 
 
-class GivenSamples(Samples):
-    """Anyone's images."""
-
-    def __init__(self, images: Images) -> None:
-        require(len(images) >= 2, f"{images.name} has {len(images)} images; at least 2 are needed")
-        self._images, self.count, self.size, self.notes = images, len(images), images.size, images.notes
-
-    def make(self, first: int, number: int) -> np.ndarray:
-        return self._images.read(first, min(first + number, self.count))
-
-    def describe(self) -> dict[str, Any]:
-        return {
-            "kind": "given",
-            "path": self._images.name,
-            "identity": self._images.identity(),
-            "images": self.count,
-            "size": list(self.size),
-        }
+Samples = Images | GeneratedSamples
+"""What an evaluation scores."""
