@@ -19,7 +19,7 @@ import torch
 
 from continuar.checkpoints.store import PipelineConfig
 from continuar.pipeline import Pipeline
-from continuar.recipes import find_recipe
+from continuar.recipes import RECIPES, find_recipe
 
 
 def compare(pipe: Pipeline, labels: list[int], repeats: int, settings: dict[str, Any]) -> None:
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--compare", type=int, nargs="+", help="numbers of images at which to compare the engines")
     parser.add_argument("--repeats", type=int, default=2, help="of each engine, with --compare")
     options = parser.parse_args()
-    run = find_recipe(options.recipe)()
+    run = find_recipe(options.recipe, RECIPES)()
     run = replace(run, tokenizer=replace(run.tokenizer, std=0.5))  # training measures it on the data
     classes = run.data.classes or 10
     torch.manual_seed(0)

@@ -19,7 +19,7 @@ import torch
 from kernel_times import kernel_table
 
 from continuar.devices import pick_device
-from continuar.recipes.tokenizers import find_tokenizer_recipe
+from continuar.recipes import TOKENIZER_RECIPES, find_recipe
 from continuar.training.autoencoder import TokenizerStep
 from continuar.training.config import TokenizerRun
 from continuar.training.gan_losses import build_perceptual
@@ -84,7 +84,7 @@ def main() -> None:
     print(f"{name}, torch {torch.__version__}")
     results = []
     for recipe in options.recipes.split(","):
-        run = find_tokenizer_recipe(recipe)()
+        run = find_recipe(recipe, TOKENIZER_RECIPES)()
         weights = options.perceptual_weights
         loss = dataclasses.replace(run.loss, perceptual_weights=weights, **({} if weights else {"perceptual": "off"}))
         for engine in options.engines.split(","):

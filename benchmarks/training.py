@@ -21,7 +21,7 @@ import torch
 from kernel_times import kernel_table
 
 from continuar.devices import expandable_segments, pick_device
-from continuar.recipes import find_recipe
+from continuar.recipes import RECIPES, find_recipe
 from continuar.sampling.speed import matmul_peak
 from continuar.training.config import Run
 from continuar.training.estimate import training_flops
@@ -110,7 +110,7 @@ def main() -> None:
     print(f"{name}, torch {torch.__version__}, bf16 8192^3 product {peak / 1e12:.0f} TFLOP/s")
     results = []
     for recipe in options.recipes.split(","):
-        run = find_recipe(recipe)()
+        run = find_recipe(recipe, RECIPES)()
         batch = options.batch_size or run.train.batch_size
         backbone = dataclasses.replace(run.backbone, mask_granularity=options.granularity or run.backbone.mask_granularity)
         for engine in options.engines.split(","):

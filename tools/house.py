@@ -151,7 +151,7 @@ def measure_entered(show: bool) -> dict[str, int]:
 
     import continuar
     from continuar.cli.main import main
-    from continuar.recipes import find_recipe
+    from continuar.recipes import RECIPES, find_recipe
     from continuar.training import step as step_module
     from continuar.training.trainer import train
 
@@ -174,7 +174,7 @@ def measure_entered(show: bool) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as place, contextlib.redirect_stdout(io.StringIO()):
         main([*words, "--out", f"{place}/warm"])
         found["files entered by `continuar train digits`"] = files_entered(lambda: main([*words, "--out", f"{place}/cli"]))
-        recipe = find_recipe("digits")()
+        recipe = find_recipe("digits", RECIPES)()
         run = replace(recipe, train=replace(recipe.train, images=256))
         found["files entered by train()"] = files_entered(lambda: train(run, Path(place) / "run", device=torch.device("cpu")))
         step_module.TrainStep.__call__ = traced  # type: ignore[method-assign, assignment]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from continuar.cli.convert import main
+from continuar.cli.main import main
 from continuar.errors import UserError
 
 from .layout import Sizes, args, state
@@ -39,10 +39,15 @@ def read(path: str | Path) -> dict[str, Any]:
         return torch.load(path, weights_only=True)
 
 
+def convert(arguments: list[str]) -> int:
+    """Runs ``continuar convert``; errors are raised as they are."""
+    return main(["convert", *arguments, "--debug"])
+
+
 def refused(arguments: list[str]) -> str:
     """The message of the error that the arguments lead to; it is one line and never advises to read unsafely."""
     with pytest.raises(UserError) as problem:
-        main(arguments)
+        convert(arguments)
     message = str(problem.value)
     assert "\n" not in message
     assert "weights_only" not in message

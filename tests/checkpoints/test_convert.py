@@ -22,14 +22,13 @@ from continuar.checkpoints.store import (
     write_json,
     write_tensors,
 )
-from continuar.cli.convert import main
 from continuar.cli.main import main as continuar
 from continuar.errors import UserError
 from continuar.heads import DiffusionOptions
 from continuar.pipeline import load
 from continuar.tokenizers import LatentConfig, PixelConfig
 
-from .files import content, read, refused
+from .files import content, convert, read, refused
 from .layout import BASE, HUGE, LARGE, UNLIKE, Sizes, args, assert_same_bits, meta_state, state
 
 
@@ -40,8 +39,8 @@ def test_convert_there_and_back_keeps_every_bit(
     save: Callable[..., str], tmp_path: Path, sizes: Sizes, dtype: torch.dtype, weights: str
 ) -> None:
     source, saved, back = save(sizes, dtype), tmp_path / "model", tmp_path / "back.pth"
-    assert main([source, str(saved), "--weights", weights]) == 0
-    assert main([str(saved), str(back)]) == 0
+    assert convert([source, str(saved), "--weights", weights]) == 0
+    assert convert([str(saved), str(back)]) == 0
     found = read(back)
     assert found.keys() == {"model", "model_ema", "args"}
     expected = state(sizes, dtype, {"raw": 1, "ema": 2}[weights])
@@ -54,16 +53,16 @@ def test_convert_there_and_back_keeps_every_bit(
 def test_convert_keeps_what_args_say_of_training(save: Callable[..., str], tmp_path: Path) -> None:
     told = {"attn_dropout": 0.0, "proj_dropout": 0.25, "mask_ratio_min": 0.5, "diffusion_batch_mul": 2}
     source = save(args=args(Sizes(), **told))
-    main([source, str(tmp_path / "model")])
+    convert([source, str(tmp_path / "model")])
     config = read_pipeline_config(tmp_path / "model").model
     assert (config.backbone.attention_dropout, config.backbone.dropout) == (0.0, 0.25)
     assert (config.backbone.mask_ratio_min, config.head.diffusion_batch_mul) == (0.5, 2)
-    main([str(tmp_path / "model"), str(tmp_path / "back.pth")])
+    convert([str(tmp_path / "model"), str(tmp_path / "back.pth")])
     assert {k: getattr(read(tmp_path / "back.pth")["args"], k) for k in told} == told
 
 
 def test_convert_writes_a_model_that_loads(save: Callable[..., str], tmp_path: Path) -> None:
-    main([save(UNLIKE, torch.bfloat16), str(tmp_path / "model")])
+    convert([save(UNLIKE, torch.bfloat16), str(tmp_path / "model")])
     pipe = load(tmp_path / "model", device="cpu")
     assert pipe.classes == ("0", "1", "2")
     assert pipe.file.tokenizer == LatentConfig("latent", "kl8", 48, 8, 4, 2, 0.2325)
@@ -74,7 +73,7 @@ def test_convert_writes_a_model_that_loads(save: Callable[..., str], tmp_path: P
 
 def test_convert_prints_what_it_did(save: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, saved = save(UNLIKE, torch.bfloat16), str(tmp_path / "model")
-    main([source, saved])
+    convert([source, saved])
     millions = sum(v.numel() for v in state(UNLIKE).values()) / 1e6
     assert capsys.readouterr().out.splitlines() == [
         f"read     {source} (model_ema)",
@@ -83,7 +82,7 @@ def test_convert_prints_what_it_did(save: Callable[..., str], tmp_path: Path, ca
         f"weights  {millions:.2f} M parameters in {len(state(UNLIKE))} tensors, bfloat16",
         f"written  {saved}",
     ]
-    main([saved, str(tmp_path / "back.pth")])
+    convert([saved, str(tmp_path / "back.pth")])
     assert "note     the source has one set of weights: 'model' and 'model_ema' both hold it" in capsys.readouterr().out
 
 
@@ -94,7 +93,7 @@ def test_convert_strips_the_prefix_of_distributed_training(save: Callable[..., s
 
 def test_convert_reads_a_bare_state_dict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save(state(Sizes()), tmp_path / "bare.pt")
-    main([str(tmp_path / "bare.pt"), str(tmp_path / "model"), "--heads", "4"])
+    convert([str(tmp_path / "bare.pt"), str(tmp_path / "model"), "--heads", "4"])
     assert read_pipeline_config(tmp_path / "model").model.backbone.heads == 4
     assert read_pipeline_config(tmp_path / "model").tokenizer == LatentConfig(image_size=32)
     out = capsys.readouterr().out
@@ -111,7 +110,7 @@ def test_convert_accepts_the_1000_class_rows_of_early_official_code(
     save: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sizes = replace(Sizes(), classes=1000)
-    main([save(sizes, args=args(sizes, class_num=200)), str(tmp_path / "model")])
+    convert([save(sizes, args=args(sizes, class_num=200)), str(tmp_path / "model")])
     assert len(read_pipeline_config(tmp_path / "model").classes) == 1000
     assert "args.class_num is 200, but there are 1000 class embeddings; all are kept" in capsys.readouterr().out
 
@@ -156,12 +155,12 @@ def test_convert_refuses_args_that_contradict_the_tensors(
     save: Callable[..., str], tmp_path: Path, told: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        main([save(args=args(Sizes(), **told)), str(tmp_path / "model")])
+        convert([save(args=args(Sizes(), **told)), str(tmp_path / "model")])
     assert [p.name for p in tmp_path.iterdir()] == ["mar.pth"]
 
 
 def test_convert_ignores_model_names_that_are_not_the_papers(save: Callable[..., str], tmp_path: Path) -> None:
-    assert main([save(args=args(Sizes(), model=["mine"])), str(tmp_path / "model")]) == 0
+    assert convert([save(args=args(Sizes(), model=["mine"])), str(tmp_path / "model")]) == 0
 
 
 def test_convert_needs_to_know_the_tokenizer(tmp_path: Path) -> None:
@@ -200,8 +199,8 @@ def test_convert_names_missing_unexpected_and_misshapen_keys(save: Callable[...,
 
 def test_convert_replaces_a_saved_model_but_nothing_else(save: Callable[..., str], tmp_path: Path) -> None:
     source, saved = save(), tmp_path / "out" / "model"
-    main([source, str(saved)])
-    main([source, str(saved), "--weights", "raw"])
+    convert([source, str(saved)])
+    convert([source, str(saved), "--weights", "raw"])
     assert sorted(p.name for p in saved.iterdir()) == [CONFIG, WEIGHTS]
     assert [p.name for p in saved.parent.iterdir()] == ["model"]
     fake = state(Sizes(), seed=1)["fake_latent"]
@@ -216,7 +215,7 @@ def test_convert_replaces_a_saved_model_but_nothing_else(save: Callable[..., str
 
 def test_convert_refuses_to_replace_the_directory_it_reads_from(save: Callable[..., str], tmp_path: Path) -> None:
     source, saved = Path(save()), tmp_path / "model"
-    main([str(source), str(saved)])
+    convert([str(source), str(saved)])
     source.rename(saved / "mar.pth")
     assert "mar.pth lies in" in refused([str(saved / "mar.pth"), str(saved)])
     assert (saved / "mar.pth").is_file()
@@ -224,7 +223,7 @@ def test_convert_refuses_to_replace_the_directory_it_reads_from(save: Callable[.
 
 def test_convert_reports_an_output_that_cannot_be_written(save: Callable[..., str], tmp_path: Path) -> None:
     source, saved = save(), str(tmp_path / "model")
-    main([source, saved])
+    convert([source, saved])
     before = sorted(p.name for p in tmp_path.iterdir())
     assert "cannot be written: " in refused([source, f"{source}/model"])
     assert "cannot be written: " in refused([saved, f"{source}/back.pth"])
@@ -238,7 +237,7 @@ def test_write_official_leaves_nothing_when_the_disk_is_full(
         handle.write(b"half")
         raise OSError(28, "No space left on device")
 
-    main([save(), str(tmp_path / "model")])
+    convert([save(), str(tmp_path / "model")])
     (tmp_path / "old.pth").write_text("old")
     monkeypatch.setattr(torch, "save", full)
     message = refused([str(tmp_path / "model"), str(tmp_path / "old.pth"), "--overwrite"])
@@ -249,11 +248,11 @@ def test_write_official_leaves_nothing_when_the_disk_is_full(
 
 def test_convert_overwrites_a_file_only_when_told(save: Callable[..., str], tmp_path: Path) -> None:
     saved, back = str(tmp_path / "model"), tmp_path / "back.pth"
-    main([save(), saved])
+    convert([save(), saved])
     back.write_text("mine")
     assert refused([saved, str(back)]).endswith("back.pth exists; --overwrite replaces it")
     assert back.read_text() == "mine"
-    assert main([saved, str(back), "--overwrite"]) == 0
+    assert convert([saved, str(back), "--overwrite"]) == 0
     assert_same_bits(read(back)["model"], state(Sizes(), seed=2))
     (tmp_path / "folder.pth").mkdir()
     assert "folder.pth is a directory" in refused([saved, str(tmp_path / "folder.pth"), "--overwrite"])
@@ -273,10 +272,10 @@ def test_convert_writes_both_weights_of_a_run(
 ) -> None:
     source, back = save(), tmp_path / "back.pth"
     for kind in ("raw", "ema"):
-        main([source, str(tmp_path / kind), "--weights", kind])
+        convert([source, str(tmp_path / kind), "--weights", kind])
     file, raw, ema = (read_pipeline_config(tmp_path / "raw"), *(read_tensors(tmp_path / k / WEIGHTS) for k in ("raw", "ema")))
     training_run(tmp_path / "run", file, raw, ema)
-    main([str(tmp_path / "run"), str(back), *options])
+    convert([str(tmp_path / "run"), str(back), *options])
     assert_same_bits(read(back)["model"], state(Sizes(), seed=seeds[0]))
     assert_same_bits(read(back)["model_ema"], state(Sizes(), seed=seeds[1]))
 
@@ -285,18 +284,18 @@ def test_convert_keeps_the_scale_of_other_tokens(
     save: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sizes = replace(Sizes(), channels=3, patch=2)
-    main([save(sizes), str(tmp_path / "model")])
+    convert([save(sizes), str(tmp_path / "model")])
     file = replace(read_pipeline_config(tmp_path / "model"), tokenizer=PixelConfig(image_size=4, patch=2, std=0.3))
     write_json(tmp_path / "model" / CONFIG, file)
-    main([str(tmp_path / "model"), str(tmp_path / "back.pth")])
+    convert([str(tmp_path / "model"), str(tmp_path / "back.pth")])
     assert "note     tokens are latents x 3.33333; official code has x 0.2325 written into it" in capsys.readouterr().out
-    main([str(tmp_path / "back.pth"), str(tmp_path / "again")])
+    convert([str(tmp_path / "back.pth"), str(tmp_path / "again")])
     assert read_pipeline_config(tmp_path / "again").tokenizer == LatentConfig("latent", "pixels", 4, 1, 3, 2, 1 / 0.3)
     assert read_pipeline_config(tmp_path / "again").model == file.model
 
 
 def test_write_official_refuses_weights_of_another_model(save: Callable[..., str], tmp_path: Path) -> None:
-    main([save(), str(tmp_path / "model")])
+    convert([save(), str(tmp_path / "model")])
     file, weights = read_pipeline_config(tmp_path / "model"), read_tensors(tmp_path / "model" / WEIGHTS)
     del weights["backbone.mask_token"]
     with pytest.raises(UserError, match=r"the source does not fit the model: missing: backbone\.mask_token"):
@@ -323,7 +322,7 @@ def test_convert_refuses_arguments_that_make_no_sense(
 ) -> None:
     save()
     monkeypatch.chdir(tmp_path)
-    main(["mar.pth", "model"])
+    convert(["mar.pth", "model"])
     assert message in refused(arguments)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mar.pth", "model"]
 

@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 from continuar.checkpoints.ldm import is_ldm, network_from_ldm, read_ldm, to_diffusers
 from continuar.checkpoints.store import read_tensors
 from continuar.checkpoints.tokenizers import Changes, load_tokenizer, read_tokenizer_file, save_tokenizer
-from continuar.cli.convert import main
 from continuar.cli.main import main as continuar
 from continuar.tokenizers import VAEConfig
 from continuar.tokenizers.vae import KL8_LDM, KL16_LDM, KL16_MAR, NAMED, VQ16_LDM
@@ -24,7 +23,7 @@ from tests.tokenizers.networks import KL as SMALL_GROUPS
 from tests.tokenizers.networks import TINY
 
 from . import layout, ldm_reference
-from .files import content, refused
+from .files import content, convert, refused
 from .ldm_reference import Sizes, decode, encode, quantise, random_state
 
 KL = Sizes()
@@ -71,8 +70,8 @@ def test_ids_of_a_vq_file_are_those_of_the_reference(tmp_path: Path) -> None:
 def test_convert_there_and_back_keeps_every_bit(sizes: Sizes, dtype: torch.dtype, tmp_path: Path) -> None:
     state = random_state(sizes, dtype)
     torch.save({"model": state | LOSS}, tmp_path / "a.ckpt")
-    assert main([str(tmp_path / "a.ckpt"), str(tmp_path / "saved"), "--image-size", "16"]) == 0
-    assert main([str(tmp_path / "saved"), str(tmp_path / "b.ckpt")]) == 0
+    assert convert([str(tmp_path / "a.ckpt"), str(tmp_path / "saved"), "--image-size", "16"]) == 0
+    assert convert([str(tmp_path / "saved"), str(tmp_path / "b.ckpt")]) == 0
     found = torch.load(tmp_path / "b.ckpt", weights_only=True)["state_dict"]
     assert found.keys() == state.keys()
     assert all(found[k].dtype is dtype and torch.equal(found[k], v) for k, v in state.items())
@@ -125,7 +124,7 @@ def test_files_of_table_2_are_recognised(network: Any, sizes: Sizes, monkeypatch
 def test_like_takes_scale_and_patch_of_table_2_and_checks_the_architecture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     network, _ = read_ldm(saved(tmp_path / "a.ckpt"))
     monkeypatch.setitem(NAMED, "kl8", replace(NAMED["kl8"], network=network, image_size=16))
-    assert main([str(tmp_path / "a.ckpt"), str(tmp_path / "saved"), "--like", "kl8"]) == 0
+    assert convert([str(tmp_path / "a.ckpt"), str(tmp_path / "saved"), "--like", "kl8"]) == 0
     config = read_tokenizer_file(tmp_path / "saved").tokenizer
     assert (config.patch, config.scale) == (2, NAMED["kl8"].scale)
     message = refused([str(tmp_path / "a.ckpt"), str(tmp_path / "other"), "--like", "kl16"])
@@ -134,13 +133,13 @@ def test_like_takes_scale_and_patch_of_table_2_and_checks_the_architecture(tmp_p
 
 
 def test_convert_says_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    main([str(saved(tmp_path / "a.ckpt", VQ)), str(tmp_path / "saved"), "--image-size", "16", "--ids"])
+    convert([str(saved(tmp_path / "a.ckpt", VQ)), str(tmp_path / "saved"), "--image-size", "16", "--ids"])
     out = capsys.readouterr().out
     assert "network  stride 2, 3 channels, widths (32, 64), 17 codes; attention in down 1, up 0" in out
     assert "tokens   8 x 8 of 17 ids, images of 16" in out
-    main([str(tmp_path / "a.ckpt"), str(tmp_path / "other"), "--image-size", "16", "--scale", "0.25"])
+    convert([str(tmp_path / "a.ckpt"), str(tmp_path / "other"), "--image-size", "16", "--scale", "0.25"])
     assert "tokens   8 x 8 of dim 3, images of 16, scale 0.25" in capsys.readouterr().out
-    main([str(tmp_path / "a.ckpt"), str(tmp_path / "third"), "--image-size", "16"])
+    convert([str(tmp_path / "a.ckpt"), str(tmp_path / "third"), "--image-size", "16"])
     assert "note     no scale is in the file: `continuar tokenizer stats" in capsys.readouterr().out
 
 
@@ -157,7 +156,7 @@ def test_sample_takes_official_files_of_model_and_autoencoder(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("tokenizer", "message"),
     [
-        (None, "makes latents of the autoencoder 'kl16'; give it by --tokenizer"),
+        (None, "generates latents of the autoencoder 'kl16'; give it by --tokenizer"),
         (Sizes(widths=(32, 32), latent=16), "gives TokenSpec(grid=(16, 16), dim=16, vocabulary=0); the model takes"),
         (Sizes(widths=(32,) * 5, latent=8), "the model takes TokenSpec(grid=(2, 2), dim=16"),
     ],
@@ -229,12 +228,12 @@ def test_convert_refuses_destinations(tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("kept")
     assert "exists and is not a saved tokenizer" in refused([source, str(tmp_path / "full")])
-    assert main([source, str(tmp_path / "saved")]) == 0
-    assert main([source, str(tmp_path / "saved")]) == 0
+    assert convert([source, str(tmp_path / "saved")]) == 0
+    assert convert([source, str(tmp_path / "saved")]) == 0
     assert f"{source} exists; --overwrite replaces it" in refused([str(tmp_path / "saved"), source])
     assert "is not a saved tokenizer" in refused([str(tmp_path / "full"), str(tmp_path / "b.ckpt")])
     assert "--patch is 2, which is not for a DST" in refused([str(tmp_path / "saved"), str(tmp_path / "b.ckpt"), "--patch", "2"])
-    assert main([str(tmp_path / "saved"), source, "--overwrite"]) == 0
+    assert convert([str(tmp_path / "saved"), source, "--overwrite"]) == 0
     assert read_tensors(tmp_path / "saved" / "tokenizer.safetensors").keys() == read_ldm(Path(source))[1].keys()
 
 

@@ -11,58 +11,49 @@ import torch
 import tyro
 
 from continuar.checkpoints.store import PipelineConfig
-from continuar.checkpoints.tokenizers import for_model
-from continuar.cli.common import RunningSettings, load_official, parse
+from continuar.cli.common import Autoencoder, Device, RunningSettings, add_tokenizer, at_least, load_pipeline
 from continuar.devices import pick_device
-from continuar.errors import require, unknown_name
-from continuar.pipeline import Pipeline, load, shipped_models
+from continuar.errors import unknown_name
+from continuar.pipeline import Pipeline, shipped_models
 from continuar.recipes import RECIPES
 from continuar.sampling.generate import SamplingInput, make_plan
 from continuar.sampling.speed import Speed, matmul_peak, measure
-from continuar.tokenizers import LatentConfig, LatentTokenizer, PixelConfig
+from continuar.tokenizers import LatentTokenizer, PixelConfig
 from continuar.training.config import BaseRun
 from continuar.training.estimate import generation_flops
 
-_HELP = """usage: continuar bench sample MODEL|RECIPE [--batch 1 8 64] [options]
-
-How fast images are generated here: seconds per image, memory, where the time goes, and the floor that arithmetic alone sets.
-`continuar bench sample --help` lists the options.
-"""
-_DESCRIPTION = (
-    "Seconds per image, memory, the shares of head, transformer and decoder, and the distance from the floor: the model's FLOPs at "
-    "the speed of one large matrix product, measured at the same time (bfloat16 on a GPU, float32 on a CPU). A recipe is "
-    "measured with random weights, whose images are noise and whose time is the same."
-)
-
 
 @dataclass(frozen=True)
-class Arguments:
-    """Measure generation."""
+class Options:
+    """Options of `continuar bench sample`."""
 
-    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL|RECIPE")]
-    """A run directory, a saved model, a shipped name, an official MAR checkpoint file, or the name of a recipe."""
+    model: Annotated[
+        tyro.conf.Positional[str],
+        tyro.conf.arg(
+            metavar="MODEL|RECIPE",
+            help="A run directory, a saved model, the name of a shipped model or of a recipe, or an official MAR checkpoint file.",
+        ),
+    ]
     batch: tuple[int, ...] = (1, 8)
-    """Batch sizes, one row each."""
+    """Batch sizes to measure; each gives one row."""
     settings: Annotated[RunningSettings, tyro.conf.arg(name="")] = field(default_factory=RunningSettings)
-    tokenizer: str | None = None
-    """For a model of latents: its autoencoder; without it, decoding is not measured."""
+    tokenizer: Autoencoder = None
     repeats: int = 2
-    """Generations that are timed, after one that warms up."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:N or mps."""
+    """Timed generations per batch size, after one that warms up."""
+    device: Device = "auto"
 
 
-def main(arguments: list[str]) -> int:
-    """See the module's docstring."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(_HELP, end="")
-        return 0
-    if arguments[0] != "sample":
-        raise unknown_name("bench command", arguments[0], ["sample"])
-    options = parse(Arguments, arguments[1:], prog="continuar bench sample", description=_DESCRIPTION)
-    require(options.repeats >= 1, f"--repeats is {options.repeats}; allowed: 1 or more")
+def run(options: Options) -> None:
+    """Measure how fast images are generated here.
+
+    One row per batch size: seconds per image, memory, the shares of transformer, head and decoder, and the distance from the floor.
+    The floor is the time of the model's FLOPs at the speed of one large matrix product, measured in the same run (bfloat16 on a
+    GPU, float32 on a CPU). A recipe is measured with random weights: its images are noise, its time is the same. A model of latents
+    is measured without decoding if no --tokenizer is given.
+    """
+    at_least(1, repeats=options.repeats)
     for size in options.batch:
-        require(size >= 1, f"--batch is {size}; allowed: 1 or more")
+        at_least(1, batch=size)
     pipe = _pipeline(options.model, options.tokenizer, options.device)
     settings = pipe.defaults.override(**options.settings.given())
     plan = make_plan(pipe.model.order, settings, pipe.model.order.seq_len)
@@ -78,7 +69,6 @@ def main(arguments: list[str]) -> int:
         start = SamplingInput.blank(pipe.file.model.tokens, seeds, seeds % len(pipe.classes) if pipe.classes else None)
         speed = measure(engine, start, settings, options.repeats)
         print(_row(speed, floor, _decoding(pipe, start.tokens)), flush=True)
-    return 0
 
 
 def _row(speed: Speed, floor: float, decoding: float | None) -> str:
@@ -108,19 +98,12 @@ def _decoding(pipe: Pipeline, tokens: torch.Tensor) -> float | None:
 
 def _pipeline(name: str, tokenizer: str | None, device: str) -> Pipeline:
     """A model, or a recipe's with random weights."""
-    if Path(name).suffix == ".pth" and Path(name).is_file():
-        pipe = load_official(Path(name), weights="ema", device=device)
-    elif name in shipped_models() or Path(name).exists():
-        pipe = load(name, device=device)
-    elif name in RECIPES:
-        pipe = _random(RECIPES[name](), device)
-    else:
+    if name in shipped_models() or Path(name).exists():
+        return load_pipeline(name, tokenizer, weights="ema", device=device, tokens_only=True)
+    if name not in RECIPES:
         raise unknown_name("model or recipe", name, dict.fromkeys((*shipped_models(), *RECIPES)))
-    if tokenizer is not None:
-        config = pipe.file.tokenizer
-        require(isinstance(config, LatentConfig), f"--tokenizer is {tokenizer}, but {name} has a tokenizer of its own")
-        assert isinstance(config, LatentConfig)
-        pipe.tokenizer = for_model(config, tokenizer).to(pipe.device)
+    pipe = _random(RECIPES[name](), device)
+    add_tokenizer(pipe, name, tokenizer, needed=False)
     return pipe
 
 

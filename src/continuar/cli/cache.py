@@ -7,29 +7,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import tyro
 
 from continuar.caching import CacheCheck, CacheOptions, CacheReport, build_cache, cache_info, check_cache
 from continuar.checkpoints.tokenizers import Changes, find_saved, load_tokenizer
-from continuar.cli.common import parse, progress_bars
+from continuar.cli.common import Device, Ids, ImageSize, Split, at_least, local_device, progress_bars
 from continuar.data.latent_cache import LatentCache
 from continuar.data.sources import find_source
-from continuar.devices import pick_device
 from continuar.errors import UserError, require
 from continuar.pictures import grid, save_png
 from continuar.tokenizers import LatentConfig
 
-_MAKE = (
-    "Encode every image of DATA and its mirror image once, and keep the latents (posterior moments, or ids) in DST. "
-    "Killed, the same command goes on where it stopped; under torchrun each process makes its share."
-)
-_CHECK = "Check a cache: checksums, tokenizer, labels, latents and decoded images against the source, standard deviation of tokens."
-
 
 @dataclass(frozen=True)
-class Arguments:
-    """Make a cache of latents."""
+class Options:
+    """Options of `continuar cache`."""
 
     data: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DATA")]
     """A folder of class folders, Parquet files, or WebDataset tars."""
@@ -38,21 +30,17 @@ class Arguments:
     dst: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DST")]
     """The cache's directory."""
     options: Annotated[CacheOptions, tyro.conf.arg(name="")] = field(default_factory=CacheOptions)
-    split: str = "train"
-    """Which part of the data, where there are several."""
-    image_size: int | None = None
-    """Pixels; the tokenizer's own if not given."""
-    ids: bool = False
-    """Of a VQ autoencoder: ids of the codebook instead of vectors before quantisation."""
+    split: Split = "train"
+    image_size: ImageSize = None
+    ids: Ids = False
     rebuild: bool = False
     """Also make shards anew whose checksum is wrong."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:N or mps. Under torchrun, auto is the process's own GPU."""
+    device: Device = "auto"
 
 
 @dataclass(frozen=True)
-class CheckArguments:
-    """Check a cache of latents."""
+class CheckOptions:
+    """Options of `continuar cache check`."""
 
     dst: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DST")]
     """The cache's directory."""
@@ -64,21 +52,20 @@ class CheckArguments:
     """Images to encode anew."""
     out: Path | None = None
     """Write source and decoded images, side by side, to this PNG file."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:N or mps."""
+    device: Device = "auto"
 
 
-def main(arguments: list[str]) -> int:
-    """See the module's docstring."""
-    if arguments[:1] == ["check"]:
-        return _check(arguments[1:])
-    options = parse(Arguments, arguments, prog="continuar cache", description=_MAKE)
+def run(options: Options) -> None:
+    """Encode every image of DATA and its mirror image once, and keep the latents (posterior moments, or ids) in DST.
+
+    The same command continues where a killed one stopped. Under torchrun each process encodes its share.
+    """
     rank, world_size = _place()
     source = find_source(options.data, options.split)
     tokenizer = load_tokenizer(options.tokenizer, Changes(options.image_size, ids=options.ids or None))
     if isinstance(tokenizer.config, LatentConfig):
         raise UserError(f"{options.tokenizer} is a tokenizer without an encoder; give the autoencoder itself")
-    tokenizer = tokenizer.to(_device(options.device))
+    tokenizer = tokenizer.to(local_device(options.device))
     where = (str(_absolute(options.tokenizer)), str(options.data.absolute()), options.split)
     info = cache_info(source, tokenizer, options.options, where=where)
     with progress_bars(shown=rank == 0) as bar:
@@ -94,7 +81,6 @@ def main(arguments: list[str]) -> int:
             on_progress=bar("caching"),
         )
     print(summary(report, options.dst), end="")
-    return 0
 
 
 def summary(report: CacheReport, directory: Path) -> str:
@@ -112,21 +98,20 @@ def summary(report: CacheReport, directory: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _check(arguments: list[str]) -> int:
-    options = parse(CheckArguments, arguments, prog="continuar cache check", description=_CHECK)
-    require(options.samples >= 1, f"--samples is {options.samples}; allowed: 1 or more")
+def check(options: CheckOptions) -> None:
+    """Check a cache: checksums, tokenizer, labels, latents and decoded images against the source, standard deviation of tokens."""
+    at_least(1, samples=options.samples)
     cache = LatentCache(options.dst)
     info = cache.info
     where = info.tokenizer if options.tokenizer is None else options.tokenizer
     ids = info.dtype == "int32" and len(info.shape) == 1
-    tokenizer = load_tokenizer(where, Changes(info.image_size, ids=ids or None)).to(pick_device(options.device))
+    tokenizer = load_tokenizer(where, Changes(info.image_size, ids=ids or None)).to(local_device(options.device))
     source = find_source(Path(info.source) if options.data is None else options.data, info.split)
     found = check_cache(cache, source, tokenizer, samples=options.samples)
     print(check_summary(found), end="")
     if options.out is not None:
         save_png(grid(found.pictures, None, columns=8), options.out)
         print(f"pictures   {options.out}")
-    return 0
 
 
 def check_summary(found: CacheCheck) -> str:
@@ -154,12 +139,6 @@ def _place() -> tuple[int, int]:
     fits = rank.isdecimal() and world_size.isdecimal() and int(rank) < int(world_size)
     require(fits, f"RANK is '{rank}' and WORLD_SIZE '{world_size}'; allowed: 0 up to below the world size, as torchrun sets them")
     return int(rank), int(world_size)
-
-
-def _device(name: str) -> torch.device:
-    local = os.environ.get("LOCAL_RANK", "")
-    own = name == "auto" and local.isdecimal() and torch.cuda.is_available()
-    return pick_device(f"cuda:{int(local) % torch.cuda.device_count()}" if own else name)
 
 
 def _absolute(source: str) -> Path | str:

@@ -1,16 +1,7 @@
-"""Arguments to dataclasses, by tyro; a value that a dataclass refuses becomes its own one-line error.
+"""Pieces that commands share: parsing, progress display, recipes, options, and loading a model.
 
-Progress bars on standard error; each appears when there is progress to show.
-
-What commands that begin with a recipe's name have in common.
-
-The sampling options of every head as command-line options, from the closed table of heads: a new head needs no line here.
-
-The options that choose a feature network, and the device of a process, shared by ``stats``, ``evaluate`` and ``sweep``.
-
-What a command's MODEL and --tokenizer name, as a pipeline.
-
-What the commands that generate share: their settings, their progress bar, and a place to write to.
+A command is a function with one parameter ``options``, a dataclass. tyro makes its command-line options from the fields of the
+dataclass, and its help from their docstrings and from the docstring of the function.
 """
 
 from __future__ import annotations
@@ -25,7 +16,7 @@ import re
 import sys
 import textwrap
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -37,6 +28,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from continuar import distributed
 from continuar.checkpoints.mar import model_file, read_official, to_continuar
 from continuar.checkpoints.store import load_state
 from continuar.checkpoints.tokenizers import for_model
@@ -45,104 +37,189 @@ from continuar.devices import pick_device
 from continuar.errors import UserError, require
 from continuar.evaluation.networks import FeatureNetwork, load_network
 from continuar.heads import HeadOptions, option_names
-from continuar.pipeline import Pipeline, Weights, load
+from continuar.pipeline import Pipeline, Weights, load, shipped_models
+from continuar.recipes import Recipes, find_recipe
 from continuar.sampling.engines import EngineName
 from continuar.sampling.fast.weights import Precision
 from continuar.sampling.generate import SamplingOptions, make_plan
-from continuar.tokenizers import LatentConfig
+from continuar.tokenizers import LatentConfig, TokenSpec
 
 T = TypeVar("T")
 
 
+# Parsing.
+
+
+def run_command(command: Callable[[Any], None], name: str, arguments: list[str]) -> None:
+    """Runs a command with the options that ``arguments`` give.
+
+    Raises:
+        UserError: a value out of range, an unknown recipe, or whatever the command refuses.
+        SystemExit: --help (0), or an option that does not exist (2); tyro has printed the message.
+    """
+    kind, about = typing.get_type_hints(command)["options"], inspect.getdoc(command) or ""
+    if not issubclass(kind, RecipeOptions):
+        command(parse(kind, arguments, prog=name, description=about))
+        return
+    if not arguments or arguments[0] in ("-h", "--help", "--list"):
+        print(("" if arguments == ["--list"] else f"{about}\n\n") + list_recipes(kind.recipes))
+        return
+    recipe_name, rest = arguments[0], arguments[1:]
+    require(not recipe_name.startswith("-"), f"the recipe comes first, not '{recipe_name}': {name} RECIPE {recipe_name} ...")
+    recipe = find_recipe(recipe_name, kind.recipes)
+    default = kind(recipe(), recipe_name)
+    command(parse(kind, rest, prog=f"{name} {recipe_name}", description=inspect.getdoc(recipe) or "", default=default))
+
+
 def parse(kind: type[T], arguments: Sequence[str], *, prog: str, description: str, default: T | None = None) -> T:
-    """An instance of the dataclass ``kind``; fields of ``default`` are what is not given.
+    """An instance of the dataclass ``kind``; ``default`` supplies the fields that are not given.
 
     Raises:
         UserError: a value out of range.
-        SystemExit: --help (0), or an option that does not exist (2); tyro has printed what to say.
+        SystemExit: --help (0), or an option that does not exist (2); tyro has printed the message.
     """
-    config: tuple[Any, ...] = (tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff)
-    given: dict[str, Any] = {} if default is None else {"default": default}
+    # A comment above a field says why the code is so; it is no help text.
+    config: tuple[Any, ...] = (tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff, tyro.conf.HelptextFromCommentsOff)
+    defaults: dict[str, Any] = {} if default is None else {"default": default}
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(kind, args=arguments, prog=prog, description=description, config=config, **given)
+            return tyro.cli(kind, args=arguments, prog=prog, description=description, config=config, **defaults)
     except SystemExit as stop:
-        problem = _user_error(stop)
-        if problem is not None:
-            raise problem from None
+        # tyro turns a ValueError of a dataclass into a box of many lines. The UserError below it is the one line to show.
+        cause = stop.__cause__ or stop.__context__
+        while cause is not None and not isinstance(cause, UserError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is not None:
+            raise cause from None
         print(errors.getvalue(), end="", file=sys.stderr)
         raise
 
 
-def _user_error(error: BaseException) -> UserError | None:
-    """The `UserError` that an exception was raised while handling, if there is one."""
-    cause = error.__cause__ or error.__context__
-    while cause is not None and not isinstance(cause, UserError):
-        cause = cause.__cause__ or cause.__context__
-    return cause
+def at_least(least: int, **values: int | None) -> None:
+    """Refuses options below ``least``; one that is not given (None) passes.
+
+    Raises:
+        UserError: the first value that is too small.
+    """
+    for name, value in values.items():
+        require(value is None or value >= least, f"--{name.replace('_', '-')} is {value}; allowed: {least} or more")
 
 
-Bar = Callable[[int, int], None]
-"""To be called with (done, total)."""
+# Progress.
+
+
+class ShowProgress(typing.Protocol):
+    """Moves one bar: ``done`` of ``total``, with a text behind it that stays until another is given."""
+
+    def __call__(self, done: int, total: int, status: str = "", /) -> None: ...
 
 
 @contextmanager
-def progress_bars(shown: bool = True) -> Iterator[Callable[[str], Bar]]:
-    """Yields what makes a bar of a name."""
+def progress_bars(shown: bool = True) -> Iterator[Callable[[str], ShowProgress]]:
+    """Progress bars on standard error. Yields a function that makes a bar of a name; the bar appears when it first moves."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    progress = Progress(*columns, console=Console(file=sys.stderr), disable=not shown)
+    console = Console(file=sys.stderr)
+    progress = Progress(*columns, TextColumn("{task.fields[status]}"), console=console, disable=not shown)
     tasks: dict[str, TaskID] = {}
 
-    def bar(name: str) -> Bar:
-        def update(done: int, total: int) -> None:
+    def bar(name: str) -> ShowProgress:
+        def update(done: int, total: int, status: str = "", /) -> None:
             if not tasks:
                 progress.start()
             if name not in tasks:
-                tasks[name] = progress.add_task(name, total=total)
+                tasks[name] = progress.add_task(name, total=total, status="")
             progress.update(tasks[name], completed=done, total=total)
+            if status:
+                progress.update(tasks[name], status=status)
 
         return update
 
     try:
         yield bar
     finally:
+        # A display that never started would still print an empty line.
         if tasks:
             progress.stop()
 
 
-Recipes = Mapping[str, Callable[[], Any]]
+# Options.
+
+Model = Annotated[
+    tyro.conf.Positional[str],
+    tyro.conf.arg(
+        metavar="MODEL",
+        help=f"A run directory, a saved model, a shipped one ({', '.join(shipped_models())}), or an official MAR checkpoint file.",
+    ),
+]
+Device = Annotated[str, tyro.conf.arg(help="auto, cpu, cuda, cuda:N or mps.")]
+RunWeights = Annotated[Weights, tyro.conf.arg(help="Weights of a training run to use: averaged (ema) or raw.")]
+Autoencoder = Annotated[
+    str | None,
+    tyro.conf.arg(
+        help="Autoencoder of a model of latents: a saved tokenizer, a file in LDM's layout such as kl16.ckpt, a diffusers "
+        "directory or a hub id."
+    ),
+]
+Ids = Annotated[
+    bool, tyro.conf.arg(help="For a VQ autoencoder: make ids of the codebook, instead of the vectors before quantisation.")
+]
+Split = Annotated[str, tyro.conf.arg(help="Part of the data to read, if it has several.")]
+ImageSize = Annotated[
+    int | None, tyro.conf.arg(help="Side of the images in pixels.", help_behavior_hint="(default: the tokenizer's own)")
+]
+_MODEL_DEFAULT = tyro.conf.arg(help_behavior_hint="(default: the model's)")
 
 
-def split_recipe(arguments: list[str], command: str, help_text: str, listed: Recipes | None = None) -> tuple[str, list[str]] | None:
-    """The recipe's name and the options behind it; None where only help or a list was asked for, which is printed.
+# Recipes.
 
-    Args:
-        command: how the user calls it, without the recipe.
-        listed: recipes that --help and --list show.
 
-    Raises:
-        UserError: an option comes first.
-    """
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(f"{help_text}\n{list_recipes(listed)}" if listed else help_text, end="")
-        return None
-    if listed and arguments[0] == "--list":
-        print(list_recipes(listed), end="")
-        return None
-    name, rest = arguments[0], arguments[1:]
-    require(not name.startswith("-"), f"the recipe comes first, not '{name}': {command} RECIPE {name} ...")
-    return name, rest
+@dataclass(frozen=True)
+class RecipeOptions:
+    """Options of a command whose first argument is the name of a recipe. The recipe's own fields are options, too."""
+
+    recipes: typing.ClassVar[Recipes]
+    """The recipes that the command takes, by name."""
+
+    run: Annotated[Any, tyro.conf.arg(name="")]
+    recipe: tyro.conf.Suppress[str]
 
 
 def list_recipes(recipes: Recipes) -> str:
     """One line per recipe: its name and the first line of its docstring."""
     width = max(map(len, recipes))
-    return "recipes:\n" + "".join(f"  {n:<{width}}  {(inspect.getdoc(r) or '').splitlines()[0]}\n" for n, r in recipes.items())
+    return "recipes:\n" + "\n".join(
+        f"  {n:<{width}}  {(inspect.getdoc(r) or '').partition(chr(10))[0]}" for n, r in recipes.items()
+    )
+
+
+@dataclass(frozen=True)
+class TrainingOptions(RecipeOptions):
+    """Options of a training besides the recipe's own fields."""
+
+    out: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="(default: runs/RECIPE)")] = None
+    """The run directory."""
+    resume: bool = False
+    """Continue the run in that directory exactly, from its newest intact checkpoint."""
+    force: bool = False
+    """Resume although the config differs from the one with which the run began."""
+    device: Device = "auto"
+    dry_run: bool = False
+    """Print the resolved config, the parameters and what training costs, and stop."""
+
+    @property
+    def directory(self) -> Path:
+        """The run directory."""
+        return self.out or Path("runs") / self.recipe
+
+    def process_device(self) -> torch.device:
+        """The device, or under torchrun this process's own one."""
+        device = pick_device(self.device)
+        return distributed.local_device(device) if distributed.processes() else device
 
 
 def field_docs(config: type) -> dict[str, str]:
-    """The string that stands behind each field of a dataclass, by the field's name."""
+    """The docstring behind each field of a dataclass, by the field's name."""
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(config))).body
     assert isinstance(definition, ast.ClassDef)
     docs = {}
@@ -153,8 +230,8 @@ def field_docs(config: type) -> dict[str, str]:
     return docs
 
 
-def _fields() -> list[tuple[str, Any, Any]]:
-    """One optional field per option: name, type, default None; its help names the head it belongs to."""
+def _head_fields() -> list[tuple[str, Any, Any]]:
+    """One optional field per sampling option of a head: name, type, default None; its help names the head."""
     found: dict[str, tuple[str, Any, Any]] = {}
     for config in members(HeadOptions):
         hints, docs = typing.get_type_hints(config), field_docs(config)
@@ -165,143 +242,91 @@ def _fields() -> list[tuple[str, Any, Any]]:
     return list(found.values())
 
 
+# Made from the closed table of heads, so that a new head needs no line here.
 if TYPE_CHECKING:
 
     class AnyHeadOptions:
-        """Stands for the class below, which has as many fields as the heads have options."""
+        """Sampling options of every head; each is None if it is not given."""
 else:
-    AnyHeadOptions = dataclasses.make_dataclass("AnyHeadOptions", _fields(), frozen=True)
-
-
-def given(options: Any) -> dict[str, Any]:
-    """The options that were given, by name."""
-    return {k: v for k, v in dataclasses.asdict(options).items() if v is not None}
+    AnyHeadOptions = dataclasses.make_dataclass("AnyHeadOptions", _head_fields(), frozen=True)
 
 
 @dataclass(frozen=True)
 class NetworkOptions:
-    """Which features images are compared by."""
+    """The network whose features are compared."""
 
     network: str = "inception"
-    """inception (the FID network), squeezenet, classifier, dinov2 or pixels; only the first gives what is called FID."""
+    """inception (the FID network), squeezenet, classifier, dinov2 or pixels. Only inception gives what is called FID."""
     network_weights: Path | None = None
-    """Its weights: a file, or a directory for classifier and dinov2."""
+    """Weights of the network: a file, or a directory for classifier and dinov2."""
 
     def load(self, device: torch.device) -> FeatureNetwork:
         """The network on a device."""
         return load_network(self.network, self.network_weights, device)
 
 
-def local_device(name: str) -> torch.device:
-    """As `pick_device`, with a GPU for each process of a machine under torchrun."""
-    device = pick_device(name)
-    spread = device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ
-    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if spread else device
-
-
-def load_pipeline(model: str, tokenizer: str | None, *, weights: Weights, device: str | torch.device) -> Pipeline:
-    """A model that can make images.
-
-    Args:
-        model: a run directory, a saved model, a shipped name, or an official MAR checkpoint file.
-        tokenizer: for a model of latents, its autoencoder; see `load_tokenizer`.
-
-    Raises:
-        UserError: not found, unreadable, or an autoencoder that is lacking, not needed or unfitting.
-    """
-    if Path(model).suffix == ".pth" and Path(model).is_file():
-        pipe = load_official(Path(model), weights=weights, device=device)
-    else:
-        pipe = load(model, weights=weights, device=device)
-    config = pipe.file.tokenizer
-    if isinstance(config, LatentConfig):
-        need = f"{model} makes latents of the autoencoder '{config.autoencoder}'; give it by --tokenizer (kl16.ckpt, a directory)"
-        if tokenizer is None:
-            raise UserError(need)
-        pipe.tokenizer = for_model(config, tokenizer).to(pipe.device)
-    else:
-        require(tokenizer is None, f"--tokenizer is {tokenizer}, but {model} has a tokenizer of its own, of kind '{config.kind}'")
-    return pipe
-
-
-def load_official(path: Path, *, weights: Weights, device: str | torch.device) -> Pipeline:
-    """An official MAR checkpoint file as it is; nothing is written."""
-    official = read_official(path, weights)
-    file, _ = model_file(official)
-    state = to_continuar(official.state, file.model, str(path))
-    with torch.device("meta"):
-        model = file.model.build()
-    model.to_empty(device="cpu")
-    load_state(model, state, str(path))
-    return Pipeline(file, model.float().to(pick_device(device)))
-
-
-LISTED = "samples.json"
-
-
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How to generate; what is not given is the model's own."""
+    """Sampling settings; the model has its own for those that are not given."""
 
-    steps: int | None = None
+    steps: Annotated[int | None, _MODEL_DEFAULT] = None
     """Autoregressive steps, 1 to the number of tokens."""
-    guidance_scale: Annotated[float | None, tyro.conf.arg(aliases=["--guidance"])] = None
+    guidance_scale: Annotated[float | None, tyro.conf.arg(aliases=["--guidance"], help_behavior_hint="(default: the model's)")] = (
+        None
+    )
     """Scale of classifier-free guidance, 0 or more; 1 is none."""
-    guidance_schedule: Literal["linear", "constant"] | None = None
-    """How guidance grows over the steps."""
-    temperature: float | None = None
-    """0 or more; lower is less diverse."""
+    guidance_schedule: Annotated[Literal["linear", "constant"] | None, _MODEL_DEFAULT] = None
+    """Guidance over the steps: growing linearly to the scale, or the scale at every step."""
+    temperature: Annotated[float | None, _MODEL_DEFAULT] = None
+    """Sampling temperature, 0 or more; lower is less diverse."""
     head: Annotated[AnyHeadOptions, tyro.conf.arg(name="")] = field(default_factory=AnyHeadOptions)
 
     def given(self) -> dict[str, Any]:
-        """What was given, by name, as `Pipeline.__call__` takes it."""
-        own = {"steps": self.steps, "guidance_scale": self.guidance_scale, "guidance_schedule": self.guidance_schedule}
-        return {k: v for k, v in (own | {"temperature": self.temperature}).items() if v is not None} | given(self.head)
+        """The settings that were given, by name, as `Pipeline.__call__` takes them."""
+        names = ("steps", "guidance_scale", "guidance_schedule", "temperature")
+        settings = {name: getattr(self, name) for name in names} | dataclasses.asdict(typing.cast(Any, self.head))
+        return {name: value for name, value in settings.items() if value is not None}
 
 
 @dataclass(frozen=True)
 class RunningSettings(SamplingSettings):
-    """How to generate, and who computes it."""
+    """Sampling settings, and the engine that computes."""
 
     engine: EngineName = "auto"
-    """Who generates: eager, readably; graphs, faster and equal to it; auto, graphs where it can run the model."""
+    """eager: the readable loop. fast: equal to it, and faster. auto: fast where it can run the model."""
     precision: Precision = "float32"
-    """float32, or bfloat16 for the matrix products of the graphs engine: faster on a GPU, images slightly other than float32's."""
+    """Precision of matrix products. bfloat16 needs the fast engine and is faster on a GPU; images differ slightly."""
 
     def running(self) -> dict[str, Any]:
-        """How the pipeline is to compute, as it takes it."""
+        """How to compute, by name, as `Pipeline.__call__` takes it."""
         return {"engine": self.engine, "precision": self.precision}
 
 
 @dataclass(frozen=True)
 class Settings(RunningSettings):
-    """How to generate, and with what."""
+    """Sampling settings, the engine, and the model's weights, autoencoder and device."""
 
     batch_size: int = 64
-    """Images generated at once."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:N or mps."""
-    weights: Literal["ema", "raw"] = "ema"
-    """Which weights of a training run."""
-    tokenizer: str | None = None
-    """For a model of latents: its autoencoder (a saved tokenizer, an LDM-layout file such as kl16.ckpt, a diffusers directory or
-    hub id)."""
+    """Images generated together."""
+    device: Device = "auto"
+    weights: RunWeights = "ema"
+    tokenizer: Autoencoder = None
 
     def load(self, model: str) -> Pipeline:
-        """The model, on the device, with the autoencoder that was given for its latents.
+        """The model on the device, with its autoencoder.
 
         Raises:
-            UserError: no such model or device, or an autoencoder that is lacking or unfitting.
+            UserError: no such model or device, or an autoencoder that is lacking or does not fit.
         """
-        require(self.batch_size >= 1, f"--batch-size is {self.batch_size}; allowed: 1 or more")
+        at_least(1, batch_size=self.batch_size)
         return load_pipeline(model, self.tokenizer, weights=self.weights, device=self.device)
 
     def running(self) -> dict[str, Any]:
-        """How the pipeline is to compute, as it takes it."""
+        """How to compute, by name, as `Pipeline.__call__` takes it."""
         return {"batch_size": self.batch_size, **super().running()}
 
     def options(self, pipe: Pipeline) -> SamplingOptions:
-        """The model's own options, overridden by what was given.
+        """The model's own options, overridden by those that were given.
 
         Raises:
             UserError: a value out of range, or steps that the model cannot take.
@@ -313,8 +338,77 @@ class Settings(RunningSettings):
         return options
 
 
+def tokens_text(spec: TokenSpec) -> str:
+    """Number, grid and kind of tokens, for people: ``16 (4 x 4) of dim 4``."""
+    kind = f"of dim {spec.dim}" if spec.kind == "vector" else f"of {spec.vocabulary} ids"
+    return f"{spec.seq_len} ({spec.grid[0]} x {spec.grid[1]}) {kind}"
+
+
+# Loading a model, and where to compute and to write.
+
+
+def local_device(name: str) -> torch.device:
+    """The device a name means. Under torchrun, "auto" and "cuda" are the process's own GPU."""
+    device = pick_device(name)
+    rank = os.environ.get("LOCAL_RANK", "")
+    if device.type != "cuda" or device.index is not None or not rank.isdecimal():
+        return device
+    # More processes than GPUs share them: work without collectives, such as caching, is then still spread evenly.
+    return torch.device("cuda", int(rank) % torch.cuda.device_count())
+
+
+def load_pipeline(
+    model: str, tokenizer: str | None, *, weights: Weights, device: str | torch.device, tokens_only: bool = False
+) -> Pipeline:
+    """A model that can generate images.
+
+    Args:
+        model: a run directory, a saved model, a shipped name, or an official MAR checkpoint file.
+        tokenizer: the autoencoder of a model of latents, as `load_tokenizer` takes it.
+        tokens_only: a model of latents needs no autoencoder, because nothing is decoded.
+
+    Raises:
+        UserError: not found, unreadable, or an autoencoder that is lacking, not needed or does not fit.
+    """
+    if Path(model).suffix == ".pth" and Path(model).is_file():
+        pipe = load_official(Path(model), weights=weights, device=device)
+    else:
+        pipe = load(model, weights=weights, device=device)
+    add_tokenizer(pipe, model, tokenizer, needed=not tokens_only)
+    return pipe
+
+
+def add_tokenizer(pipe: Pipeline, model: str, tokenizer: str | None, *, needed: bool = True) -> None:
+    """Gives a model of latents its autoencoder.
+
+    Raises:
+        UserError: an autoencoder that is lacking, not needed or does not fit.
+    """
+    config = pipe.file.tokenizer
+    if not isinstance(config, LatentConfig):
+        require(tokenizer is None, f"--tokenizer is {tokenizer}, but {model} has a tokenizer of its own, of kind '{config.kind}'")
+    elif tokenizer is not None:
+        pipe.tokenizer = for_model(config, tokenizer).to(pipe.device)
+    elif needed:
+        raise UserError(
+            f"{model} generates latents of the autoencoder '{config.autoencoder}'; give it by --tokenizer: kl16.ckpt, a directory"
+        )
+
+
+def load_official(path: Path, *, weights: Weights, device: str | torch.device) -> Pipeline:
+    """An official MAR checkpoint file as a pipeline; nothing is written."""
+    official = read_official(path, weights)
+    file, _ = model_file(official)
+    state = to_continuar(official.state, file.model, str(path))
+    with torch.device("meta"):
+        model = file.model.build()
+    model.to_empty(device="cpu")
+    load_state(model, state, str(path))
+    return Pipeline(file, model.float().to(pick_device(device)))
+
+
 def make_writable(directory: Path) -> None:
-    """Makes the directory; fails before the work, not after it.
+    """Makes an output directory, and removes the images of an earlier call from it.
 
     Raises:
         UserError: it is a file.
@@ -322,24 +416,14 @@ def make_writable(directory: Path) -> None:
     """
     require(not directory.exists() or directory.is_dir(), f"--out is the file {directory}; allowed: a directory")
     directory.mkdir(parents=True, exist_ok=True)
+    # Fails before the work, not after it.
     probe = directory / ".writable"
     probe.touch()
     probe.unlink()
-    drop_earlier(directory)
-
-
-def drop_earlier(directory: Path) -> None:
-    """Removes what an earlier call wrote there, which would stand beside what is listed now; nothing else."""
-    if (directory / LISTED).is_file():
+    # Images of an earlier call would stand beside those that samples.json lists now. Nothing else is removed.
+    listed = directory / "samples.json"
+    if listed.is_file():
         for path in directory.iterdir():
             if re.fullmatch(r"\d{5}\.png|grid\.(png|gif)", path.name):
                 path.unlink()
-        (directory / LISTED).unlink()
-
-
-@contextmanager
-def progress_bar() -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr: what it yields is called with (steps done, steps in all)."""
-    with Progress(console=Console(file=sys.stderr)) as progress:
-        task = progress.add_task("generating", total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+        listed.unlink()

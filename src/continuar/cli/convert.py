@@ -12,21 +12,13 @@ from continuar.checkpoints.ldm import is_ldm
 from continuar.checkpoints.mar import Converted, describe, export_official, import_official
 from continuar.checkpoints.tokenizers import Changes, find_saved
 from continuar.cli import convert_tokenizer as autoencoders
-from continuar.cli.common import parse
 from continuar.errors import require
 from continuar.pipeline import find_model, shipped_models
 
-_DESCRIPTION = (
-    "Convert an official MAR checkpoint file into a saved model (DST a directory), or a saved model or run into an "
-    "official checkpoint file (DST ending in .pth). Or an autoencoder in the layout of latent diffusion (kl16.ckpt, kl-f16, "
-    "vq-f16, kl-f8) into a saved tokenizer, or back (DST ending in .ckpt). Every key and shape is checked, and no bit of a weight "
-    "changes."
-)
-
 
 @dataclass(frozen=True)
-class Arguments:
-    """Convert between official files (MAR checkpoints, autoencoders) and saved models and tokenizers."""
+class Options:
+    """Options of `continuar convert`."""
 
     src: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SRC")]
     """An official checkpoint or autoencoder file; or a saved model or tokenizer, a run directory, a checkpoint, a shipped name."""
@@ -57,42 +49,45 @@ class Arguments:
         return Changes(self.image_size, self.patch, self.scale, self.ids or None)
 
 
-def main(arguments: list[str]) -> int:
-    """See the module's docstring."""
-    options = parse(Arguments, arguments, prog="continuar convert", description=_DESCRIPTION)
+def run(options: Options) -> None:
+    """Convert official files into saved models and tokenizers, and back; no bit of a weight changes.
+
+    An official MAR checkpoint file becomes a saved model (DST a directory). A saved model or a run becomes an official checkpoint
+    file (DST ending in .pth). An autoencoder in the layout of latent diffusion (kl16.ckpt, kl-f16, vq-f16, kl-f8) becomes a saved
+    tokenizer (DST a directory), and back (DST ending in .ckpt). Every key and shape is checked.
+    """
     source, to_file = Path(options.src), options.dst.suffix in autoencoders.SUFFIXES
     if to_file or is_ldm(source):
         _check_unused(options, "an autoencoder", weights="ema", heads=None, decoder_heads=None)
         done = _export_autoencoder(options) if to_file else _import_autoencoder(options)
         print(autoencoders.summary(options.src, options.dst, done), end="")
-        return 0
+        return
     _check_unused(options, "a model", like=None, image_size=None, patch=None, scale=None, ids=False)
     done = _export(options) if options.dst.suffix == ".pth" else _import(options)
     print(summary(options.src, options.dst, done), end="")
-    return 0
 
 
-def _check_unused(options: Arguments, what: str, **unset: object) -> None:
+def _check_unused(options: Options, what: str, **unset: object) -> None:
     """Refuses options that mean nothing for ``what`` is converted."""
     for name, value in unset.items():
         given = getattr(options, name)
         require(given == value, f"--{name.replace('_', '-')} is {given}, which is not for {what}")
 
 
-def _import_autoencoder(options: Arguments) -> autoencoders.Converted:
+def _import_autoencoder(options: Options) -> autoencoders.Converted:
     require(not options.overwrite, "--overwrite is for a DST ending in .pth or .ckpt; a saved tokenizer is replaced without it")
     require(options.dst.suffix != ".pth", f"SRC {options.src} is an autoencoder, so DST must be a directory; it is {options.dst}")
     return autoencoders.import_tokenizer(Path(options.src), options.dst, options.changes, options.like)
 
 
-def _export_autoencoder(options: Arguments) -> autoencoders.Converted:
+def _export_autoencoder(options: Options) -> autoencoders.Converted:
     _check_unused(options, "a DST ending in .ckpt", like=None, image_size=None, patch=None, scale=None, ids=False)
     saved = find_saved(Path(options.src)) is not None
     require(saved, f"SRC {options.src} is not a saved tokenizer; a DST ending in .ckpt is made of one")
     return autoencoders.export_tokenizer(Path(options.src), options.dst, overwrite=options.overwrite)
 
 
-def _import(options: Arguments) -> Converted:
+def _import(options: Options) -> Converted:
     source = Path(options.src)
     ours = source.is_dir() or (not source.exists() and options.src in shipped_models())
     require(not ours, f"SRC {source} is not an official file, so DST must end in .pth; it is {options.dst}")
@@ -100,7 +95,7 @@ def _import(options: Arguments) -> Converted:
     return import_official(source, options.dst, weights=options.weights, heads=options.heads, decoder_heads=options.decoder_heads)
 
 
-def _export(options: Arguments) -> Converted:
+def _export(options: Options) -> Converted:
     require(not Path(options.src).is_file(), f"SRC and DST are both files; for {options.src}, DST must be a directory")
     for name, value in (("--heads", options.heads), ("--decoder-heads", options.decoder_heads)):
         require(value is None, f"{name} is {value}; a saved model knows its own, so it is not allowed here")

@@ -12,23 +12,19 @@ import torch
 import tyro
 
 from continuar.checkpoints.store import write_json
-from continuar.cli.common import Settings, make_writable, parse, progress_bar
+from continuar.cli.common import Settings, make_writable, progress_bars
 from continuar.errors import UserError, require
 from continuar.inpainting import edit, prepare, read_picture
 from continuar.models.dit import DiTConfig
 from continuar.pictures import grid, save_png
 
-_DESCRIPTION = (
-    "Generate a part of an image anew: what is white in the mask. Image and mask are cropped and scaled to the model's size; "
-    "pixels outside the mask come back unchanged. Settings that are not given are the model's own."
-)
 _COLUMNS = 6
 _LOG = logging.getLogger("continuar")
 
 
 @dataclass(frozen=True)
-class Arguments:
-    """Generate a part of an image anew."""
+class Options:
+    """Options of `continuar edit`."""
 
     model: tyro.conf.Positional[str]
     """A run directory, a saved model, or a shipped name."""
@@ -49,9 +45,12 @@ class Arguments:
     """The directory to write to: 00000.png ..., grid.png (image, masked, variants), samples.json."""
 
 
-def main(arguments: list[str]) -> int:
-    """See the module's docstring."""
-    options = parse(Arguments, arguments, prog="continuar edit", description=_DESCRIPTION)
+def run(options: Options) -> None:
+    """Generate the part of an image anew that is white in a mask.
+
+    Image and mask are cropped and scaled to the model's size. Pixels outside the mask come back unchanged. Settings that are not
+    given are the model's own.
+    """
     require(options.variants >= 1, f"--variants is {options.variants}; allowed: 1 or more")
     require(options.grow >= 0, f"--grow is {options.grow}; allowed: 0 or more rings of tokens")
     pipe = options.settings.load(options.model)
@@ -69,7 +68,8 @@ def main(arguments: list[str]) -> int:
     if config.order.fixed and known[known.argsort(descending=True, stable=True)].ne(known).any():
         _LOG.warning("the model goes row by row and never saw what comes after a hole; a random order suits editing")
     make_writable(options.out)
-    with progress_bar() as on_progress:
+    with progress_bars() as bar:
+        on_progress = bar("generating")
         images = edit(pipe, canvas, label, seeds, on_progress=on_progress, **options.settings.running(), **settings.to_dict())
     generated = int((~canvas.known_hw).sum())
     shared = {
@@ -94,4 +94,3 @@ def main(arguments: list[str]) -> int:
     save_png(grid(shown, captions, columns=min(_COLUMNS, len(shown))), options.out / "grid.png")
     write_json(options.out / "samples.json", entries)
     print(f"{len(images)} variants, {generated} of {canvas.known_hw.size} tokens generated: {options.out / 'grid.png'}")
-    return 0

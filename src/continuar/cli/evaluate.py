@@ -4,41 +4,40 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
-from continuar.cli.common import NetworkOptions, RunningSettings, load_pipeline, local_device, parse, progress_bars
+from continuar.cli.common import (
+    Autoencoder,
+    Device,
+    NetworkOptions,
+    RunningSettings,
+    RunWeights,
+    load_pipeline,
+    local_device,
+    progress_bars,
+)
 from continuar.distributed import evaluation_processes
 from continuar.errors import require
 from continuar.evaluation.run import RESULT, EvaluationOptions, evaluate
 from continuar.evaluation.samples import GeneratedSamples, Samples, open_images
 from continuar.pipeline import Pipeline, Weights
 
-_DESCRIPTION = (
-    "Score a model's images, or images on disk, against real ones: Frechet distance (FID with the FID Inception weights), "
-    "inception score, kernel distance, precision and recall, density and coverage. Image i has the seed SEED + i and shows class "
-    "i mod classes. Under torchrun the processes share the work. The same command continues an interrupted evaluation."
-)
-
 
 @dataclass(frozen=True)
-class ScoringArguments:
-    """Arguments of `continuar evaluate` and `continuar sweep`."""
+class ScoringOptions:
+    """Options of `continuar evaluate` and `continuar sweep`."""
 
     reference: str = ""
     """What to score against: an .npz file of `continuar stats` or of ADM's suite, a folder of images, Parquet or tars."""
     features: Annotated[NetworkOptions, tyro.conf.arg(name="")] = field(default_factory=NetworkOptions)
     seed: int = 0
     """Seed of the first image."""
-    weights: Literal["ema", "raw"] = "ema"
-    """Which weights of a training run."""
-    tokenizer: str | None = None
-    """For a model of latents: its autoencoder (a saved tokenizer, an LDM-layout file such as kl16.ckpt, a diffusers directory or
-    hub id)."""
+    weights: RunWeights = "ema"
+    tokenizer: Autoencoder = None
     settings: Annotated[RunningSettings, tyro.conf.arg(name="")] = field(default_factory=RunningSettings)
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:N or mps."""
+    device: Device = "auto"
 
     def load(self, model: str, weights: Weights) -> Pipeline:
         """Loads a model on this process's device."""
@@ -46,8 +45,8 @@ class ScoringArguments:
 
 
 @dataclass(frozen=True)
-class Arguments(ScoringArguments):
-    """Score images."""
+class Options(ScoringOptions):
+    """Options of `continuar evaluate`."""
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[MODEL]")] = ""
     """A run directory, a saved model, a shipped name, or an official MAR checkpoint file."""
@@ -60,9 +59,13 @@ class Arguments(ScoringArguments):
     """The directory to write to: result.json, samples.png, and the features of finished batches."""
 
 
-def main(arguments: list[str]) -> int:
-    """Runs the command; prints the report in the first process."""
-    options = parse(Arguments, arguments, prog="continuar evaluate", description=_DESCRIPTION)
+def run(options: Options) -> None:
+    """Score the images of a model, or images on disk, against real ones.
+
+    The scores are the Frechet distance (FID with the FID Inception weights), inception score, kernel distance, precision and recall,
+    density and coverage. Image i has the seed SEED + i and shows class i mod classes. Under torchrun the processes share the work.
+    The same command continues an interrupted evaluation.
+    """
     require(bool(options.reference), "--reference is missing: what should the images be scored against?")
     with evaluation_processes() as group, progress_bars(shown=group.is_first) as bar:
         network = options.features.load(local_device(options.device))
@@ -70,10 +73,9 @@ def main(arguments: list[str]) -> int:
         report = evaluate(samples, options.reference, network, options.out, options=options.options, group=group, bar=bar)
     if report is not None:
         print(f"{report.table()}written  {options.out / RESULT}")
-    return 0
 
 
-def _samples(options: Arguments) -> Samples:
+def _samples(options: Options) -> Samples:
     given = options.settings.given()
     if options.images_from is not None:
         require(not options.model, f"--images-from is given, and the model '{options.model}'; allowed: one of them")

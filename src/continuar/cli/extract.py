@@ -10,20 +10,14 @@ import torch
 import tyro
 
 from continuar.checkpoints.store import is_replaceable, load_state
-from continuar.cli.common import parse
 from continuar.errors import require
 from continuar.pipeline import Pipeline
 from continuar.training.power_ema import reconstruct
 
-_DESCRIPTION = (
-    "Write a saved model, ready to share, from a training run: its averaged weights, its raw weights, or an average of a length "
-    "chosen now (from a run with --ema.snapshot-images). Weights that several processes wrote are joined."
-)
-
 
 @dataclass(frozen=True)
-class Arguments:
-    """What to take out of a run."""
+class Options:
+    """Options of `continuar extract`."""
 
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """A run directory, or one of its checkpoints."""
@@ -39,9 +33,12 @@ class Arguments:
     """Store weights in bfloat16, at half the size."""
 
 
-def main(arguments: list[str]) -> int:
-    """See the module's docstring."""
-    options = parse(Arguments, arguments, prog="continuar extract", description=_DESCRIPTION)
+def run(options: Options) -> None:
+    """Write a saved model, ready to share, from a training run.
+
+    It holds the averaged weights, the raw weights, or an average of a length chosen now (from a run with --ema.snapshot-images).
+    Weights that several processes wrote are joined.
+    """
     require(is_replaceable(options.dst), f"{options.dst} exists and is not a saved model; choose another directory")
     require(options.length is not None or options.step is None, f"--step is {options.step} without --length; allowed: with it")
     require(options.length is None or options.weights == "ema", "--length and --weights raw contradict one another")
@@ -53,4 +50,3 @@ def main(arguments: list[str]) -> int:
         what = f"the average of length {options.length:g} that ends at step {step}"
     pipe.save_pretrained(options.dst, torch.bfloat16 if options.bf16 else None)
     print(f"written  {options.dst}: {what}")
-    return 0

@@ -1,6 +1,6 @@
-"""``continuar COMMAND``: dispatch, and the one place where a user's mistake becomes one line and exit code 2.
+"""``continuar COMMAND``: finds the command, runs it, and turns a user's mistake into one line and exit code 2.
 
-Nothing heavy is imported here, so that ``continuar --help`` answers at once.
+Nothing heavy is imported before the command is known, so that ``continuar --help`` answers at once.
 """
 
 from __future__ import annotations
@@ -14,28 +14,25 @@ from continuar import __version__
 from continuar.errors import RemoteRankError, UserError, unknown_name
 
 COMMANDS = {
-    "train": "train a model by a recipe: continuar train digits",
-    "plan": "what a run costs: continuar plan mar_l_imagenet256 --gpus 64",
-    "sample": "generate images: continuar sample MODEL --classes 3,7",
-    "edit": "generate a part of an image anew: continuar edit MODEL IMAGE --mask MASK.png --class cat",
-    "evaluate": "score images against real ones: continuar evaluate MODEL --reference STATS",
-    "sweep": "evaluate a model over settings: continuar sweep MODEL --over figure4",
-    "stats": "reference statistics of real images: continuar stats DATA OUT.npz",
-    "tokenizer": "autoencoders, trained and measured: continuar tokenizer train kl_cifar10",
-    "cache": "latents of every image, kept: continuar cache DATA TOKENIZER DST",
-    "bench": "how fast images are generated here: continuar bench sample MODEL",
-    "extract": "a saved model from a training run: continuar extract RUN DST",
-    "convert": "official files (MAR, autoencoders) into our format and back",
+    "train": ("train:run", "train a model by a recipe: continuar train digits"),
+    "plan": ("plan:run", "estimate memory, days and network of a training run: continuar plan mar_l_imagenet256 --gpus 64"),
+    "sample": ("sample:run", "generate images: continuar sample MODEL --classes 3,7"),
+    "edit": ("edit:run", "generate a part of an image anew: continuar edit MODEL IMAGE --mask MASK.png --class cat"),
+    "evaluate": ("evaluate:run", "score images against real ones: continuar evaluate MODEL --reference STATS"),
+    "sweep": ("sweep:run", "evaluate a model over settings: continuar sweep MODEL --over figure4 --reference STATS"),
+    "stats": ("stats:run", "compute reference statistics of real images: continuar stats DATA OUT.npz"),
+    "tokenizer list": ("tokenizer:list_named", "list the tokenizers of the paper's Table 2"),
+    "tokenizer save": ("tokenizer:save", "keep an autoencoder (diffusers, hub, LDM) as a saved tokenizer"),
+    "tokenizer stats": ("tokenizer_stats:run", "measure mean and std of latents, and keep the scale with the tokenizer"),
+    "tokenizer train": ("tokenizer_train:run", "train a KL or VQ tokenizer by a recipe"),
+    "tokenizer evaluate": ("tokenizer_evaluate:run", "measure PSNR, SSIM, Frechet distance and codebook use of reconstructions"),
+    "cache": ("cache:run", "encode every image once and keep its latents: continuar cache DATA TOKENIZER DST"),
+    "cache check": ("cache:check", "check a cache of latents against its images"),
+    "bench sample": ("bench:run", "measure how fast images are generated here: continuar bench sample MODEL"),
+    "extract": ("extract:run", "write a saved model from a training run: continuar extract RUN DST"),
+    "convert": ("convert:run", "convert official files (MAR, autoencoders) into saved models and back"),
 }
-_HELP = f"""continuar {__version__}: autoregressive generation over continuous tokens.
-
-usage: continuar COMMAND ...
-
-commands:
-{chr(10).join(f"  {name:<10} {text}" for name, text in COMMANDS.items())}
-
-`continuar COMMAND --help` lists a command's options. --debug shows the traceback of an error. --version prints the version.
-"""
+"""Every command: the function in ``continuar.cli`` that runs it, as MODULE:FUNCTION, and its line in ``continuar --help``."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -45,12 +42,13 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
-    # Of several processes the first says what all have to say; others speak of errors only.
+    # Rank 0 logs what every process would log; the other processes log errors only.
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
     logging.basicConfig(format="%(levelname)s: %(message)s", level=level)
     try:
-        return _run(arguments)
+        _dispatch(arguments)
     except RemoteRankError:
+        # The process in which it went wrong prints the message.
         return 2
     except UserError as problem:
         if debug:
@@ -66,18 +64,40 @@ def main(arguments: list[str] | None = None) -> int:
         note = f"; checkpoint kept in {kept}, --resume continues" if kept else ""
         print(f"\ncontinuar: interrupted{note}", file=sys.stderr)
         return 130
+    return 0
 
 
-def _run(arguments: list[str]) -> int:
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(_HELP, end="")
-        return 0
-    if arguments[0] == "--version":
+def _dispatch(words: list[str]) -> None:
+    if not words or words[0] in ("-h", "--help"):
+        print(f"continuar {__version__}: autoregressive generation over continuous tokens.\n\n{_usage('', list(COMMANDS))}")
+        return
+    if words[0] == "--version":
         print(__version__)
-        return 0
-    if arguments[0] not in COMMANDS:
-        raise unknown_name("command", arguments[0], COMMANDS)
-    return import_module(f"continuar.cli.{arguments[0]}").main(arguments[1:])
+        return
+    # A name of two words wins over one of one word: `cache check DST` is not `cache` with the data set "check".
+    name = " ".join(words[:2]) if " ".join(words[:2]) in COMMANDS else words[0]
+    if name in COMMANDS:
+        module, function = COMMANDS[name][0].split(":")
+        run = getattr(import_module(f"continuar.cli.{module}"), function)
+        # Imported late, because this module imports torch.
+        import_module("continuar.cli.common").run_command(run, f"continuar {name}", words[len(name.split()) :])
+        return
+    group = [command for command in COMMANDS if command.startswith(f"{name} ")]
+    if not group:
+        raise unknown_name("command", name, dict.fromkeys(command.split()[0] for command in COMMANDS))
+    if len(words) > 1 and words[1] not in ("-h", "--help"):
+        raise unknown_name(f"{name} command", words[1], [command.split()[1] for command in group])
+    print(_usage(f"{name} ", group))
+
+
+def _usage(group: str, commands: list[str]) -> str:
+    width = max(map(len, commands))
+    listed = "\n".join(f"  {command:<{width}}  {COMMANDS[command][1]}" for command in commands)
+    return (
+        f"usage: continuar {group}COMMAND ...\n\ncommands:\n{listed}\n\n"
+        f"`continuar {group}COMMAND --help` lists a command's options. --debug shows the traceback of an error. "
+        "--version prints the version."
+    )
 
 
 def _fail(message: str) -> int:

@@ -2,56 +2,48 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass, field
 from typing import Annotated
 
 import tyro
 
-from continuar.cli.common import parse, split_recipe
+from continuar.cli.common import RecipeOptions, at_least
 from continuar.devices import GIB
 from continuar.distributed import Kind
-from continuar.errors import require
-from continuar.recipes import find_recipe
+from continuar.recipes import RECIPES
 from continuar.training.config import BaseRun
 from continuar.training.estimate import HEADROOM, Machine, Plan, estimate_run
 
-_HELP = """usage: continuar plan RECIPE [--gpus N] [options]
-       continuar plan RECIPE --help   every option and field of the recipe
-
-What training a recipe costs on N GPUs: memory by part under DDP and FSDP, days, network, disk. Nothing is trained or allocated.
-"""
 _KINDS: tuple[Kind, ...] = ("ddp", "fsdp")
 
 
 @dataclass(frozen=True)
-class Arguments:
-    """What a run would cost."""
+class Options(RecipeOptions):
+    """Options of `continuar plan` besides the recipe's own fields."""
 
-    run: Annotated[BaseRun, tyro.conf.arg(name="")]
+    recipes = RECIPES
+
     machine: Annotated[Machine, tyro.conf.arg(name="")] = field(default_factory=Machine)
     dataset_images: int = 0
-    """Images of the data set, for its size; 0: not known."""
+    """Number of images in the data set, for its size; 0: unknown."""
 
 
-def main(arguments: list[str]) -> int:
-    """See the module's docstring."""
-    chosen = split_recipe(arguments, "continuar plan", _HELP)
-    if chosen is None:
-        return 0
-    name, rest = chosen
-    recipe = find_recipe(name)
-    description = inspect.getdoc(recipe) or ""
-    options = parse(Arguments, rest, prog=f"continuar plan {name}", description=description, default=Arguments(recipe()))
-    require(options.dataset_images >= 0, f"--dataset-images is {options.dataset_images}; allowed: 0 or more")
-    # The number of classes moves one small embedding.
+def run(options: Options) -> None:
+    """Estimate what training a recipe costs on N GPUs: memory by part under DDP and FSDP, days, network traffic, disk space.
+
+    Nothing is trained or allocated.
+
+    continuar plan RECIPE [--gpus N] [options]
+    continuar plan RECIPE --help   every option, and every field of the recipe
+    """
+    at_least(0, dataset_images=options.dataset_images)
+    # The number of classes changes the size of one small embedding only.
     plan = estimate_run(options.run, options.run.data.classes or 1, options.machine)
     print(report(options.run, options.machine, plan, options.dataset_images), end="")
-    return 0
 
 
 def report(run: BaseRun, machine: Machine, plan: Plan, dataset_images: int) -> str:
-    """The plan as text."""
+    """The estimate as text."""
     loop, gpus = run.train, machine.gpus
     machines = f"{gpus} GPUs" if gpus > 1 else "1 GPU"
     recomputed = ", blocks once more forward" if loop.activation_checkpointing else ""

@@ -9,19 +9,18 @@ from typing import Annotated
 import tyro
 
 from continuar.checkpoints.store import write_json
-from continuar.cli.common import Settings, make_writable, parse, progress_bar
+from continuar.cli.common import Model, Settings, at_least, make_writable, progress_bars
 from continuar.errors import require
 from continuar.pictures import MAX_FRAMES, grid, save_gif, save_png, thinned
-from continuar.pipeline import Pipeline, shipped_models
+from continuar.pipeline import Pipeline
 from continuar.sampling.known_tokens import Snapshot
 
 
 @dataclass(frozen=True)
-class Arguments:
-    """Generate images from a model."""
+class Options:
+    """Options of `continuar sample`."""
 
-    model: tyro.conf.Positional[str]
-    """A run directory, a saved model, a shipped name, or an official MAR checkpoint file."""
+    model: Model
     classes: str = ""
     """Class names or numbers, separated by commas; every class if not given (at most 10)."""
     per_class: int = 4
@@ -35,12 +34,9 @@ class Arguments:
     """The directory to write to: 00000.png ..., grid.png, samples.json; grid.gif with --animate."""
 
 
-def main(arguments: list[str]) -> int:
-    """See the module's docstring."""
-    shipped = ", ".join(shipped_models()) or "none"
-    description = f"Generate images from a model. Settings that are not given are the model's own. Shipped models: {shipped}."
-    options = parse(Arguments, arguments, prog="continuar sample", description=description)
-    require(options.per_class >= 1, f"--per-class is {options.per_class}; allowed: 1 or more")
+def run(options: Options) -> None:
+    """Generate images from a model. Settings that are not given are the model's own."""
+    at_least(1, per_class=options.per_class)
     pipe = options.settings.load(options.model)
     labels = _labels(pipe, options.classes, options.per_class)
     count = len(labels) if labels else options.per_class
@@ -49,7 +45,8 @@ def main(arguments: list[str]) -> int:
     pipe.engine(options.settings.engine, options.settings.precision)
     make_writable(options.out)
     shots: list[Snapshot] = []
-    with progress_bar() as on_progress:
+    with progress_bars() as bar:
+        on_progress = bar("generating")
         if options.animate:
             for shot in pipe.stream(labels, seeds, **running, **settings.to_dict()):
                 shots.append(shot)
@@ -71,7 +68,6 @@ def main(arguments: list[str]) -> int:
         save_gif([grid(shot.image(), names, columns) for shot in thinned(shots, MAX_FRAMES)], options.out / "grid.gif")
     write_json(options.out / "samples.json", entries)
     print(f"{len(images)} images: {options.out / ('grid.gif' if shots else 'grid.png')}")
-    return 0
 
 
 def _labels(pipe: Pipeline, classes: str, per_class: int) -> list[int] | None:

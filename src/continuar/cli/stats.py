@@ -8,22 +8,16 @@ from typing import Annotated
 
 import tyro
 
-from continuar.cli.common import NetworkOptions, local_device, parse, progress_bars
+from continuar.cli.common import Device, NetworkOptions, Split, at_least, local_device, progress_bars
 from continuar.errors import require
 from continuar.evaluation.networks import sha256_of_file
 from continuar.evaluation.reference import REFERENCE_IMAGES, few_images, measure_images, reference_indices, write_statistics
 from continuar.evaluation.samples import by, open_images
 
-_DESCRIPTION = (
-    "Reference statistics of real images for `continuar evaluate --reference OUT.npz`: mean and covariance of the features of all "
-    "of them, and the features of some for precision, recall, density, coverage and the kernel distance. The file has the layout "
-    "of ADM's suite, and the names of its network and data."
-)
-
 
 @dataclass(frozen=True)
-class Arguments:
-    """Compute reference statistics."""
+class Options:
+    """Options of `continuar stats`."""
 
     data: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DATA")]
     """A folder of images or of class folders, Parquet or tars, or an .npz file with arr_0."""
@@ -32,28 +26,29 @@ class Arguments:
     features: Annotated[NetworkOptions, tyro.conf.arg(name="")] = field(default_factory=NetworkOptions)
     size: int | None = None
     """Bring every image to this many pixels by ADM's centre crop; without it they must be of one size, and stay so."""
-    split: str = "train"
-    """Which part, where the data have several."""
+    split: Split = "train"
     reference_images: int = REFERENCE_IMAGES
     """Images whose features are kept, chosen at random, the same every time."""
     keep_images: bool = False
     """Store those images too, as arr_0: for other networks, and for pictures of nearest neighbours."""
     batch_size: int = 64
     """Images measured at once."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:N or mps."""
+    device: Device = "auto"
     overwrite: bool = False
     """Replace an existing file."""
 
 
-def main(arguments: list[str]) -> int:
-    """Runs the command; prints what was measured."""
-    options = parse(Arguments, arguments, prog="continuar stats", description=_DESCRIPTION)
+def run(options: Options) -> None:
+    """Compute reference statistics of real images, for `continuar evaluate --reference OUT.npz`.
+
+    The file holds mean and covariance of the features of all images, and the features of some for precision, recall, density,
+    coverage and the kernel distance. It has the layout of ADM's suite, and the names of its network and data.
+    """
     require(options.out.suffix == ".npz", f"OUT is {options.out}; allowed: a name ending in .npz")
     require(options.overwrite or not options.out.exists(), f"{options.out} exists; choose another name or --overwrite")
     require(options.out.parent.is_dir(), f"{options.out.parent} is not a directory; OUT is written into an existing one")
-    require(options.batch_size >= 1, f"--batch-size is {options.batch_size}; allowed: 1 or more")
-    require(options.reference_images >= 0, f"--reference-images is {options.reference_images}; allowed: 0 or more")
+    at_least(1, batch_size=options.batch_size)
+    at_least(0, reference_images=options.reference_images)
     images = open_images(options.data, size=options.size, split=options.split)
     network = options.features.load(local_device(options.device))
     with progress_bars() as bar:
@@ -73,4 +68,3 @@ def main(arguments: list[str]) -> int:
         f"written  {options.out}, SHA-256 {sha256_of_file(options.out)}",
     ]
     print("\n".join(lines))
-    return 0

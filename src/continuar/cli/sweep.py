@@ -8,8 +8,8 @@ from typing import Annotated, cast
 
 import tyro
 
-from continuar.cli.common import local_device, parse, progress_bars
-from continuar.cli.evaluate import ScoringArguments
+from continuar.cli.common import local_device, progress_bars
+from continuar.cli.evaluate import ScoringOptions
 from continuar.distributed import evaluation_processes
 from continuar.errors import require
 from continuar.evaluation.reference import REFERENCE_IMAGES
@@ -17,23 +17,20 @@ from continuar.evaluation.run import EvaluationOptions
 from continuar.evaluation.sweep import AXES, SWEEPS, TRADEOFF, Sweep, markdown_table, parse_axes
 from continuar.pipeline import Weights
 
-_DESCRIPTION = (
-    "Evaluate a model at every combination of settings, into tables (CSV, Markdown) and plots (PNG, SVG). "
-    f"--over takes the names {', '.join(SWEEPS)} (the quantities of the paper's figures), or NAME=A,B,... of "
-    f"{', '.join(AXES)}; several of them make a grid. {TRADEOFF} compares several models: time per image against quality, "
-    "over the steps of autoregressive models and the diffusion_steps of a DiT, whose values may be given beside it. "
-    "The same command continues an interrupted sweep. Under torchrun the processes share the work."
+_OVER = (
+    f"Settings: {', '.join(SWEEPS)} (the quantities of the paper's figures), or NAME=A,B,... of {', '.join(AXES)}; several "
+    f"of them make a grid. {TRADEOFF} compares several models, time per image against quality: over the steps of autoregressive "
+    "models, and over the diffusion_steps of a DiT, whose values may be given beside it."
 )
 
 
 @dataclass(frozen=True)
-class Arguments(ScoringArguments):
-    """Evaluate a model at many settings."""
+class Options(ScoringOptions):
+    """Options of `continuar sweep`."""
 
     models: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="MODEL [MODEL ...]")] = ()
-    """A run directory, a saved model, a shipped name, or an official MAR checkpoint file; several for figure6."""
-    over: tuple[str, ...] = ()
-    """What to sweep: figure4, or steps=8,16,32 temperature=0.95,1, or figure6 for several models."""
+    """Run directories, saved models, shipped models, or official MAR checkpoint files; several for figure6 only."""
+    over: Annotated[tuple[str, ...], tyro.conf.arg(help=_OVER)] = ()
     images: int = 10_000
     """Images per point, a multiple of the number of classes."""
     batch_size: int = 64
@@ -46,9 +43,11 @@ class Arguments(ScoringArguments):
     """The directory to write to: table.csv, table.md, plot.png, plot.svg, points/."""
 
 
-def main(arguments: list[str]) -> int:
-    """Runs the command; prints the table in the first process."""
-    options = parse(Arguments, arguments, prog="continuar sweep", description=_DESCRIPTION)
+def run(options: Options) -> None:
+    """Evaluate a model at every combination of settings, into tables (CSV, Markdown) and plots (PNG, SVG).
+
+    The same command continues an interrupted sweep. Under torchrun the processes share the work.
+    """
     compared = TRADEOFF in options.over
     given = [text for text in options.over if text != TRADEOFF]
     axes = parse_axes(given) if given or not compared else ()
@@ -77,4 +76,3 @@ def main(arguments: list[str]) -> int:
             rows = sweep.run(options.models[0], lambda weights: options.load(options.models[0], cast(Weights, weights)), axes)
     if rows:
         print(f"{markdown_table(rows)}\nwritten  {options.out}: table.csv, table.md, plot.png, plot.svg")
-    return 0

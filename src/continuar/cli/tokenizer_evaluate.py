@@ -12,11 +12,10 @@ import torch
 import tyro
 
 from continuar.checkpoints.tokenizers import Changes, load_tokenizer
-from continuar.cli.common import parse, progress_bars
+from continuar.cli.common import Device, Ids, ImageSize, Split, at_least, progress_bars
 from continuar.data.loader import check_skipped, image_blocks
 from continuar.data.sources import find_source
 from continuar.devices import pick_device
-from continuar.errors import require
 from continuar.evaluation.networks import load_network
 from continuar.evaluation.reconstruction import ReconstructionScores
 from continuar.pictures import grid, save_png
@@ -24,37 +23,29 @@ from continuar.tokenizers import VQTokenizer
 from continuar.tokenizers.pixel import to_signed, to_uint8
 from continuar.training.gan_losses import usage
 
-_DESCRIPTION = (
-    "Encode and decode images (from the posterior's mean, without draws), and compare: PSNR, SSIM, Frechet distance of SqueezeNet "
-    "features (not FID), use of the codebook."
-)
 _SHOWN = 16
 
 
 @dataclass(frozen=True)
-class Arguments:
-    """Measure reconstructions."""
+class Options:
+    """Options of `continuar tokenizer evaluate`."""
 
     tokenizer: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TOKENIZER")]
     """A saved tokenizer, a training run of one, an LDM-layout file, a diffusers directory or hub id."""
     data: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DATA")]
     """Images that it was not trained on: folders, Parquet, tars."""
-    split: str = "test"
-    """Which part of the data, where there are several."""
+    split: Split = "test"
     images: int | None = None
     """Measure this many images, evenly spread; all if not given."""
-    image_size: int | None = None
-    """Pixels; the tokenizer's own if not given."""
-    ids: bool = False
-    """Of a VQ autoencoder: ids of the codebook instead of vectors before quantisation."""
+    image_size: ImageSize = None
+    ids: Ids = False
     squeezenet: Path | None = None
     """SqueezeNet 1.1 features as safetensors, for the Frechet distance; without it there is none."""
     out: Path | None = None
     """A directory to write results.json and reconstructions.png to."""
     batch_size: int = 64
     """Images encoded at once."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:N or mps."""
+    device: Device = "auto"
 
 
 @dataclass(frozen=True)
@@ -74,11 +65,13 @@ class Results:
     """Of the ids: exp of their entropy."""
 
 
-def main(arguments: list[str]) -> int:
-    """See the module's docstring."""
-    options = parse(Arguments, arguments, prog="continuar tokenizer evaluate", description=_DESCRIPTION)
-    require(options.images is None or options.images >= 2, f"--images is {options.images}; allowed: 2 or more")
-    require(options.batch_size >= 1, f"--batch-size is {options.batch_size}; allowed: 1 or more")
+def run(options: Options) -> None:
+    """Encode and decode images (from the posterior's mean, without draws), and compare them with the originals.
+
+    PSNR, SSIM, Frechet distance of SqueezeNet features (not FID), use of the codebook.
+    """
+    at_least(2, images=options.images)
+    at_least(1, batch_size=options.batch_size)
     results, pictures = evaluate(options)
     for name, value in asdict(results).items():
         if value is not None:
@@ -88,11 +81,10 @@ def main(arguments: list[str]) -> int:
         (options.out / "results.json").write_text(json.dumps(asdict(results), indent=2) + "\n", encoding="utf-8")
         save_png(grid(pictures, None, columns=len(pictures) // 2), options.out / "reconstructions.png")
         print(f"{'written':<28} {options.out}")
-    return 0
 
 
 @torch.no_grad()
-def evaluate(options: Arguments) -> tuple[Results, np.ndarray]:
+def evaluate(options: Options) -> tuple[Results, np.ndarray]:
     """The results, and pictures: some images, then their reconstructions."""
     device = pick_device(options.device)
     tokenizer = load_tokenizer(options.tokenizer, Changes(options.image_size, ids=options.ids or None)).to(device)

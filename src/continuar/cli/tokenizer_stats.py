@@ -19,32 +19,26 @@ from continuar.checkpoints.tokenizers import (
     save_tokenizer,
     set_scale,
 )
-from continuar.cli.common import parse, progress_bars
+from continuar.cli.common import Device, ImageSize, Split, at_least, progress_bars
 from continuar.data.latent_cache import LatentCache, is_cache
 from continuar.data.sources import find_source
 from continuar.devices import pick_device
 from continuar.errors import UserError, require
 from continuar.tokenizers import VAETokenizer, fingerprint
 
-_DESCRIPTION = (
-    "Measure mean and standard deviation of a tokenizer's latents, streamed in float64, and keep scale = 1/std with the tokenizer."
-)
-
 
 @dataclass(frozen=True)
-class Arguments:
-    """Measure latents."""
+class Options:
+    """Options of `continuar tokenizer stats`."""
 
     tokenizer: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TOKENIZER")]
     """A saved tokenizer or a training run of one; or a diffusers directory or hub id, or an LDM-layout file, with --out."""
     data: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DATA")]
     """Training images (folders, Parquet, tars), or a cache of this tokenizer's latents."""
-    split: str = "train"
-    """Which part of the data, where there are several."""
+    split: Split = "train"
     images: int | None = None
     """Measure this many images, evenly spread; all if not given."""
-    image_size: int | None = None
-    """Pixels; the tokenizer's own if not given."""
+    image_size: ImageSize = None
     shift: bool = False
     """Also subtract the mean, as some autoencoders of 16 channels do; the paper does not."""
     dry_run: bool = False
@@ -53,15 +47,12 @@ class Arguments:
     """Keep the tokenizer with its scale here, instead of changing it where it is."""
     batch_size: int = 64
     """Images encoded at once."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:N or mps."""
+    device: Device = "auto"
 
 
-def main(arguments: list[str]) -> int:
-    """See the module's docstring."""
-    options = parse(Arguments, arguments, prog="continuar tokenizer stats", description=_DESCRIPTION)
-    require(options.images is None or options.images >= 1, f"--images is {options.images}; allowed: 1 or more")
-    require(options.batch_size >= 1, f"--batch-size is {options.batch_size}; allowed: 1 or more")
+def run(options: Options) -> None:
+    """Measure mean and standard deviation of a tokenizer's latents, and keep scale = 1/std with the tokenizer."""
+    at_least(1, images=options.images, batch_size=options.batch_size)
     home = find_saved(Path(options.tokenizer))
     kept = options.dry_run or options.out is not None or home is not None
     require(kept, f"{options.tokenizer} is not a saved tokenizer, which could keep its scale; give --out DIR")
@@ -74,17 +65,16 @@ def main(arguments: list[str]) -> int:
     scale, shift = found.scale, found.mean if options.shift else 0.0
     print(summary(found, tokenizer.config.scale, shift), end="")
     if options.dry_run:
-        return 0
+        return
     if options.out is not None:
         save_tokenizer(replace(tokenizer.config, scale=scale, shift=shift), tokenizer.state_dict(), options.out)
     else:
         assert home is not None
         set_scale(home, scale, shift)
     print(f"written   {(options.out or home or Path()) / TOKENIZER_CONFIG}")
-    return 0
 
 
-def _latents(options: Arguments, tokenizer: VAETokenizer, progress: Callable[[int, int], None]) -> Iterator[Tensor]:
+def _latents(options: Options, tokenizer: VAETokenizer, progress: Callable[[int, int], None]) -> Iterator[Tensor]:
     """Latents of images, or of a cache made by this tokenizer."""
     if is_cache(options.data):
         require(options.images is None, f"--images is {options.images}; a cache is measured whole")

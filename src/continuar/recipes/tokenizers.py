@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from continuar.errors import unknown_name
 from continuar.tokenizers import VAEConfig, VQConfig
 from continuar.tokenizers.networks import KLNetwork, VQNetwork
 from continuar.tokenizers.vae import KL16_MAR, VQ16_LDM
@@ -117,14 +116,3 @@ TOKENIZER_RECIPES: dict[str, Callable[[], TokenizerRun]] = {
     recipe.__name__: recipe
     for recipe in (kl_cifar10, vq_cifar10, kl16_imagenette128, vq16_imagenette128, kl16_imagenet256, vq16_imagenet256)
 }
-
-
-def find_tokenizer_recipe(name: str) -> Callable[[], TokenizerRun]:
-    """The recipe of that name.
-
-    Raises:
-        UserError: unknown; the nearest names are suggested.
-    """
-    if name not in TOKENIZER_RECIPES:
-        raise unknown_name("tokenizer recipe", name, TOKENIZER_RECIPES)
-    return TOKENIZER_RECIPES[name]
