@@ -62,7 +62,7 @@ class Options(ScoringOptions):
 def run(options: Options) -> None:
     """Score the images of a model, or images on disk, against real ones.
 
-    The scores are the Frechet distance (FID with the FID Inception weights), inception score, kernel distance, precision and recall,
+    The scores are the Frechet distance (FID with the FID Inception weights), inception score, kernel distance, precision, recall,
     density and coverage. Image i has the seed SEED + i and shows class i mod classes. Under torchrun the processes share the work.
     The same command continues an interrupted evaluation.
     """
