@@ -149,7 +149,7 @@ def encoded(
             skipped += block.skipped
             if len(block.images):
                 yield tokenizer.encode(to_signed(torch.from_numpy(block.images).to(device)))
-            done += block.asked
+            done += len(block.chosen)
             if on_progress is not None:
                 on_progress(done, number)
     if skipped:
@@ -334,7 +334,7 @@ def _write_shard(
                 labels += source.labels[block.index].tolist()
                 missing += sorted(set(block.chosen) - set(block.index.tolist()))
                 skipped += block.skipped
-                progress(block.asked)
+                progress(len(block.chosen))
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(numbers)

@@ -3,7 +3,12 @@
 import io
 import json
 import struct
+import subprocess
+import sys
+import threading
+import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +18,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from continuar.data.decode import Unusable, centre_crop, decode
-from continuar.data.loader import class_names, load_images
+from continuar.data.loader import class_names, decode_block, load_images
+from continuar.data.sources import Source
 from continuar.errors import UserError
 from tests.tiny import write_images
 
@@ -103,6 +109,47 @@ def test_broken_images_are_skipped_named_and_limited(tmp_path: Path) -> None:
         path.write_bytes(b"")
     with pytest.raises(UserError, match="14 of 14 images"):
         load_images(root, size=8, max_skipped_share=1.0)
+
+
+class Waiting(Source):
+    """One image, whose bytes come only when it is released."""
+
+    def __init__(self) -> None:
+        self.labels, self.classes = np.zeros(1, np.int64), ("a",)
+        self.asked, self.released = threading.Event(), threading.Event()
+
+    def read(self, index: int) -> bytes:
+        self.asked.set()
+        self.released.wait(10)
+        return encoded(gradient())
+
+    def name(self, index: int) -> str:
+        return "image"
+
+
+def test_blocks_that_overlap_leave_the_warning_filters_as_they_were() -> None:
+    first, second = Waiting(), Waiting()
+    with warnings.catch_warnings(), ThreadPoolExecutor(4) as threads:
+        before = list(warnings.filters)
+        blocks = []
+        for source in (first, second):
+            blocks.append(threads.submit(decode_block, source, [0], 8, threads))
+            assert source.asked.wait(10)
+        for source, block in zip((first, second), blocks, strict=True):
+            source.released.set()
+            assert block.result(10).index.tolist() == [0]
+        assert warnings.filters == before
+
+
+def test_warnings_of_pillow_are_not_shown(tmp_path: Path) -> None:
+    exif = encoded(gradient(), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x02\0\x12\x01\x03\0\x01\0")
+    (tmp_path / "a.jpg").write_bytes(exif)
+    plain = "import sys; from PIL import Image; Image.open(sys.argv[1]).getexif()"
+    ours = "import sys; from continuar.data.decode import decode; decode(open(sys.argv[1], 'rb').read(), 8)"
+    path = str(tmp_path / "a.jpg")
+    shown = [subprocess.run([sys.executable, "-c", c, path], check=True, capture_output=True).stderr for c in (plain, ours)]
+    assert b"Warning" in shown[0]
+    assert shown[1] == b""
 
 
 def test_gigantic_images_are_refused_from_their_header() -> None:

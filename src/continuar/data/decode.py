@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import warnings
 import zlib
 
 import numpy as np
@@ -13,14 +14,24 @@ from continuar.errors import require
 
 MAX_PIXELS = 200_000_000
 """Larger images are not decoded: 0.6 GB of pixels are a mistake or an attack."""
+# What Pillow raises for a damaged file depends on the format and the place of the damage; these were found by flipping bytes.
+_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError)
+_DAMAGED += (struct.error, zlib.error, MemoryError, AttributeError, ZeroDivisionError, RuntimeError)
+
+# Pillow's warnings (odd tags, sizes beyond its own limit) are harmless, or the image turns out unusable and is reported. They are
+# ignored for the whole process: `warnings.catch_warnings` swaps global state, which overlapping reader threads restore wrongly.
+warnings.filterwarnings("ignore", module=r"PIL(\.|$)")
 
 
 class Unusable(Exception):
-    """Why an image is skipped, in a few words."""
+    """Raised for an image that must be skipped; the message is the reason in a few words."""
 
 
 def decode(data: bytes, size: int | None, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """The image in ``data`` as uint8 [size, size, 3]: upright, on white where transparent, centre-cropped (None: left so).
+    """The image in ``data`` as uint8 [size, size, 3]: upright, transparent parts on white, centre-cropped.
+
+    Args:
+        size: pixels; None keeps the image's own height and width.
 
     Raises:
         Unusable: unreadable, truncated, or of more than ``max_pixels`` pixels (read from the header, before decoding).
@@ -38,9 +49,7 @@ def decode(data: bytes, size: int | None, max_pixels: int = MAX_PIXELS) -> np.nd
         raise Unusable("not an image of a known format") from problem
     except Image.DecompressionBombError as problem:
         raise Unusable(f"more than {max_pixels:,} pixels") from problem
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError) as problem:
-        raise Unusable(f"unreadable ({problem or type(problem).__name__})") from problem
-    except (struct.error, zlib.error, MemoryError, AttributeError, ZeroDivisionError, RuntimeError) as problem:
+    except _DAMAGED as problem:
         raise Unusable(f"unreadable ({problem or type(problem).__name__})") from problem
 
 

@@ -66,7 +66,7 @@ def network_from_diffusers(values: Mapping[str, Any], where: str) -> tuple[Netwo
     name = values.get("_class_name")
     if name not in NETWORKS:
         raise unknown_name(f"autoencoder class in {where}", str(name), NETWORKS)
-    kind: Any = NETWORKS[name]
+    kind = NETWORKS[name]
     for statistic in ("latents_mean", "latents_std"):
         require(values.get(statistic) is None, f"{where} has {statistic} per channel; allowed: one scaling_factor and shift_factor")
     options = {k: v for k, v in values.items() if not k.startswith("_") and k not in _UNUSED}
@@ -75,7 +75,7 @@ def network_from_diffusers(values: Mapping[str, Any], where: str) -> tuple[Netwo
         if kind is ConsistencyNetwork and "scaling_factor" in values:
             options["scaling_factor"] = values["scaling_factor"]  # its decoder divides latents by it
         options = {"options": options}
-    network = from_json(NetworkConfig, {**options, "kind": kind.kind}, where)
+    network = from_json(NetworkConfig, {**options, "kind": NETWORKS[name].kind}, where)
     return network, _number(values, "scaling_factor", where), _number(values, "shift_factor", where)
 
 
