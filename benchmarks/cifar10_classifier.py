@@ -1,4 +1,4 @@
-"""Trains the small classifier that judges generated CIFAR-10 images.
+"""Trains the small classifier that tells whether generated CIFAR-10 images show what was asked for.
 
     python benchmarks/cifar10_classifier.py --train cifar10-train.parquet --test cifar10-test.parquet --out out/classifier
 

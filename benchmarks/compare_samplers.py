@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--real", type=Path, required=True, help="images to compare with")
     parser.add_argument("--squeezenet", type=Path, required=True)
     parser.add_argument("--samplers", nargs="+", default=["dpmpp_2m:15", "dpmpp_2m_sde:15"], help="NAME:STEPS")
-    parser.add_argument("--images", type=int, default=500, help="samples of each, all classes alike often")
+    parser.add_argument("--images", type=int, default=500, help="samples of each sampler; every class equally often")
     parser.add_argument("--real-images", type=int, default=2000)
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--device", default="auto")

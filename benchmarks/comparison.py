@@ -5,10 +5,10 @@
 Trains each `digits_ROW_HEAD` recipe, and the baseline DiT on as many images (finished runs are kept), generates 500 digits with and
 without guidance, and writes one row for each:
 
-* accuracy: the share that a support vector machine trained on all real digits reads as what was asked for. It says nothing of
-  diversity: one perfect example per class would score 1.
-* distance: Frechet distance of the 64 pixel values (in units of their overall std) to all 1,797 real digits. It says both. Half of
-  the real digits against the other half give the scale.
+* accuracy: the share that a support vector machine trained on all real digits recognises as the class that was asked for. It says
+  nothing about diversity: one perfect example per class would score 1.
+* distance: Frechet distance of the 64 pixel values (in units of their overall std) to all 1,797 real digits. It measures both.
+  Half of the real digits against the other half give the scale.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def flat(images: np.ndarray) -> np.ndarray:
     return images[..., 0].reshape(len(images), -1).astype(float)
 
 
-class Judge:
+class DigitScorer:
     """Scores generated digits against the real ones."""
 
     def __init__(self) -> None:
@@ -60,14 +60,14 @@ class Judge:
 
 
 def runs() -> dict[str, BaseRun]:
-    """Every run of the comparison, by name."""
+    """Returns every run of the comparison, by name."""
     found = {name: recipe() for name, recipe in RECIPES.items() if name.startswith("digits_")}
     like = found["digits_mar_diffusion"]
     return found | {"digits_dit": dataclasses.replace(RECIPES["dit_digits"](), train=like.train, optim=like.optim)}
 
 
 def seconds_of(run: Path, batch_size: int) -> float:
-    """Training time as the run's own log counts it: without drawing and saving."""
+    """Returns the training time by the run's own log, without drawing and saving."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     previous = [0, *(line["step"] for line in lines)]
     return sum(
@@ -75,9 +75,9 @@ def seconds_of(run: Path, batch_size: int) -> float:
     )
 
 
-def note_of(judge: Judge) -> str:
-    """What scores are to be held against, and where they were measured."""
-    halves = f"Distance between two halves of the real digits: {judge.between_halves:.2f}"
+def note_of(scorer: DigitScorer) -> str:
+    """Returns the scale of the scores, and the machine they were measured on."""
+    halves = f"Distance between two halves of the real digits: {scorer.between_halves:.2f}"
     return f"{halves}. torch {torch.__version__}, {torch.get_num_threads()} thread(s), {platform.machine()}"
 
 
@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="one digit of each class from every model, a line each")
     parser.add_argument("--only", default="", help="recipes whose name contains this")
     options = parser.parse_args()
-    judge, labels = Judge(), np.repeat(np.arange(10), PER_CLASS)
+    scorer, labels = DigitScorer(), np.repeat(np.arange(10), PER_CLASS)
     head = (
         "| recipe | M parameters | training s | ms/image | " + " | ".join(f"accuracy, w={g:g} | distance" for g in GUIDANCE) + " |"
     )
@@ -103,13 +103,13 @@ def main() -> None:
             began = time.perf_counter()
             images = pipe(labels.tolist(), 0, guidance_scale=guidance, batch_size=250)
             seconds = time.perf_counter() - began
-            scores.append(judge.score(images, labels))
+            scores.append(scorer.score(images, labels))
         shown[name] = pipe(list(range(10)), 100)
         parameters = sum(p.numel() for p in pipe.model.parameters()) / 1e6
         trained = seconds_of(directory, run.train.batch_size)
         lines.append(f"| {name} | {parameters:.2f} | {trained:.0f} | {1e3 * seconds / len(labels):.1f} | {' | '.join(scores)} |")
         print(lines[-1], flush=True)
-    note = f"{note_of(judge)}; ms/image at w={GUIDANCE[-1]:g}."
+    note = f"{note_of(scorer)}; ms/image at w={GUIDANCE[-1]:g}."
     print(note)
     if options.picture:
         captions = [c for name in shown for c in [name.removeprefix("digits_"), *[""] * 9]]

@@ -37,27 +37,27 @@ from continuar.sampling.fast.weights import DTYPES
 from continuar.statistics import moments
 
 OPTIONAL = ("guidance_schedule", "steps", "sampler", "diffusion_steps", "temperature")
-"""Settings that are the model's unless given."""
+"""Settings that default to the model's own."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What samples are held against, and who judges them."""
+    """The real images that samples are compared with, and the networks."""
 
     train: ImageSet
     train_features: np.ndarray
     statistics: Statistics
     test_features: np.ndarray
     network: SqueezeNet
-    judge: Classifier
-    judge_on_test: float
+    classifier: Classifier
+    accuracy_on_test: float
     device: torch.device
 
 
 def read_reference(options: argparse.Namespace, device: torch.device) -> Reference:
-    """Features of the real images, and what the classifier makes of them."""
+    """Reads the real images and extracts their features."""
     train, test = (load_images(path, size=32).take(options.limit or None) for path in (options.train, options.test))
-    network, judge = SqueezeNet.from_file(options.squeezenet, device), Classifier.load(options.classifier, device)
+    network, classifier = SqueezeNet.from_file(options.squeezenet, device), Classifier.load(options.classifier, device)
     features = extract(network, train.images, device=device)
     kept, sha256 = features[reference_indices(len(train), REFERENCE_IMAGES)], sha256_of_file(Path(options.squeezenet))
     return Reference(
@@ -66,14 +66,14 @@ def read_reference(options: argparse.Namespace, device: torch.device) -> Referen
         statistics=Statistics(moments(features), "squeezenet", sha256, (32, 32), kept, source=options.train),
         test_features=extract(network, test.images, device=device),
         network=network,
-        judge=judge,
-        judge_on_test=class_accuracy(judge.predict(test.images), test.labels),
+        classifier=classifier,
+        accuracy_on_test=class_accuracy(classifier.predict(test.images), test.labels),
         device=device,
     )
 
 
 def measure(options: argparse.Namespace, reference: Reference) -> Iterator[tuple[dict[str, Any], np.ndarray, np.ndarray]]:
-    """(row, images, features) of each combination."""
+    """Yields (row, images, features) of each combination."""
     given = {name: getattr(options, name) for name in OPTIONAL if getattr(options, name) is not None}
     size = min(options.batch_size, options.samples)
     for model in options.models:
@@ -86,7 +86,7 @@ def measure(options: argparse.Namespace, reference: Reference) -> Iterator[tuple
             seconds = time.perf_counter() - began
             features = extract(reference.network, images, device=reference.device)
             scores = score_samples(Extracted(features, None), reference.statistics, device=reference.device)
-            predicted, first = reference.judge.predict(images), min(1000, samples.count)
+            predicted, first = reference.classifier.predict(images), min(1000, samples.count)
             assert samples.labels is not None
             row = {
                 "model": model,
@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--sampler", choices=list(SAMPLERS), help="default: the model's")
     for name, kind in (("steps", int), ("diffusion-steps", int), ("temperature", float)):
         parser.add_argument(f"--{name}", type=kind, help="default: the model's")
-    parser.add_argument("--engine", choices=ENGINE_NAMES, default="auto", help="who generates")
+    parser.add_argument("--engine", choices=ENGINE_NAMES, default="auto", help="what generates")
     parser.add_argument("--precision", choices=tuple(DTYPES), default="float32", help="of the fast engine's matrix products")
     parser.add_argument("--tf32", action="store_true", help="sample with TF32 matrix products (NVIDIA GPUs; faster, slightly off)")
     parser.add_argument("--device", default="auto")
@@ -129,7 +129,7 @@ def main() -> None:
         "squeezenet_frechet_distance_of_as_many_test_images": frechet_distance(
             moments(reference.test_features[: options.samples]), reference.statistics.moments
         ),
-        "class_accuracy_of_test_images": reference.judge_on_test,
+        "class_accuracy_of_test_images": reference.accuracy_on_test,
         "tf32": options.tf32,
     }
     print(json.dumps(header), flush=True)
@@ -145,7 +145,7 @@ def main() -> None:
 
 
 def draw(out: Path, images: np.ndarray, features: np.ndarray, reference: Reference) -> None:
-    """grid.png and neighbours.png."""
+    """Writes grid.png and neighbours.png."""
     classes = reference.train.classes
     per_class = min(10, len(images) // len(classes))
     order = [c + len(classes) * i for c in range(len(classes)) for i in range(per_class)]

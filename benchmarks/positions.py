@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from comparison import PER_CLASS, Judge, note_of, seconds_of
+from comparison import PER_CLASS, DigitScorer, note_of, seconds_of
 
 from continuar.recipes import RECIPES
 from continuar.training.trainer import train
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
-    judge, labels = Judge(), np.repeat(np.arange(10), PER_CLASS)
+    scorer, labels = DigitScorer(), np.repeat(np.arange(10), PER_CLASS)
     scores = " | ".join(f"accuracy, w={g:g} | distance" for g in GUIDANCE)
     lines = [f"| recipe | positions | seed | training s | last loss | {scores} |", "|---" * (5 + 2 * len(GUIDANCE)) + "|"]
     print("\n".join(lines), flush=True)
@@ -42,11 +42,11 @@ def main() -> None:
                 directory = options.out / f"{row}-{positions}-{seed}"
                 pipe = train(run, directory, device=torch.device("cpu"), resume=True)
                 loss = json.loads((directory / "metrics.jsonl").read_text().splitlines()[-1])["loss"]
-                found = [judge.score(pipe(labels.tolist(), 0, guidance_scale=g, batch_size=250), labels) for g in GUIDANCE]
+                found = [scorer.score(pipe(labels.tolist(), 0, guidance_scale=g, batch_size=250), labels) for g in GUIDANCE]
                 seconds = seconds_of(directory, run.train.batch_size)
                 lines.append(f"| {row} | {positions} | {seed} | {seconds:.0f} | {loss:.4f} | {' | '.join(found)} |")
                 print(lines[-1], flush=True)
-    note = f"{note_of(judge)}."
+    note = f"{note_of(scorer)}."
     print(note)
     if options.results:
         options.results.write_text("\n".join([*lines, "", note]) + "\n", encoding="utf-8")

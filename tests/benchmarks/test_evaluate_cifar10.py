@@ -48,14 +48,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_rows_hold_what_the_images_of_each_guidance_give(place: Path, tmp_path: Path) -> None:
     found = measure(place, tmp_path, "--guidance-scale", "1", "4", "--batch-size", "8", "--engine", "eager")
     assert [row["guidance_scale"] for row in found["rows"]] == [1, 4]
-    network, judge = SqueezeNet.from_file(place / "s.safetensors"), Classifier.load(place / "classifier")
+    network, classifier = SqueezeNet.from_file(place / "s.safetensors"), Classifier.load(place / "classifier")
     real, labels = load_images(place / "data", size=32), np.arange(20) % 10
     pipe = continuar.load("cifar10", device="cpu")
     images = pipe(labels.tolist(), 0, guidance_scale=4.0, steps=1, diffusion_steps=2, batch_size=8, engine="eager")
     expected = frechet_distance(moments(extract(network, images)), moments(extract(network, real.images)))
     row = found["rows"][1]
     assert row["squeezenet_frechet_distance"] == pytest.approx(expected, rel=1e-2)  # the last batch rounds otherwise, by 1/255
-    assert row["class_accuracy"] == pytest.approx(class_accuracy(judge.predict(images), labels), abs=0.051)
+    assert row["class_accuracy"] == pytest.approx(class_accuracy(classifier.predict(images), labels), abs=0.051)
     assert {"steps": 1, "diffusion_steps": 2, "engine": "eager", "precision": "float32", "samples": 20}.items() <= row.items()
     assert {"squeezenet_precision", "squeezenet_recall", "squeezenet_kernel_distance"} <= set(row)
     for name, columns in (("grid", 2), ("neighbours", 5)):

@@ -33,12 +33,14 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     # are worse for singular covariances: a zero eigenvalue comes out near 1e-16, and its root near 1e-8, once per missing rank.
     inner = np.linalg.svd(_square_root(a.covariance) @ _square_root(b.covariance), compute_uv=False)
     trace = np.trace(a.covariance) + np.trace(b.covariance) - 2 * inner.sum()
+    # Equal Gaussians give 0 only up to rounding, of either sign.
     return max(0.0, float(((a.mean - b.mean) ** 2).sum() + trace))
 
 
 def _square_root(matrix: np.ndarray) -> np.ndarray:
     """The symmetric square root of a positive semidefinite matrix."""
     values, vectors = np.linalg.eigh(matrix)
+    # Zero eigenvalues of a singular covariance come out slightly negative.
     return (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
 
 
@@ -130,6 +132,7 @@ def kernel_distance(
     require(2 <= subset_size <= fewest, f"subset size is {subset_size}; allowed: 2 to {fewest}, the smaller set")
     require(subsets >= 1, f"subsets is {subsets}; allowed: 1 or more")
     rng, target = np.random.default_rng(seed), _float64_device(device)
+    # The cube of float32 products loses most digits of a difference this small, hence float64.
     values = np.empty(subsets)
     for i in range(subsets):
         x, y = (f[rng.choice(len(f), subset_size, replace=False)] for f in (samples_MD, reference_ND))
@@ -282,6 +285,7 @@ class NeighbourSearch:
 
     def __init__(self, query_QD: np.ndarray, k: int) -> None:
         require(k >= 1, f"k is {k}; allowed: 1 or more")
+        # float32, as the features come: a search keeps no copy of the references, so float64 would only cost time.
         self._query_QD, self._k, self._seen = torch.from_numpy(query_QD.astype(np.float32)), k, 0
         self._distance_QK = torch.full((len(query_QD), k), float("inf"))
         self._index_QK = torch.full((len(query_QD), k), -1)
@@ -296,6 +300,7 @@ class NeighbourSearch:
             distance = torch.cdist(self._query_QD[rows], reference, compute_mode="donot_use_mm_for_euclid_dist")
             distances = torch.cat((self._distance_QK[rows], distance), 1)
             indices = torch.cat((self._index_QK[rows], index.expand_as(distance)), 1)
+            # The sort is stable and earlier references come first, so ties do not depend on the blocks; topk promises no order.
             kept = distances.sort(dim=1, stable=True).indices[:, : self._k]
             self._distance_QK[rows], self._index_QK[rows] = distances.gather(1, kept), indices.gather(1, kept)
 

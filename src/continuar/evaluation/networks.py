@@ -93,6 +93,7 @@ class FeatureNetwork:
             UserError: the module returns something else.
         """
         out = _forward(self.module, images_BHW3, self.device)
+        # A network may leave out the later outputs, and one in the middle by None.
         features, *more = out if isinstance(out, tuple) else (out,)
         logits, spatial = (*more, None, None)[:2]
         for what, value in (("features", features), ("logits", logits), ("spatial features", spatial)):
@@ -129,6 +130,7 @@ def sha256_of_file(path: Path) -> str:
 def sha256_of_state(module: nn.Module) -> str:
     """Returns the SHA-256 of a module's state: names, types, shapes and bytes, in the order of the names; hexadecimal."""
     digest = hashlib.sha256()
+    # Names, types and shapes count: equal bytes under other names are another network.
     for key, value in sorted(module.state_dict().items()):
         tensor = value.detach().cpu().contiguous()
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -311,12 +313,14 @@ class Classifier(nn.Module):
     def features(self, images_BHW3: Tensor) -> Tensor:
         """Returns the input of the last layer: the mean of the last feature map, [B, 4 width]."""
         x = images_BHW3.permute(0, 3, 1, 2).float() / 127.5 - 1
+        # Pre-activation blocks end with a sum, so the last one needs a norm and a ReLU of its own.
         return F.relu(self.norm(self.blocks(self.stem(x)))).mean((2, 3))
 
     def predict(self, images_BHW3: np.ndarray, batch_size: int = 500) -> np.ndarray:
         """Returns labels [n] int64 of uint8 images; the logits of an image and of its mirror image are averaged."""
         self.eval()
         device = self.output.weight.device
+        # A flip seldom changes the class, and the mean of both views is right more often.
         logits = [extract(self, images, device=device, batch_size=batch_size) for images in (images_BHW3, images_BHW3[:, :, ::-1])]
         return (logits[0] + logits[1]).argmax(1)
 

@@ -1,4 +1,4 @@
-"""How well a tokenizer's reconstructions agree with images: PSNR and SSIM per image, and the Frechet distance of both sets.
+"""Scores of a tokenizer's reconstructions: PSNR and SSIM per image, and the Frechet distance to the originals.
 
 The Frechet distance of reconstructions to their originals is rFID with the FID Inception weights, and only then.
 """
@@ -116,6 +116,7 @@ def _torchmetrics() -> Any:
 
 def reconstruct(tokenizer: Tokenizer, images_BHW3: np.ndarray, device: torch.device | str = "cpu") -> np.ndarray:
     """Encodes and decodes uint8 images; a tokenizer with a posterior decodes its mean."""
+    # TF32 differs between batch sizes, so that scores would depend on them.
     with torch.no_grad(), exact_float32():
         x_B3HW = torch.from_numpy(np.ascontiguousarray(images_BHW3)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
         return to_uint8(tokenizer.reconstruct(tokenizer.encode(x_B3HW))).cpu().numpy()

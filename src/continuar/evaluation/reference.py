@@ -47,10 +47,10 @@ class Statistics:
     """Statistics of real images in one network's features."""
 
     moments: Moments
-    """Of every image; count 0 if the file does not hold it."""
+    """Moments of every image; count 0 if the file does not hold it."""
     network: str
     sha256: str
-    """Of the network's weights; empty in files of ADM's suite, which are of the FID Inception network."""
+    """Digest of the network's weights; empty in files of ADM's suite, which are of the FID Inception network."""
     size: tuple[int, int] | None
     """Height and width; None if the file does not hold them."""
     features_RD: np.ndarray | None
@@ -75,6 +75,7 @@ def _identity(network: str, sha256: str) -> str:
 
 def reference_indices(count: int, kept: int, seed: int = 0) -> np.ndarray:
     """Draws which of ``count`` images give the features that are kept: the same every time, in order."""
+    # At random, because data sets are sorted by class; sorted again, because images are read in order.
     return np.sort(np.random.default_rng(seed).choice(count, min(kept, count), replace=False))
 
 
@@ -185,6 +186,7 @@ def open_reference(path: str | Path, network: FeatureNetwork, size: tuple[int, i
         )
         return Reference(str(path), None, open_images(path, size=size[0], split=split))
     statistics, images = read_statistics(path)
+    # The network would resize both to one resolution and hide that they differ.
     known = images.size if images is not None else statistics.size if statistics is not None else None
     require(
         known is None or known == size,
@@ -216,6 +218,7 @@ def write_statistics(path: Path, statistics: Statistics, images_NHW3: np.ndarray
         values |= {"mu_s": statistics.spatial.mean, "sigma_s": statistics.spatial.covariance}
     if images_NHW3 is not None:
         values[ARRAY] = images_NHW3
+    # Not compressed, so that `NpzImages` can seek in arr_0.
     with atomic_file(path) as file:
         np.savez(file, **values)
 
@@ -246,6 +249,7 @@ def read_statistics(path: Path) -> tuple[Statistics | None, Images | None]:
         features is None or (features.ndim == 2 and features.shape[1] == dimensions and features.dtype.kind == "f"),
         f"{path}: features are {getattr(features, 'shape', ())}; allowed: [n, {dimensions}]",
     )
+    # ADM's files do not name their network: it is always the FID Inception network.
     statistics = Statistics(
         every,
         network=str(values.get("network", "inception")),

@@ -64,12 +64,12 @@ def no_bar(description: str) -> OnProgress:
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """How to evaluate."""
+    """Options of one evaluation."""
 
     batch_size: int = 64
     """Images made and measured at once; a shard."""
     reference_images: int = REFERENCE_IMAGES
-    """How many images of a reference without features give those of precision, recall, density, coverage, kernel distance."""
+    """Images of a reference without features that give those of precision, recall, density, coverage, kernel distance."""
     split: str = "train"
     """Which part of a reference that has several."""
     save_images: bool = False
@@ -266,6 +266,7 @@ class Shards:
         """Writes a finished shard, and how long it took."""
         data, seal = self._paths(number)
         data.parent.mkdir(exist_ok=True)
+        # No temporary name is needed: without a seal, or with the seal of other bytes, a torn file counts as unfinished.
         write_tensors(data, {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in arrays.items()})
         write_json(seal, {"crc32": checksum(data), "images": len(self.rows(number)), "seconds": seconds})
 
@@ -279,6 +280,7 @@ class Shards:
         except (UserError, AttributeError):
             intact = False
         if not intact:
+            # Without its seal it is unfinished from now on, also for the other processes.
             _LOG.warning("shard %s is damaged and made again", data)
             seal.unlink()
         return intact
@@ -337,6 +339,7 @@ def evaluate(
         shards.check()
     shards, unfinished = group.share((shards, shards.unfinished() if shards else []))
     assert shards is not None
+    # Strided, not in runs: the processes make the low numbers first, and finish at about the same time.
     mine = unfinished[group.rank :: group.count]
     _make(samples, network, shards, mine, save_images=options.save_images, on_progress=bar("samples"))
     group.wait()
@@ -352,6 +355,7 @@ def evaluate(
         search=search,
         on_progress=None if opened.is_ready and search is None else bar("reference"),
     )
+    # Logits of other classes cannot tell whether an image shows what was asked for.
     labels = samples.labels if samples.classes and samples.classes == network.classes else None
     scores = score_samples(found, statistics, labels_M=labels, device=network.device)
     against = {
@@ -368,6 +372,7 @@ def evaluate(
     save_png(grid(preview_PHW3), out / "samples.png")
     if search is not None:
         _draw_neighbours(search, preview_PHW3, opened, out / "neighbours.png")
+    # Last of all: a sweep takes an evaluation with a result for finished.
     write_json(out / RESULT, report.to_json())
     if options.discard_shards:
         shards.discard()
@@ -448,6 +453,7 @@ def _make(
         found = network(images_BHW3)
         shards.begin()  # after the first batch, so that a refusal of the model leaves nothing behind
         arrays = {"features": found.features_ND, "logits": found.logits_NC, "spatial": found.spatial_NS}
+        # Pictures are drawn by the first process, which may not have made these samples.
         if rows.start < PREVIEW:
             arrays["pixels"] = images_BHW3[: PREVIEW - rows.start]
         if save_images:

@@ -82,6 +82,7 @@ class Images(ABC):
     def blocks(self, size: int) -> Iterator[tuple[int, np.ndarray]]:
         """Yields (first index, block) of all images; the next block is read while the caller uses one."""
         spans = [(first, min(first + size, len(self))) for first in range(0, len(self), size)]
+        # Reading waits for disks and decoders, measuring for the GPU.
         with ThreadPoolExecutor(1) as ahead:
             waiting = ahead.submit(self.read, *spans[0])
             for (first, _), following in zip(spans, [*spans[1:], None], strict=True):
@@ -113,6 +114,7 @@ def open_images(path: str | Path, *, size: int | None = None, split: str = "trai
             f"{path} holds images of {by(found.size)} pixels, not of {size}x{size}; cropping is for the other kinds",
         )
         return found
+    # Generated images lie loose in one folder; training data never does.
     loose = path.is_dir() and any(_is_image(p) for p in path.iterdir())
     return EncodedImages(path, LooseFolder(path) if loose else find_source(path, split), size)
 
@@ -182,7 +184,7 @@ class EncodedImages(Images):
 
 
 class DigitImages(Images):
-    """scikit-learn's handwritten digits, which no folder holds."""
+    """scikit-learn's handwritten digits, which come with the package and lie in no folder."""
 
     def __init__(self, size: int | None = None) -> None:
         self._images = load_images(DIGITS, size=size or 8).images
@@ -226,6 +228,7 @@ class NpzImages(Images):
             data = file.read((stop - first) * each)
             if len(data) < (stop - first) * each:
                 raise EOFError(f"{ARRAY} ends early")
+        # A bytearray, because torch warns of arrays that cannot be written to.
         return np.frombuffer(bytearray(data), np.uint8).reshape(stop - first, *self.size, 3)
 
     def identity(self) -> str:
@@ -263,6 +266,7 @@ def _archives(path: Path) -> list[str]:
 
 
 def _files_identity(files: list[str]) -> str:
+    # Hashing the contents of a million files would take as long as scoring them.
     digest = hashlib.sha256()
     for path in map(Path, files):
         stat = path.stat()
@@ -320,6 +324,7 @@ class GeneratedSamples:
         self.name, self._weights = name, weights
         side = int(pipe.tokenizer.config.image_size)
         self.count, self.size, self.classes = count, (side, side), pipe.classes
+        # Classes take turns, so that the first images of any number are about balanced.
         self.labels = np.arange(count) % classes if pipe.classes else None
 
     def make(self, first: int, number: int) -> np.ndarray:
@@ -349,4 +354,4 @@ class GeneratedSamples:
 
 
 Samples = Images | GeneratedSamples
-"""What an evaluation scores."""
+"""The two kinds that an evaluation scores."""

@@ -130,7 +130,7 @@ class SweepRow:
     point: Point
     result: dict[str, Any]
     seconds_per_image: float | None = None
-    """Of generation only; None if it was not timed."""
+    """Time of generation only; None if it was not timed."""
 
 
 STEPS = (8, 16, 32, 64, 128)
@@ -162,13 +162,13 @@ class Sweep:
     """Everything that the points of a sweep have in common; `run` and `compare` evaluate them and write tables and plots."""
 
     reference: str | Path
-    """As of `evaluate`, like ``network``, ``group`` and ``bar``."""
+    """Passed to `evaluate`, like ``network``, ``group`` and ``bar``."""
     network: FeatureNetwork
     out: Path
     images: int
     """Per point, a multiple of the number of classes."""
     seed: int = 0
-    """Of the first image of every point."""
+    """Seed of the first image, the same at every point: differences between points are then less noisy."""
     weights: str = "ema"
     """Used if ``weights`` is not an axis."""
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -280,6 +280,7 @@ class Sweep:
             if result is not None:
                 seconds = self._seconds_per_image(samples, point) if timed else None
                 rows.append(SweepRow(point, result, seconds))
+                # After every point, so that an interrupted sweep has a table.
                 write_text(self.out / "table.csv", csv_table(rows))
                 write_text(self.out / "table.md", markdown_table(rows))
             if timed:
@@ -297,6 +298,7 @@ class Sweep:
 
     def _evaluate_point(self, samples: GeneratedSamples, reference: str | Path, point: Point) -> dict[str, Any] | None:
         """Reads or computes the result of a point; None in processes other than the first."""
+        # Features of every point would fill a disk: 20 KB per image with the Inception network.
         place, options = self._place(point), replace(self.evaluation, discard_shards=True)
         found = finished(samples, reference, self.network, place, options) if self.group.is_first else None
         if self.group.share(found is not None):
@@ -317,9 +319,11 @@ class Sweep:
         file, batch = self._place(point) / "speed.json", self.evaluation.batch_size
         if file.is_file():
             found = read_json(file)
+            # Time per image depends on the batch size.
             if found["batch_size"] == batch:
                 return float(found["seconds_per_image"])
         took = []
+        # The first one compiles, captures and warms up; it does not count.
         for _ in range(1 + REPEATS):
             began = time.perf_counter()
             samples.make(0, batch)
@@ -351,6 +355,7 @@ def markdown_table(rows: Sequence[SweepRow]) -> str:
     """Formats the same for people, under the names that scores may be called by, after a line on what was measured."""
     first, timed = rows[0].result, rows[0].seconds_per_image is not None
     samples, reference, network = first["samples"], first["reference"], first["network"]
+    # Standard deviations stay in the CSV; the table would be too wide.
     scores = [name for name in _common_scores(rows) if not name.endswith("_std")]
     head = [*(name.replace("_", " ") for name in rows[0].point), *(first["titles"][name] for name in scores)]
     who = "" if "model" in rows[0].point else f"{samples['model']}: "
@@ -404,6 +409,7 @@ def plot_tradeoff(rows: Sequence[SweepRow]) -> Any:
 
     models = {str(row.point["model"]) for row in rows}
     short = {model: Path(model).name or model for model in models}
+    # Paths of runs are long; their last parts serve if they differ.
     names = short if len(set(short.values())) == len(models) else {model: model for model in models}
     curves: dict[str, list[SweepRow]] = {}
     for row in rows:
