@@ -36,9 +36,9 @@ class Options(ScoringOptions):
     batch_size: int = 64
     """Images made and measured at once."""
     reference_images: int = REFERENCE_IMAGES
-    """How many images of a reference without features give those of precision, recall, density, coverage, kernel distance."""
+    """Images of a reference without features that give those of precision, recall, density, coverage, kernel distance."""
     split: str = "train"
-    """Which part of a reference that has several."""
+    """Part of a reference that has several, such as "train" or "test"."""
     out: Path = Path("sweep")
     """The directory to write to: table.csv, table.md, plot.png, plot.svg, points/."""
 

@@ -71,7 +71,7 @@ class EvaluationOptions:
     reference_images: int = REFERENCE_IMAGES
     """Images of a reference without features that give those of precision, recall, density, coverage, kernel distance."""
     split: str = "train"
-    """Which part of a reference that has several."""
+    """Part of a reference that has several, such as "train" or "test"."""
     save_images: bool = False
     """Keep every image as images/NNNNNN.png."""
     neighbours: int = 0
