@@ -30,7 +30,7 @@ class ScoringOptions:
     """Options of `continuar evaluate` and `continuar sweep`."""
 
     reference: str = ""
-    """Real images or statistics to score against: an .npz file of `continuar stats` or of ADM's suite, a folder of images, Parquet or tars."""
+    """Real images to score against: an .npz file of `continuar stats` or of ADM's suite, a folder of images, Parquet or tars."""
     features: Annotated[NetworkOptions, tyro.conf.arg(name="")] = field(default_factory=NetworkOptions)
     seed: int = 0
     """Seed of the first image."""
