@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from continuar.checkpoints.store import write_json
 from continuar.data.latent_cache import INDEX, CacheInfo, LatentCache, ShardInfo, shard_path
+from continuar.io import write_json
 from continuar.tokenizers import LatentConfig, Tokenizer
 from continuar.tokenizers.pixel import patchify
 from continuar.tokenizers.vae import posterior

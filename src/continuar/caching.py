@@ -25,7 +25,6 @@ Checks a cache of latents against its source and its tokenizer.
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -39,13 +38,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from continuar.checkpoints.store import checksum, write_json
 from continuar.config import differences, to_json
 from continuar.data.latent_cache import INDEX, CacheInfo, DType, LatentCache, ShardInfo, is_cache, read_info, read_shard, shard_path
 from continuar.data.loader import check_skipped, decode_block, image_blocks
 from continuar.data.sources import Source
 from continuar.distributed import SingleProcess
 from continuar.errors import UserError, require
+from continuar.io import atomic_file, checksum, write_json
 from continuar.tokenizers import Tokenizer, VAETokenizer, fingerprint
 from continuar.tokenizers.pixel import to_signed, to_uint8
 from continuar.tokenizers.vae import posterior
@@ -316,7 +315,6 @@ def _write_shard(
 ) -> tuple[str, ...]:
     """One shard, all of it or nothing; returns what was skipped."""
     numbers, index = shard_path(directory, shard, "bin"), shard_path(directory, shard, "json")
-    temporary = numbers.with_name(f".{numbers.name}.tmp")
     index.unlink(missing_ok=True)
     for stale in directory.glob(f".{numbers.stem}.*.tmp"):
         stale.unlink(missing_ok=True)
@@ -324,22 +322,16 @@ def _write_shard(
     missing: list[int] = []
     skipped: list[str] = []
     crc = 0
-    try:
-        with temporary.open("wb") as file:
-            for block in image_blocks(source, info.chosen(shard), info.image_size, options.batch_size):
-                if len(block.images):
-                    data = _rows(tokenizer, torch.from_numpy(block.images), info)
-                    file.write(data)
-                    crc = zlib.crc32(data, crc)
-                labels += source.labels[block.index].tolist()
-                missing += sorted(set(block.chosen) - set(block.index.tolist()))
-                skipped += block.skipped
-                progress(len(block.chosen))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(numbers)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_file(numbers) as file:
+        for block in image_blocks(source, info.chosen(shard), info.image_size, options.batch_size):
+            if len(block.images):
+                data = _rows(tokenizer, torch.from_numpy(block.images), info)
+                file.write(data)
+                crc = zlib.crc32(data, crc)
+            labels += source.labels[block.index].tolist()
+            missing += sorted(set(block.chosen) - set(block.index.tolist()))
+            skipped += block.skipped
+            progress(len(block.chosen))
     write_json(index, ShardInfo(tuple(labels), tuple(missing), tuple(skipped), f"{crc:08x}"))
     return tuple(skipped)
 

@@ -10,6 +10,8 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from continuar.io import atomic_file
+
 T = TypeVar("T")
 
 _MARGIN = 4
@@ -47,9 +49,8 @@ def grid(images_BHW3: np.ndarray, captions: Sequence[str] | None = None, columns
 def save_png(image: Image.Image | np.ndarray, path: Path) -> None:
     """Writes a PNG so that a reader sees all of it or none."""
     picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    temporary = path.with_name(f".{path.name}.tmp")
-    picture.save(temporary, format="PNG")
-    temporary.replace(path)
+    with atomic_file(path) as file:
+        picture.save(file, format="PNG")
 
 
 def thinned(items: Sequence[T], most: int) -> list[T]:
@@ -74,6 +75,5 @@ def save_gif(frames: Sequence[Image.Image], path: Path, seconds: float = 4.0, la
     ends.paste(frames[-1], (0, frames[0].height))
     palette = ends.quantize(256)
     first, *others = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-    temporary = path.with_name(f".{path.name}.tmp")
-    first.save(temporary, format="GIF", save_all=True, append_images=others, duration=milliseconds, loop=0)
-    temporary.replace(path)
+    with atomic_file(path) as file:
+        first.save(file, format="GIF", save_all=True, append_images=others, duration=milliseconds, loop=0)

@@ -19,18 +19,15 @@ from continuar.checkpoints.store import (
     SHARDS,
     WEIGHTS,
     PipelineConfig,
-    atomic_directory,
     is_replaceable,
     load_state,
     read_pipeline_config,
-    read_tensors,
     read_tokenizer,
-    write_json,
-    write_tensors,
     write_tokenizer,
 )
 from continuar.devices import pick_device
 from continuar.errors import UserError, require, unknown_name
+from continuar.io import atomic_directory, read_tensors, write_json, write_tensors
 from continuar.models.base import TokenModel
 from continuar.sampling.engines import Engine, EngineName, chosen, make_engine
 from continuar.sampling.fast.weights import Precision

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 from torch.nn import functional
 
-from continuar.checkpoints.store import read_tensors
 from continuar.checkpoints.tokenizers import load_tokenizer
 from continuar.config import from_json, to_json
 from continuar.data.loader import load_images
 from continuar.data.sources import find_source
 from continuar.errors import UserError
 from continuar.evaluation.networks import SqueezeNet
+from continuar.io import read_tensors
 from continuar.recipes.tokenizers import TOKENIZER_RECIPES
 from continuar.training.autoencoder import (
     DecodedBatches,

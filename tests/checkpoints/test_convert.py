@@ -12,19 +12,11 @@ import torch
 from torch import Tensor
 
 from continuar.checkpoints.mar import OfficialFile, model_file, official_args, read_official, write_official
-from continuar.checkpoints.store import (
-    CONFIG,
-    EMA,
-    WEIGHTS,
-    PipelineConfig,
-    read_pipeline_config,
-    read_tensors,
-    write_json,
-    write_tensors,
-)
+from continuar.checkpoints.store import CONFIG, EMA, WEIGHTS, PipelineConfig, read_pipeline_config
 from continuar.cli.main import main as continuar
 from continuar.errors import UserError
 from continuar.heads import DiffusionOptions
+from continuar.io import read_tensors, write_json, write_tensors
 from continuar.pipeline import load
 from continuar.tokenizers import LatentConfig, PixelConfig
 

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save_file
 
 from continuar.checkpoints.ldm import is_ldm, network_from_ldm, read_ldm, to_diffusers
-from continuar.checkpoints.store import read_tensors
 from continuar.checkpoints.tokenizers import Changes, load_tokenizer, read_tokenizer_file, save_tokenizer
 from continuar.cli.main import main as continuar
+from continuar.io import read_tensors
 from continuar.tokenizers import VAEConfig
 from continuar.tokenizers.vae import KL8_LDM, KL16_LDM, KL16_MAR, NAMED, VQ16_LDM
 from tests.tokenizers.networks import KL as SMALL_GROUPS

@@ -3,30 +3,16 @@
 from __future__ import annotations
 
 import json
-import zlib
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from continuar.checkpoints.store import (
-    CONFIG,
-    WEIGHTS,
-    PipelineConfig,
-    atomic_directory,
-    check_keys,
-    checksum,
-    load_state,
-    read_json,
-    read_pipeline_config,
-    read_tensors,
-    write_json,
-    write_tensors,
-    write_text,
-)
+from continuar.checkpoints.store import CONFIG, PipelineConfig, check_keys, load_state, read_pipeline_config
 from continuar.errors import UserError
 from continuar.heads import DiffusionHeadConfig
+from continuar.io import write_json
 from continuar.models import MAEConfig
 from continuar.models.autoregressive import ModelConfig
 from continuar.orders import MAROrderConfig
@@ -48,51 +34,6 @@ def model_file(tokenizer: TokenizerConfig, classes: tuple[str, ...] = ("cat", "d
 
 
 FILES = [model_file(LatentConfig(image_size=64, scale=0.1)), model_file(PixelConfig(image_size=8, patch=2, std=0.5), ())]
-
-
-class Interrupted(BaseException):
-    """Like KeyboardInterrupt: not an Exception."""
-
-
-def fill_and_fail(destination: Path, kind: type[BaseException]) -> None:
-    with atomic_directory(destination) as temporary:
-        (temporary / "a").write_text("new")
-        raise kind
-
-
-@pytest.mark.parametrize("kind", [RuntimeError, Interrupted])
-def test_atomic_directory_leaves_nothing_when_filling_fails(tmp_path: Path, kind: type[BaseException]) -> None:
-    with pytest.raises(kind):
-        fill_and_fail(tmp_path / "model", kind)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_atomic_directory_keeps_the_old_one_when_filling_fails(tmp_path: Path) -> None:
-    old = tmp_path / "model"
-    old.mkdir()
-    (old / "a").write_text("old")
-    with pytest.raises(RuntimeError):
-        fill_and_fail(old, RuntimeError)
-    assert [p.name for p in tmp_path.iterdir()] == ["model"]
-    assert (old / "a").read_text() == "old"
-
-
-def test_atomic_directory_replaces_an_existing_one_whole(tmp_path: Path) -> None:
-    destination = tmp_path / "deep" / "model"
-    for name in ("a", "b"):
-        with atomic_directory(destination) as temporary:
-            (temporary / name).write_text(name)
-            assert not (destination / name).exists()
-    assert [p.name for p in destination.iterdir()] == ["b"]
-    assert [p.name for p in destination.parent.iterdir()] == ["model"]
-
-
-def test_write_text_replaces_at_once_and_leaves_no_other_file(tmp_path: Path) -> None:
-    path = tmp_path / "a.json"
-    write_text(path, "old")
-    write_text(path, "ä\n")
-    assert path.read_bytes() == "ä\n".encode()
-    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("file", FILES, ids=["latent", "pixel"])
@@ -131,51 +72,6 @@ def test_read_model_file_refuses_other_directories(tmp_path: Path, text: str | N
         read_pipeline_config(tmp_path)
 
 
-def test_read_json_names_a_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"absent\.json does not exist"):
-        read_json(tmp_path / "absent.json")
-
-
-def test_tensors_survive_a_file(tmp_path: Path) -> None:
-    tensors = {
-        "weight": torch.tensor([[1.5, -2.0], [float("nan"), 4.0]]),
-        "transposed": torch.arange(6.0).view(2, 3).T,
-        "half": torch.tensor([1.0, 2.0], dtype=torch.float16),
-        "count": torch.tensor(7),
-    }
-    write_tensors(tmp_path / WEIGHTS, tensors)
-    found = read_tensors(tmp_path / WEIGHTS)
-    assert found.keys() == tensors.keys()
-    for name, value in tensors.items():
-        assert found[name].dtype == value.dtype
-        torch.testing.assert_close(found[name], value, rtol=0, atol=0, equal_nan=True)
-
-
-def test_write_tensors_converts_floating_ones_only(tmp_path: Path) -> None:
-    write_tensors(tmp_path / WEIGHTS, {"w": torch.tensor([1 / 3]), "n": torch.tensor(7)}, torch.bfloat16)
-    found = read_tensors(tmp_path / WEIGHTS)
-    assert (found["w"].dtype, found["n"].dtype) == (torch.bfloat16, torch.int64)
-    assert found["w"].item() == torch.tensor(1 / 3).to(torch.bfloat16).item()
-
-
-def test_read_tensors_refuses_every_truncation(tmp_path: Path) -> None:
-    path = tmp_path / WEIGHTS
-    write_tensors(path, {"a": torch.arange(5.0), "b": torch.ones(2, 2)})
-    whole = path.read_bytes()
-    for length in range(len(whole)):
-        path.write_bytes(whole[:length])
-        with pytest.raises(UserError, match=f"{WEIGHTS} is truncated or not a safetensors file"):
-            read_tensors(path)
-
-
-def test_read_tensors_refuses_other_files(tmp_path: Path) -> None:
-    torch.save({"a": torch.ones(2)}, tmp_path / WEIGHTS)
-    with pytest.raises(UserError, match="not a safetensors file"):
-        read_tensors(tmp_path / WEIGHTS)
-    with pytest.raises(UserError, match="absent does not exist"):
-        read_tensors(tmp_path / "absent")
-
-
 def test_check_keys_names_everything() -> None:
     expected = {"a": torch.Size([2]), "b": torch.Size([3]), "c": torch.Size([1, 4])}
     check_keys({k: torch.zeros(v) for k, v in expected.items()}, expected, "here")
@@ -199,12 +95,3 @@ def test_load_state_loads_all_or_refuses() -> None:
     with pytest.raises(UserError, match="w does not fit the model: missing: bias"):
         load_state(module, {"weight": torch.zeros(1, 2)}, "w")
     assert module.weight.tolist() == [[3.0, 4.0]]
-
-
-def test_checksum_is_crc32(tmp_path: Path) -> None:
-    path = tmp_path / "f"
-    path.write_bytes(b"123456789")
-    assert checksum(path) == "cbf43926"  # the check value of CRC-32
-    large = bytes(range(256)) * (1 << 15)
-    path.write_bytes(large)
-    assert checksum(path) == f"{zlib.crc32(large):08x}"

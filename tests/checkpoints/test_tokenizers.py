@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from continuar.checkpoints.store import TOKENIZER, PipelineConfig, write_tensors
+from continuar.checkpoints.store import TOKENIZER, PipelineConfig
 from continuar.checkpoints.tokenizers import (
     TOKENIZER_CONFIG,
     Changes,
@@ -22,6 +22,7 @@ from continuar.checkpoints.tokenizers import (
     set_scale,
 )
 from continuar.errors import UserError
+from continuar.io import write_tensors
 from continuar.pipeline import Pipeline, load
 from continuar.tokenizers import (
     CodebookConfig,

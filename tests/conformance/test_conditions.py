@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from continuar.checkpoints.mar import official_parts
-from continuar.checkpoints.store import CONFIG, WEIGHTS, PipelineConfig, read_tensors, write_tensors
+from continuar.checkpoints.store import CONFIG, WEIGHTS, PipelineConfig
 from continuar.config import from_json, members, to_json
 from continuar.errors import UserError
 from continuar.heads import FlowHeadConfig, FlowOptions
+from continuar.io import read_tensors, write_tensors
 from continuar.models import BackboneConfig, CausalConfig, MAEConfig
 from continuar.models.autoregressive import ModelConfig
 from continuar.models.conditions import ConditionConfig, LabelsConfig, VectorsConfig

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from continuar.checkpoints.mar import latent_sizes
-from continuar.checkpoints.store import read_pipeline_config, read_tokenizer, write_tensors
+from continuar.checkpoints.store import read_pipeline_config, read_tokenizer
 from continuar.checkpoints.tokenizers import load_tokenizer, save_tokenizer, set_scale
 from continuar.cli.main import main
 from continuar.cli.train import dry_run
@@ -24,6 +24,7 @@ from continuar.config import from_json
 from continuar.data.latent_cache import LatentCache, read_info
 from continuar.errors import UserError
 from continuar.heads import CategoricalHeadConfig
+from continuar.io import write_tensors
 from continuar.models import CausalConfig
 from continuar.orders import RasterOrderConfig
 from continuar.pipeline import Pipeline, newest_checkpoints

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from continuar.checkpoints.mar import separate
-from continuar.checkpoints.store import check_keys, read_tensors
+from continuar.checkpoints.store import check_keys
 from continuar.errors import UserError, require
-from continuar.io import atomic_file, check_file, load_torch_file, written
+from continuar.io import atomic_file, check_file, load_torch_file, read_tensors, write_errors
 from continuar.tokenizers.networks import DownBlock, KLNetwork, UpBlock, VQNetwork
 
 LDMNetwork = KLNetwork | VQNetwork
@@ -70,7 +70,7 @@ def write_ldm(
     """
     check_file(path, overwrite)
     layout = to_ldm({k.removeprefix(_PREFIX): v for k, v in state.items()}, network)
-    with written(path), atomic_file(path) as handle:
+    with write_errors(path), atomic_file(path) as handle:
         torch.save({wrapper: layout}, handle)
     return len(layout)
 

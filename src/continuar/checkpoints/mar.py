@@ -29,21 +29,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from continuar.checkpoints.store import (
-    CONFIG,
-    EMA,
-    WEIGHTS,
-    PipelineConfig,
+from continuar.checkpoints.store import CONFIG, EMA, WEIGHTS, PipelineConfig, check_keys, read_pipeline_config
+from continuar.errors import UserError, require
+from continuar.heads import DiffusionHeadConfig
+from continuar.io import (
     atomic_directory,
-    check_keys,
-    read_pipeline_config,
+    atomic_file,
+    check_file,
+    load_torch_file,
     read_tensors,
+    write_errors,
     write_json,
     write_tensors,
 )
-from continuar.errors import UserError, require
-from continuar.heads import DiffusionHeadConfig
-from continuar.io import atomic_file, check_file, load_torch_file, written
 from continuar.models import MAEConfig
 from continuar.models.autoregressive import ModelConfig
 from continuar.models.conditions import LabelsConfig
@@ -524,7 +522,7 @@ def import_official(
     official = read_official(source, weights)
     file, notes = model_file(official, heads=heads, decoder_heads=decoder_heads)
     ours = to_continuar(official.state, file.model, str(source))
-    with written(destination), atomic_directory(destination) as temporary:
+    with write_errors(destination), atomic_directory(destination) as temporary:
         write_json(temporary / CONFIG, file)
         write_tensors(temporary / WEIGHTS, ours)
     return Converted(file, ours, len(official.state), official.entry or "a bare state dict", notes)
@@ -593,7 +591,7 @@ def write_official(
         check_keys(state, shapes, "the source")
     layout = to_official(model, file.model)
     average = layout if ema is model else to_official(ema, file.model)
-    with written(path), atomic_file(path) as handle:
+    with write_errors(path), atomic_file(path) as handle:
         torch.save({"model": layout, "model_ema": average, "args": argparse.Namespace(**args)}, handle)
     return len(layout)
 

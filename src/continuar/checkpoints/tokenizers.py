@@ -16,19 +16,9 @@ from typing import Any
 from torch import Tensor
 
 from continuar.checkpoints.ldm import read_ldm
-from continuar.checkpoints.store import (
-    CONFIG,
-    TOKENIZER,
-    atomic_directory,
-    load_state,
-    read_json,
-    read_pipeline_config,
-    read_tokenizer,
-    write_json,
-    write_tensors,
-)
-from continuar.config import from_json
+from continuar.checkpoints.store import CONFIG, TOKENIZER, load_state, read_pipeline_config, read_tokenizer
 from continuar.errors import UserError, require
+from continuar.io import atomic_directory, read_config, write_json, write_tensors
 from continuar.models.autoregressive import token_warnings
 from continuar.tokenizers import LatentConfig, Tokenizer, TokenizerConfig, VAEConfig, VAETokenizer, VQConfig
 from continuar.tokenizers.diffusers_files import load_diffusers
@@ -127,8 +117,7 @@ def read_tokenizer_file(directory: Path) -> TokenizerFile:
     Raises:
         UserError: missing, unreadable, or not of this format.
     """
-    path = directory / TOKENIZER_CONFIG
-    return from_json(TokenizerFile, read_json(path), str(path))
+    return read_config(TokenizerFile, directory / TOKENIZER_CONFIG)
 
 
 def save_tokenizer(config: TokenizerConfig, state: Mapping[str, Tensor], directory: Path) -> None:

@@ -9,9 +9,10 @@ from pathlib import Path
 from torch import Tensor
 
 from continuar.checkpoints.ldm import LDMNetwork, read_ldm, write_ldm
-from continuar.checkpoints.store import TOKENIZER, read_tensors
+from continuar.checkpoints.store import TOKENIZER
 from continuar.checkpoints.tokenizers import Changes, find_saved, read_tokenizer_file, save_tokenizer
 from continuar.errors import UserError, require
+from continuar.io import read_tensors
 from continuar.tokenizers import TokenizerConfig, VAEConfig, VQConfig
 from continuar.tokenizers.networks import KLNetwork, VQNetwork
 from continuar.tokenizers.vae import named_tokenizer

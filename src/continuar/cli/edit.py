@@ -11,10 +11,10 @@ import numpy as np
 import torch
 import tyro
 
-from continuar.checkpoints.store import write_json
 from continuar.cli.common import Settings, make_writable, progress_bars
 from continuar.errors import UserError, require
 from continuar.inpainting import edit, prepare, read_picture
+from continuar.io import write_json
 from continuar.models.dit import DiTConfig
 from continuar.pictures import grid, save_png
 

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import tyro
 
-from continuar.checkpoints.store import write_json
 from continuar.cli.common import Model, Settings, at_least, make_writable, progress_bars
 from continuar.errors import require
+from continuar.io import write_json
 from continuar.pictures import MAX_FRAMES, grid, save_gif, save_png, thinned
 from continuar.pipeline import Pipeline
 from continuar.sampling.known_tokens import Snapshot

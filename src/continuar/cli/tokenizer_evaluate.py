@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +17,7 @@ from continuar.data.sources import find_source
 from continuar.devices import pick_device
 from continuar.evaluation.networks import load_network
 from continuar.evaluation.reconstruction import ReconstructionScores
+from continuar.io import write_json
 from continuar.pictures import grid, save_png
 from continuar.tokenizers import VQTokenizer
 from continuar.tokenizers.pixel import to_signed, to_uint8
@@ -77,8 +77,7 @@ def run(options: Options) -> None:
         if value is not None:
             print(f"{name:<28} {value:.4f}" if isinstance(value, float) else f"{name:<28} {value}")
     if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "results.json").write_text(json.dumps(asdict(results), indent=2) + "\n", encoding="utf-8")
+        write_json(options.out / "results.json", results)
         save_png(grid(pictures, None, columns=len(pictures) // 2), options.out / "reconstructions.png")
         print(f"{'written':<28} {options.out}")
 

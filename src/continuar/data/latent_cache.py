@@ -9,7 +9,6 @@ A row holds posterior moments or ids, not tokens: the posterior is drawn anew at
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from continuar.config import from_json
-from continuar.errors import UserError, require
+from continuar.errors import require
+from continuar.io import read_config
 
 INDEX = "cache.json"
 FORMAT = 1
@@ -122,7 +121,7 @@ def read_info(directory: Path) -> CacheInfo:
     """
     path = directory / INDEX
     require(path.is_file(), f"{directory} is not a cache of latents: it has no {INDEX}")
-    return from_json(CacheInfo, _json(path), str(path))
+    return read_config(CacheInfo, path)
 
 
 def read_shard(directory: Path, info: CacheInfo, shard: int) -> ShardInfo:
@@ -133,7 +132,7 @@ def read_shard(directory: Path, info: CacheInfo, shard: int) -> ShardInfo:
     """
     path, numbers = shard_path(directory, shard, "json"), shard_path(directory, shard, "bin")
     require(path.is_file(), f"{path} does not exist: the shard is not complete yet")
-    found = from_json(ShardInfo, _json(path), str(path))
+    found = read_config(ShardInfo, path)
     require(
         len(found.labels) + len(found.missing) == len(info.chosen(shard)),
         f"{path} has {len(found.labels)} labels and {len(found.missing)} skipped images; {len(info.chosen(shard))} are expected",
@@ -219,10 +218,3 @@ class LatentCache:
             rows = np.arange(first, min(first + size, len(self)))
             for view in range(self.info.views):
                 yield self.read(rows, view)
-
-
-def _json(path: Path) -> object:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as problem:
-        raise UserError(f"{path} is damaged: it is not valid JSON ({problem})") from problem

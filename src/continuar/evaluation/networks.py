@@ -23,18 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from continuar.checkpoints.store import (
-    CONFIG,
-    WEIGHTS,
-    atomic_directory,
-    load_state,
-    read_json,
-    read_tensors,
-    write_json,
-    write_tensors,
-)
-from continuar.config import from_json
+from continuar.checkpoints.store import CONFIG, WEIGHTS, load_state
 from continuar.errors import UserError, require, unknown_name
+from continuar.io import atomic_directory, read_config, read_tensors, write_json, write_tensors
 from continuar.tensors import exact_float32
 
 # How the SHA-256 of weights-inception-2015-12-05-6726825d.pth begins: its publisher writes it into the file's name.
@@ -338,7 +329,7 @@ class Classifier(nn.Module):
             UserError: missing, unreadable, or other keys or shapes.
         """
         directory = Path(directory)
-        network = cls(from_json(ClassifierConfig, read_json(directory / CONFIG), str(directory / CONFIG)))
+        network = cls(read_config(ClassifierConfig, directory / CONFIG))
         load_state(network, read_tensors(directory / WEIGHTS), str(directory / WEIGHTS))
         return network.float().eval().to(device)
 

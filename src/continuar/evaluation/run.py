@@ -25,8 +25,7 @@ import numpy as np
 import torch
 
 from continuar import __version__
-from continuar.checkpoints.store import checksum, read_json, read_tensors, write_json, write_tensors
-from continuar.config import differences, to_json
+from continuar.config import differences, rename_old_fields, to_json
 from continuar.distributed import EvaluationProcesses
 from continuar.errors import UserError, require
 from continuar.evaluation.metrics import NeighbourSearch, neighbours_picture
@@ -42,6 +41,7 @@ from continuar.evaluation.reference import (
     write_statistics,
 )
 from continuar.evaluation.samples import Samples, by
+from continuar.io import checksum, read_json, read_tensors, write_json, write_tensors
 from continuar.pictures import grid, save_png
 
 FORMAT = 1
@@ -238,7 +238,7 @@ class Shards:
         directory, path = self.directory, self.directory / JOB
         require(not directory.exists() or directory.is_dir(), f"--out is the file {directory}; allowed: a directory")
         if path.is_file():
-            differing = differences(read_json(path), to_json(self.job))
+            differing = differences(rename_old_fields(read_json(path)), to_json(self.job))
             listed = "; ".join(differing[:3]) + (f"; {len(differing) - 3} more" if len(differing) > 3 else "")
             require(not differing, f"{directory} holds an evaluation of other settings ({listed}); choose another directory")
         else:

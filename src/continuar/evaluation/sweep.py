@@ -25,7 +25,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from continuar.checkpoints.store import read_json, write_json, write_text
 from continuar.config import members
 from continuar.distributed import EvaluationProcesses
 from continuar.errors import UserError, require, unknown_name
@@ -34,6 +33,7 @@ from continuar.evaluation.reference import open_reference
 from continuar.evaluation.run import Bar, EvaluationOptions, evaluate, finished, measured, no_bar
 from continuar.evaluation.samples import GeneratedSamples, by
 from continuar.heads import HeadOptions, option_names
+from continuar.io import read_json, write_json, write_text
 from continuar.models.dit import DiTConfig
 from continuar.pipeline import Pipeline
 from continuar.sampling.engines import EngineName

@@ -51,16 +51,7 @@ import torch
 from torch import Tensor, nn
 
 from continuar.caching import LatentSums
-from continuar.checkpoints.store import (
-    TOKENIZER,
-    atomic_directory,
-    checksum,
-    load_state,
-    read_json,
-    read_tensors,
-    write_json,
-    write_tensors,
-)
+from continuar.checkpoints.store import TOKENIZER, load_state
 from continuar.checkpoints.tokenizers import TOKENIZER_CONFIG, TokenizerFile, save_tokenizer
 from continuar.config import differences, to_json
 from continuar.data.loader import ImageSet, check_skipped, decode_block, load_images
@@ -68,6 +59,7 @@ from continuar.data.sources import Source, find_source
 from continuar.devices import GIB
 from continuar.distributed import SingleProcess, raise_on_all_ranks
 from continuar.errors import RemoteRankError, UserError, require
+from continuar.io import atomic_directory, checksum, read_config, read_json, read_tensors, write_json, write_tensors
 from continuar.pictures import grid, save_png
 from continuar.pipeline import to_uint8
 from continuar.tokenizers import VAETokenizer, VQTokenizer
@@ -710,7 +702,7 @@ def check_directory(run: TokenizerRun, directory: Path, resume: bool, force: boo
     if not config.exists():
         return
     require(resume, f"{directory} already holds a run; --resume continues it, or choose another --out")
-    changed = differences(read_json(config), to_json(run))
+    changed = differences(to_json(read_config(TokenizerRun, config)), to_json(run))
     if changed and not force:
         raise UserError(f"the run in {directory} has another config ({'; '.join(changed)}); --force continues it all the same")
 

@@ -7,7 +7,7 @@ run's last checkpoint has whole weights too. Each kind can be resumed as the oth
 from __future__ import annotations
 
 import logging
-import os
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -24,19 +24,13 @@ from continuar.checkpoints.store import (
     SHARDS,
     WEIGHTS,
     PipelineConfig,
-    atomic_directory,
     check_keys,
-    checksum,
     current_names,
-    read_json,
-    read_tensors,
-    temporary_directory,
-    write_json,
-    write_tensors,
     write_tokenizer,
 )
 from continuar.distributed import SingleProcess, gathered_state, like, raise_on_all_ranks
 from continuar.errors import RemoteRankError, UserError, require
+from continuar.io import atomic_directory, checksum, read_json, read_tensors, temporary_path, write_json, write_tensors
 from continuar.pipeline import newest_checkpoints
 from continuar.tokenizers import Tokenizer
 from continuar.training.config import LoopConfig
@@ -193,11 +187,12 @@ def _sums(files: Iterable[Path]) -> dict[str, str]:
 @contextmanager
 def _filled_together(destination: Path, parallel: SingleProcess) -> Iterator[Path]:
     """`atomic_directory` for several processes that fill the same one."""
-    owner = parallel.most(os.getpid() if parallel.first else 0)
+    # Chosen by the first process, so that all know the temporary directory.
+    writer = str(parallel.most(secrets.randbits(62) if parallel.first else 0))
     with ExitStack() as stack:
         with raise_on_all_ranks(parallel):
             if parallel.first:
-                stack.enter_context(atomic_directory(destination))
-        yield temporary_directory(destination, owner)
+                stack.enter_context(atomic_directory(destination, writer))
+        yield temporary_path(destination, writer)
         with raise_on_all_ranks(parallel):
             stack.close()

@@ -27,11 +27,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from continuar.checkpoints.store import load_state, read_tensors
+from continuar.checkpoints.store import load_state
 from continuar.distributed import SingleProcess
 from continuar.errors import UserError, require
 from continuar.evaluation.networks import SqueezeNet
-from continuar.io import load_torch_file
+from continuar.io import load_torch_file, read_tensors
 from continuar.tokenizers.vq import nearest_codes
 from continuar.training.config import CodebookLearning, DiscriminatorConfig, LossConfig
 

@@ -35,6 +35,7 @@ from continuar.evaluation.metrics import frechet_distance
 from continuar.evaluation.networks import load_network
 from continuar.evaluation.run import EvaluationOptions, measured
 from continuar.evaluation.samples import GeneratedSamples
+from continuar.io import write_text
 from continuar.pipeline import Pipeline
 from continuar.statistics import MomentAccumulator
 from continuar.tokenizers import Tokenizer
@@ -87,7 +88,7 @@ class RunLog:
         self._path = directory / "metrics.jsonl"
         if self._path.exists():
             kept = [line for line in self._path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-            self._path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            write_text(self._path, "".join(f"{line}\n" for line in kept))
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from continuar.checkpoints.store import read_tensors, write_tensors
 from continuar.distributed import SingleProcess, gathered, local
 from continuar.errors import require
+from continuar.io import read_tensors, write_tensors
 from continuar.models.base import TokenModel
 from continuar.training.config import EMAConfig
 
@@ -89,11 +89,7 @@ class PowerAverages:
             if parallel.first:
                 averages[name] = all_of_it.to("cpu", _STORED)
         if parallel.first:
-            path = run_directory / FOLDER / f"step-{done:08d}.safetensors"
-            path.parent.mkdir(exist_ok=True)
-            temporary = path.with_suffix(".tmp")
-            write_tensors(temporary, averages)
-            temporary.replace(path)
+            write_tensors(run_directory / FOLDER / f"step-{done:08d}.safetensors", averages)
 
 
 def drop_after(run_directory: Path, step: int) -> None:

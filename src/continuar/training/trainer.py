@@ -41,11 +41,12 @@ from types import FrameType
 import torch
 from torch import Tensor
 
-from continuar.checkpoints.store import PipelineConfig, read_json, write_json
-from continuar.config import differences, from_json, to_json
+from continuar.checkpoints.store import PipelineConfig
+from continuar.config import differences, to_json
 from continuar.devices import GIB
 from continuar.distributed import SingleProcess, gathered_model, raise_on_all_ranks
 from continuar.errors import UserError, require
+from continuar.io import read_config, read_json, write_json
 from continuar.models.autoregressive import Model
 from continuar.models.base import TokenModel
 from continuar.pictures import grid, save_png
@@ -457,7 +458,7 @@ def check_directory(run: BaseRun, directory: Path, resume: bool, force: bool) ->
     if not resume:
         raise UserError(f"{directory} already holds a run; --resume continues it, or choose another --out")
     # Fields that are newer than the run are as they were before they could be given.
-    old, new = to_json(from_json(type(run), read_json(config), str(config))), to_json(run)
+    old, new = to_json(read_config(type(run), config)), to_json(run)
     if isinstance(run.tokenizer, PixelConfig) and run.tokenizer.std == 0 and isinstance(old, dict):
         new["tokenizer"]["std"] = old.get("tokenizer", {}).get("std", 0)
     if reads_cache(run.data):
