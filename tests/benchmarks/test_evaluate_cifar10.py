@@ -45,7 +45,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_rows_hold_what_the_images_of_each_guidance_give(place: Path, tmp_path: Path) -> None:
+def test_evaluate_cifar10_rows_hold_the_scores_of_each_guidance(place: Path, tmp_path: Path) -> None:
     found = measure(place, tmp_path, "--guidance-scale", "1", "4", "--batch-size", "8", "--engine", "eager")
     assert [row["guidance_scale"] for row in found["rows"]] == [1, 4]
     network, classifier = SqueezeNet.from_file(place / "s.safetensors"), Classifier.load(place / "classifier")
@@ -63,7 +63,7 @@ def test_rows_hold_what_the_images_of_each_guidance_give(place: Path, tmp_path: 
     # What reads it.
 
 
-def test_precision_is_passed_on_and_a_refusal_is_that_of_the_library(place: Path, tmp_path: Path) -> None:
+def test_evaluate_cifar10_passes_precision_on_and_refuses_as_the_library(place: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="precision is 'bfloat16' with the eager engine"):
         measure(place, tmp_path, "--engine", "eager", "--precision", "bfloat16")
     with pytest.raises(SystemExit):

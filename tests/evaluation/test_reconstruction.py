@@ -49,7 +49,7 @@ def test_ssim_is_that_of_an_independent_implementation() -> None:
     assert found[0] > found[1] > found[2]
 
 
-def test_equal_images_are_equal() -> None:
+def test_psnr_and_ssim_of_equal_images() -> None:
     a, _ = images()
     np.testing.assert_allclose(ssim(a, a), 1)
     assert np.isinf(psnr(mean_squared_error(a, a))).all()
@@ -62,7 +62,7 @@ def test_psnr_is_its_formula() -> None:
     np.testing.assert_allclose(psnr(mean_squared_error(a, b)), [0, 10 * np.log10(255**2 / (48**2 / 48))])
 
 
-def test_shapes_that_cannot_be_compared_are_refused() -> None:
+def test_psnr_and_ssim_refuse_other_shapes() -> None:
     a, b = images()
     with pytest.raises(UserError, match="allowed: equal shapes"):
         mean_squared_error(a, b[:2])
@@ -84,7 +84,7 @@ def test_ssim_is_the_mean_of_windows_inside_the_image() -> None:
     np.testing.assert_allclose(ssim(a, b), every[..., 5:-5, 5:-5].mean((1, 2, 3)).numpy(), rtol=1e-9)
 
 
-def test_a_tokenizer_is_scored_on_streamed_images(tmp_path: Path) -> None:
+def test_score_reconstructions_streams_images(tmp_path: Path) -> None:
     """Pixels come back exactly; their grey version does not, by what the scores say."""
     originals = np.random.default_rng(0).integers(0, 256, (9, 16, 16, 3), np.uint8)
     np.savez(tmp_path / "i.npz", originals)

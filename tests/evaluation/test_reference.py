@@ -9,7 +9,7 @@ import pytest
 from continuar.cli.main import main
 from continuar.errors import UserError
 from continuar.evaluation.metrics import NeighbourSearch
-from continuar.evaluation.networks import FID_SHA256, FeatureNetwork
+from continuar.evaluation.networks import FID_SHA256, FeatureNetwork, load_network
 from continuar.evaluation.reference import measure_images, open_reference, read_statistics, reference_indices, write_statistics
 from continuar.evaluation.samples import open_images
 from continuar.statistics import moments
@@ -30,7 +30,7 @@ def adm(path: Path, **more: np.ndarray) -> Path:
 
 
 @pytest.mark.parametrize("batch", [3, 7, 64])
-def test_statistics_are_those_of_all_images_and_features_of_the_chosen(tmp_path: Path, batch: int) -> None:
+def test_measure_images_gives_moments_of_all_and_features_of_the_chosen(tmp_path: Path, batch: int) -> None:
     np.savez(tmp_path / "i.npz", IMAGES)
     found = measure_images(open_images(tmp_path / "i.npz"), COLOUR, batch_size=batch, kept=6)
     np.testing.assert_allclose(found.moments.mean, EXPECTED.mean, rtol=1e-6)
@@ -43,7 +43,7 @@ def test_statistics_are_those_of_all_images_and_features_of_the_chosen(tmp_path:
     assert measure_images(open_images(tmp_path / "i.npz"), COLOUR, kept=0).features_RD is None
 
 
-def test_spatial_statistics_are_those_of_all_images_and_survive_a_file(tmp_path: Path) -> None:
+def test_measure_images_gives_spatial_moments_that_survive_a_file(tmp_path: Path) -> None:
     np.savez(tmp_path / "i.npz", IMAGES)
     network = FeatureNetwork.of(Halves(), "halves")
     write_statistics(tmp_path / "s.npz", measure_images(open_images(tmp_path / "i.npz"), network, batch_size=7, kept=6))
@@ -55,7 +55,7 @@ def test_spatial_statistics_are_those_of_all_images_and_survive_a_file(tmp_path:
     np.testing.assert_allclose(again.spatial.covariance, expected.covariance, rtol=1e-4, atol=1e-3)
 
 
-def test_statistics_survive_a_file_bit_for_bit(tmp_path: Path) -> None:
+def test_write_statistics_keeps_every_bit(tmp_path: Path) -> None:
     np.savez(tmp_path / "i.npz", IMAGES)
     found = measure_images(open_images(tmp_path / "i.npz"), COLOUR, kept=6)
     write_statistics(tmp_path / "s.npz", found, IMAGES[:4])
@@ -71,7 +71,7 @@ def test_statistics_survive_a_file_bit_for_bit(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
-def test_adm_references_are_the_fid_network_s(tmp_path: Path) -> None:
+def test_open_reference_takes_adm_s_files_for_the_fid_network_s(tmp_path: Path) -> None:
     """Moments from the file, features from its 10,000 images; mu_s and sigma_s are handed on."""
     reference = open_reference(adm(tmp_path / "adm.npz", arr_0=IMAGES[:12]), FID, (8, 8))
     found = reference.measure(FID)
@@ -87,7 +87,7 @@ def test_adm_references_are_the_fid_network_s(tmp_path: Path) -> None:
     assert other.measure(COLOUR).moments.count == 12
 
 
-def test_a_reference_without_images_gives_only_moments(tmp_path: Path) -> None:
+def test_open_reference_without_images_gives_only_moments(tmp_path: Path) -> None:
     reference = open_reference(adm(tmp_path / "adm.npz"), FID, (64, 64))
     assert "does not tell its resolution" in reference.notes[0]
     assert reference.measure(FID).features_RD is None
@@ -95,7 +95,7 @@ def test_a_reference_without_images_gives_only_moments(tmp_path: Path) -> None:
         open_reference(tmp_path / "adm.npz", COLOUR, (8, 8))
 
 
-def test_folders_are_cropped_to_the_samples_and_searched(tmp_path: Path) -> None:
+def test_open_reference_crops_folders_to_the_samples_and_searches_them(tmp_path: Path) -> None:
     folder = write_images(tmp_path / "data", size=16)
     reference = open_reference(folder, COLOUR, (8, 8))
     pixels = open_images(folder, size=8).read(0, 12)
@@ -107,7 +107,15 @@ def test_folders_are_cropped_to_the_samples_and_searched(tmp_path: Path) -> None
     assert distances[:, 0] == pytest.approx(0, abs=1e-4)
 
 
-def test_references_of_another_resolution_are_one_line(tmp_path: Path) -> None:
+def test_open_reference_takes_digits_by_name() -> None:
+    pytest.importorskip("sklearn", reason="the extra [train] is not installed")
+    statistics = open_reference("digits", load_network("pixels", None), (8, 8)).measure(load_network("pixels", None), kept=5)
+    assert (statistics.moments.count, statistics.source) == (1797, "digits")
+    with pytest.raises(UserError, match="of 8x8 pixels, the samples of 32x32"):
+        open_reference("digits", load_network("pixels", None), (32, 32))
+
+
+def test_open_reference_refuses_another_resolution_in_one_line(tmp_path: Path) -> None:
     np.savez(tmp_path / "i.npz", IMAGES)
     with pytest.raises(UserError, match=r"i.npz is of 8x8 pixels, the samples of 16x16; allowed: the same"):
         open_reference(tmp_path / "i.npz", COLOUR, (16, 16))
@@ -120,7 +128,7 @@ def test_references_of_another_resolution_are_one_line(tmp_path: Path) -> None:
         open_reference(tmp_path / "nothing", COLOUR, (8, 8))
 
 
-def test_bad_statistics_are_one_line(tmp_path: Path) -> None:
+def test_read_statistics_refuses_bad_files_in_one_line(tmp_path: Path) -> None:
     path = tmp_path / "s.npz"
 
     def refused(expected: str) -> None:
@@ -141,7 +149,7 @@ def test_bad_statistics_are_one_line(tmp_path: Path) -> None:
     refused("truncated or not an npz file")
 
 
-def test_stats_command_writes_a_reference(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_stats_writes_a_reference(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     data, weights = write_images(tmp_path / "data", size=16), save_classifier(tmp_path / "classifier0")
     options = ["--network", "classifier", "--network-weights", str(weights), "--device", "cpu"]
     command = ["stats", str(data), str(tmp_path / "s.npz"), "--size", "8", "--reference-images", "5", "--keep-images", *options]

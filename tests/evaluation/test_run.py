@@ -58,7 +58,7 @@ def done(place: Path) -> Path:
     return place / "done"
 
 
-def test_evaluate_scores_the_images_that_the_model_gives(place: Path, done: Path, capsys: pytest.CaptureFixture) -> None:
+def test_evaluate_scores_the_images_of_the_model(place: Path, done: Path, capsys: pytest.CaptureFixture) -> None:
     pipe, network = Pipeline.from_pretrained(place / "model", device="cpu"), tiny_network(place)
     images = pipe([i % 3 for i in range(21)], 0, batch_size=21, **SETTINGS)
     real = open_images(place / "data").read(0, 60)
@@ -82,7 +82,7 @@ def test_evaluate_scores_the_images_that_the_model_gives(place: Path, done: Path
     assert (done / "samples.png").is_file()
 
 
-def test_the_table_names_the_network_and_every_score(place: Path, done: Path, capsys: pytest.CaptureFixture) -> None:
+def test_report_table_names_the_network_and_every_score(place: Path, done: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(command(place, done, "--save-images", "--neighbours", "3")) == 0
     out = capsys.readouterr().out
     for words in ("Frechet distance (classifier)", "kernel distance (classifier)", "all made before", "seed 0", "steps 2"):
@@ -113,7 +113,7 @@ def run_processes(count: int, words: list[str]) -> None:
     assert [bool(out) for out, _ in ended] == [True] + [False] * (count - 1)
 
 
-def test_two_processes_give_the_numbers_of_one(place: Path, done: Path, tmp_path: Path) -> None:
+def test_evaluate_by_two_processes_gives_the_numbers_of_one(place: Path, done: Path, tmp_path: Path) -> None:
     run_processes(2, command(place, tmp_path / "two", "--save-images"))
     one, two = result(done), result(tmp_path / "two")
     assert two["speed"]["processes"] == 2
@@ -122,7 +122,7 @@ def test_two_processes_give_the_numbers_of_one(place: Path, done: Path, tmp_path
         assert path.read_bytes() == (tmp_path / "two" / "images" / path.name).read_bytes()
 
 
-def test_a_killed_evaluation_continues_and_makes_only_what_is_missing(
+def test_evaluate_continues_and_makes_only_missing_shards(
     place: Path, done: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     out = tmp_path / "again"
@@ -138,7 +138,7 @@ def test_a_killed_evaluation_continues_and_makes_only_what_is_missing(
     assert result(out)["scores"] == result(done)["scores"]
 
 
-def test_other_settings_are_not_continued(place: Path, done: Path, tmp_path: Path) -> None:
+def test_evaluate_does_not_continue_other_settings(place: Path, done: Path, tmp_path: Path) -> None:
     network = tiny_network(place)
     with pytest.raises(UserError, match=r"holds an evaluation of other settings \(settings.steps: 2 -> 3"):
         evaluate(samples_of(place, steps=3), place / "data", network, done, options=EvaluationOptions(5, save_images=True))
@@ -149,7 +149,7 @@ def test_other_settings_are_not_continued(place: Path, done: Path, tmp_path: Pat
     assert [p.name for p in (tmp_path / "full").iterdir()] == ["note"]
 
 
-def test_engine_and_precision_are_recorded_and_part_of_the_job(
+def test_evaluate_records_engine_and_precision_in_the_job(
     place: Path, done: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     more = ["--save-images", "--neighbours", "3"]
@@ -174,9 +174,7 @@ def test_engine_and_precision_are_recorded_and_part_of_the_job(
     assert "sampling settings (engine); those are for a model" in capsys.readouterr().err
 
 
-def test_spatial_distance_is_that_of_the_spatial_features_and_named_sfid_only_with_the_fid_weights(
-    place: Path, tmp_path: Path
-) -> None:
+def test_evaluate_names_the_spatial_distance_sfid_only_with_the_fid_weights(place: Path, tmp_path: Path) -> None:
     network, samples = FeatureNetwork.of(Halves(), "halves"), samples_of(place)
     report = evaluate(samples, place / "data", network, tmp_path / "a", options=EvaluationOptions(5))
     assert report is not None
@@ -206,7 +204,7 @@ def test_spatial_distance_is_that_of_the_spatial_features_and_named_sfid_only_wi
     assert any("no spatial Frechet distance (sFID)" in note for note in lacking.notes)
 
 
-def test_shards_can_be_discarded(place: Path, tmp_path: Path) -> None:
+def test_evaluate_discards_shards(place: Path, tmp_path: Path) -> None:
     options = EvaluationOptions(7, discard_shards=True, reference_images=10)
     report = evaluate(samples_of(place, 6), place / "data", tiny_network(place), tmp_path / "out", options=options)
     assert report is not None
@@ -216,7 +214,7 @@ def test_shards_can_be_discarded(place: Path, tmp_path: Path) -> None:
     assert [n for n in report.notes if n.startswith("no inception score: 6 images for 10 splits")]
 
 
-def test_saved_images_score_as_the_model_did(place: Path, done: Path, tmp_path: Path) -> None:
+def test_evaluate_of_saved_images_scores_as_the_model_did(place: Path, done: Path, tmp_path: Path) -> None:
     """From PNGs, and from an npz in ADM's layout; equal sets are at distance 0 with precision and recall 1."""
     network = tiny_network(place)
     folder = open_images(done / "images")

@@ -29,7 +29,7 @@ def command(place: Path, out: Path, *over: str) -> list[str]:
     return ["sweep", str(place / "model"), *network, *fixed, "--out", str(out), "--over", *over]
 
 
-def test_axes_are_read_and_multiplied() -> None:
+def test_parse_axes_reads_and_points_multiplies() -> None:
     axes = parse_axes(["steps=1, 2", "weights=ema,raw"])
     assert axes == (Axis("steps", (1, 2)), Axis("weights", ("ema", "raw")))
     expected = [(s, w) for s in (1, 2) for w in ("ema", "raw")]
@@ -52,13 +52,13 @@ def test_axes_are_read_and_multiplied() -> None:
         (["weights=ema,new"], "weights is 'ema, new'; allowed: ema, raw"),
     ],
 )
-def test_bad_axes_are_one_line(over: list[str], expected: str) -> None:
+def test_parse_axes_refuses_bad_axes_in_one_line(over: list[str], expected: str) -> None:
     with pytest.raises(UserError) as refused:
         parse_axes(over)
     assert expected in str(refused.value)
 
 
-def test_a_sweep_continues_and_its_tables_hold_what_was_found(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_sweep_continues_and_its_tables_hold_the_results(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     pytest.importorskip("matplotlib")
     out, over = tmp_path / "out", ["steps=1,2", "temperature=0.5,1"]
     assert main(command(place, out, "steps=1", "temperature=0.5,1")) == 0  # as if interrupted: half of it
@@ -93,7 +93,7 @@ def test_a_sweep_continues_and_its_tables_hold_what_was_found(place: Path, tmp_p
     assert "steps 1" not in drawn  # what is swept is no common setting
 
 
-def test_a_sweep_is_the_same_picture_again_and_not_continued_by_another_engine(
+def test_sweep_draws_the_same_picture_and_is_not_continued_by_another_engine(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     pytest.importorskip("matplotlib")

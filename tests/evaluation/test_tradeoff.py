@@ -42,7 +42,7 @@ def command(place: Path, out: Path, models: list[str], *over: str) -> list[str]:
     return ["sweep", *(str(place / name) for name in models), *network, *fixed, "--over", "figure6", *over]
 
 
-def test_every_model_has_its_curve_and_the_comparison_continues(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_tradeoff_gives_every_model_its_curve_and_continues(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out, over = tmp_path / "out", ["steps=1,3", "diffusion-steps=2,5"]
     assert main(command(place, out, ["mar"], *over)) == 0  # as if interrupted
     first = {p: p.read_bytes() for p in (out / "points").glob("*/*.json")}
@@ -74,7 +74,7 @@ def test_every_model_has_its_curve_and_the_comparison_continues(place: Path, tmp
     assert (out / "plot.svg").is_file()
 
 
-def test_usual_values_are_the_papers_as_far_as_there_are_tokens(place: Path, tmp_path: Path) -> None:
+def test_curve_has_the_values_of_the_paper_up_to_the_number_of_tokens(place: Path, tmp_path: Path) -> None:
     from continuar.evaluation.sweep import curve
     from continuar.pipeline import load
 
@@ -94,7 +94,7 @@ def test_usual_values_are_the_papers_as_far_as_there_are_tokens(place: Path, tmp
         ([], [], [], "0 models are given; allowed: one, or several for --over figure6"),
     ],
 )
-def test_bad_comparisons_are_one_line(
+def test_tradeoff_refuses_bad_comparisons_in_one_line(
     place: Path, tmp_path: Path, models: list[str], over: list[str], more: list[str], expected: str, capsys: pytest.CaptureFixture
 ) -> None:
     assert main([*command(place, tmp_path / "out", models, *over), *more]) == 2
@@ -102,7 +102,7 @@ def test_bad_comparisons_are_one_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_other_sweeps_take_one_model(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_sweep_takes_one_model(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     arguments = command(place, tmp_path / "out", ["mar", "dit"])
     assert main([*arguments[: arguments.index("figure6")], "steps=1"]) == 2
     assert "2 models are given; allowed: one, or several for --over figure6" in capsys.readouterr().err

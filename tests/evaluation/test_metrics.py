@@ -1,4 +1,4 @@
-"""Every score against its definition written out, and against torchmetrics where that has it."""
+"""Every score against its definition written out or its closed form, and against torchmetrics and scipy if they have it."""
 
 import itertools
 
@@ -14,9 +14,54 @@ from torchmetrics.image.inception import InceptionScore as TheirInceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from continuar.errors import UserError
-from continuar.evaluation import metrics as precision_recall_module
-from continuar.evaluation.metrics import frechet_distance, inception_score, kernel_distance, precision_recall
+from continuar.evaluation import metrics
+from continuar.evaluation.metrics import (
+    NeighbourSearch,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    nearest_neighbours,
+    neighbours_picture,
+    precision_recall,
+)
 from continuar.statistics import Moments, moments
+
+
+def gaussian(mean: list[float], std: list[float]) -> Moments:
+    return Moments(10, np.array(mean), np.diag(np.array(std) ** 2))
+
+
+@given(st.lists(st.tuples(*[st.floats(-3, 3)] * 2, *[st.floats(0, 3)] * 2), min_size=1, max_size=5))
+def test_frechet_distance_of_diagonal_gaussians_is_closed_form(rows: list[tuple[float, float, float, float]]) -> None:
+    m1, m2, s1, s2 = (list(column) for column in zip(*rows, strict=True))
+    expected = sum((a - b) ** 2 + (c - d) ** 2 for a, b, c, d in rows)
+    assert frechet_distance(gaussian(m1, s1), gaussian(m2, s2)) == pytest.approx(expected, abs=1e-6)
+
+
+def test_frechet_distance_agrees_with_the_matrix_square_root_also_for_low_rank() -> None:
+    rng = np.random.default_rng(0)
+    for count in (8, 500):
+        a, b = moments(rng.normal(size=(count, 12)) @ rng.normal(size=(12, 12))), moments(rng.normal(size=(500, 12)))
+        root = linalg.sqrtm(a.covariance @ b.covariance).real
+        expected = ((a.mean - b.mean) ** 2).sum() + np.trace(a.covariance + b.covariance - 2 * root)
+        assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-3)
+        assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-6)
+        assert frechet_distance(a, a) < 1e-8 * np.trace(a.covariance)
+
+
+def test_frechet_distance_refuses_other_dimensions() -> None:
+    with pytest.raises(UserError, match="3 and 4 dimensions"):
+        frechet_distance(moments(np.eye(3)), moments(np.zeros((5, 4))))
+
+
+@pytest.mark.parametrize("rank", [1, 20, 128])
+def test_frechet_distance_of_scaled_low_rank_covariance(rank: int) -> None:
+    """tr(S + 4 S - 2 (4 S^2)^{1/2}) = tr S."""
+    rng = np.random.default_rng(0)
+    a = moments(rng.normal(size=(600, rank)) @ rng.normal(size=(rank, 128)))
+    b = Moments(a.count, a.mean, 4 * a.covariance)
+    assert frechet_distance(a, b) == pytest.approx(np.trace(a.covariance), rel=1e-11)
+    assert frechet_distance(a, a) < 1e-11 * np.trace(a.covariance)
 
 
 class Pixels(nn.Module):
@@ -145,8 +190,8 @@ def test_precision_recall_does_not_depend_on_blocks(monkeypatch: pytest.MonkeyPa
     rng = np.random.default_rng(0)
     samples, reference = (rng.normal(size=(n, 8)).astype(np.float32) + 100 for n in (150, 90))
     whole = precision_recall(samples, reference)
-    monkeypatch.setattr(precision_recall_module, "_BLOCK_BYTES", 8 * 90 * 7)
-    monkeypatch.setattr(precision_recall_module, "_COLUMNS", 13)
+    monkeypatch.setattr(metrics, "_BLOCK_BYTES", 8 * 90 * 7)
+    monkeypatch.setattr(metrics, "_COLUMNS", 13)
     assert precision_recall(samples, reference) == whole
 
 
@@ -195,3 +240,38 @@ def test_frechet_distance_of_equal_sets_is_zero(count: int, rank: int) -> None:
     rng = np.random.default_rng(0)
     found = moments(rng.normal(size=(count, rank)) @ rng.normal(size=(rank, 64)))
     assert frechet_distance(found, found) <= 1e-9 * np.trace(found.covariance)
+
+
+def test_nearest_neighbours_are_those_of_brute_force() -> None:
+    rng = np.random.default_rng(0)
+    query, reference = rng.normal(size=(20, 5)), rng.normal(size=(50, 5))
+    distances, indices = nearest_neighbours(query, reference, k=3, block=7)
+    expected = np.linalg.norm(query[:, None] - reference[None], axis=-1)
+    assert np.array_equal(indices, expected.argsort(1)[:, :3])
+    np.testing.assert_allclose(distances, np.sort(expected, 1)[:, :3], rtol=1e-3)
+    with pytest.raises(UserError, match="k is 51; allowed: 1 to 50"):
+        nearest_neighbours(query, reference, k=51)
+
+
+def test_neighbour_search_by_blocks_finds_what_brute_force_finds() -> None:
+    rng = np.random.default_rng(0)
+    query, reference = rng.normal(size=(7, 4)), rng.normal(size=(40, 4)).astype(np.float32)
+    reference[13] = query[2] = reference[5]  # a copy, twice
+    search = NeighbourSearch(query, 3)
+    for first in (0, 11, 12, 30):
+        search.add(reference[first : {0: 11, 11: 12, 12: 30, 30: 40}[first]], first)
+    distances, indices = search.result()
+    expected = np.linalg.norm(query[:, None].astype(np.float32) - reference[None], axis=-1)
+    assert np.array_equal(indices, expected.argsort(1, kind="stable")[:, :3])
+    assert distances[2, :2].tolist() == [0, 0]
+    few = NeighbourSearch(query, 3)
+    few.add(reference[:2], 0)
+    with pytest.raises(UserError, match="k is 3; allowed: 1 to 2, the number of references"):
+        few.result()
+
+
+def test_neighbours_picture_shows_each_sample_and_its_neighbours() -> None:
+    colours = np.arange(0, 240, 30, dtype=np.uint8).reshape(2, 4, 1, 1, 1)
+    images = np.broadcast_to(colours, (2, 4, 8, 8, 3))
+    picture = np.asarray(neighbours_picture(images[:, 0], images[:, 1:], np.zeros((2, 3))))
+    assert [c for c in colours.ravel().tolist() if not (picture == c).all(-1).any()] == []

@@ -22,7 +22,7 @@ def write_loose(folder: Path, images: np.ndarray = PIXELS, suffix: str = ".png")
 
 @pytest.mark.parametrize("kind", ["folder", "npz", "compressed"])
 @pytest.mark.parametrize("block", [1, 3, 7, 100])
-def test_blocks_are_the_images_in_order(tmp_path: Path, kind: str, block: int) -> None:
+def test_images_blocks_are_the_images_in_order(tmp_path: Path, kind: str, block: int) -> None:
     if kind == "folder":
         path = write_loose(tmp_path / "images")
     else:
@@ -36,7 +36,7 @@ def test_blocks_are_the_images_in_order(tmp_path: Path, kind: str, block: int) -
     assert np.array_equal(images.read(2, 5), PIXELS[2:5])
 
 
-def test_class_folders_and_parquet_are_cropped_to_a_size(tmp_path: Path) -> None:
+def test_open_images_crops_class_folders_and_parquet_to_a_size(tmp_path: Path) -> None:
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     folder = write_images(tmp_path / "data", size=8)
     files = sorted(folder.rglob("*.png"))
@@ -48,7 +48,7 @@ def test_class_folders_and_parquet_are_cropped_to_a_size(tmp_path: Path) -> None
         assert np.array_equal(one.read(0, 12), other.read(0, 12))
 
 
-def test_identity_changes_with_the_files(tmp_path: Path) -> None:
+def test_images_identity_changes_with_the_files(tmp_path: Path) -> None:
     folder = write_loose(tmp_path / "images")
     before = open_images(folder).identity()
     assert open_images(folder).identity() == before
@@ -56,12 +56,12 @@ def test_identity_changes_with_the_files(tmp_path: Path) -> None:
     assert open_images(folder).identity() != before
 
 
-def test_lossy_files_are_noted(tmp_path: Path) -> None:
+def test_open_images_notes_lossy_files(tmp_path: Path) -> None:
     assert "holds .jpg files: lossy compression" in open_images(write_loose(tmp_path / "j", suffix=".jpg")).notes[0]
     assert open_images(write_loose(tmp_path / "p")).notes == ()
 
 
-def test_unusable_images_are_one_line(tmp_path: Path) -> None:
+def test_open_images_refuses_unusable_images_in_one_line(tmp_path: Path) -> None:
     folder = write_loose(tmp_path / "images")
     Image.fromarray(PIXELS[0, :4]).save(folder / "grid.png")
     with pytest.raises(UserError, match=r"grid.png is of 4x8 pixels, .*00000.png of 6x8; allowed: one size"):
@@ -75,7 +75,7 @@ def test_unusable_images_are_one_line(tmp_path: Path) -> None:
         open_images(tmp_path / "nothing")
 
 
-def test_bad_npz_files_are_one_line(tmp_path: Path) -> None:
+def test_open_images_refuses_bad_npz_files_in_one_line(tmp_path: Path) -> None:
     def refused(expected: str, **arrays: np.ndarray) -> None:
         np.savez(tmp_path / "x.npz", **arrays)  # pyright: ignore[reportArgumentType]
         with pytest.raises(UserError, match=expected) as problem:
