@@ -1,29 +1,15 @@
-"""Every row of the paper's comparison (Table 1, and Table 5 for the on-the-fly order) with every head that can serve it.
+"""Models to compare, on equal terms.
 
-`digits_ROW_HEAD` on handwritten digits on a CPU (under three minutes each), `cifar10_ROW_HEAD` on one GPU. Rows:
+* ``digits_ROW_HEAD``, ``cifar10_ROW_HEAD``: every row of the paper's comparison (Table 1, and Table 5 for the on-the-fly order)
+  with every head that can serve it; on digits in less than three minutes each on a CPU, on CIFAR-10 on one GPU.
+* ``mar_kl_cifar10``, ``ar_vq_cifar10``: CIFAR-10 as latents of tokenizers that are trained here.
+* ``dit_digits``, ``dit_cifar10``: the baseline DiT (Peebles & Xie 2023) of the paper's Figure 6. It needs the extra [diffusers].
 
-* ``ar_raster``: causal, raster order, kv-cache.
-* ``ar_random``: causal, random order, kv-cache, told which position comes next.
-* ``mar_one``: bidirectional, random order, one token per step.
-* ``mar``: bidirectional, random order, several tokens per step.
-* ``mar_confidence``: bidirectional, the most probable tokens first.
-
-Within a data set, backbones have equal width and equally many blocks, and heads see the same images for equally long. Categorical
-heads see ids of a k-means codebook of the same patches; their learning rate falls by a cosine, which suits cross-entropy better.
-
-CIFAR-10 as latents of tokenizers that are trained here: continuous ones for a MAR, ids for an AR model.
-
-Each takes three commands: a tokenizer, a cache of its latents, and the model, which takes its tokenizer from the cache. Both
-have run end to end on 2 million images, not yet at their full length (docs/results.md).
-
-The baseline DiT (Peebles & Xie 2023) on the same tokens as `digits` and `cifar10`, for the paper's Figure 6.
-
-Needs the extra [diffusers]. Its speed is a matter of ``--diffusion-steps``: every one of them is a pass through the whole network.
+Within a data set, backbones have equal width and equally many blocks, and heads see the same images for equally long.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -36,13 +22,13 @@ from continuar.heads import (
     MixtureHeadConfig,
     RegressionHeadConfig,
 )
-from continuar.models import BackboneConfig, CausalConfig, MAEConfig
+from continuar.models import CausalConfig, MAEConfig
 from continuar.models.dit import DiTNetworkConfig
 from continuar.orders import ConfidenceOrderConfig, MAROrderConfig, OrderConfig, RandomOrderConfig, RasterOrderConfig
 from continuar.recipes.images import cifar10, digits
 from continuar.recipes.tokenizers import kl_cifar10, vq_cifar10
 from continuar.sampling.generate import SamplingOptions
-from continuar.tokenizers import CodebookConfig, PixelConfig, VQConfig
+from continuar.tokenizers import CodebookConfig, PixelConfig
 from continuar.training.config import DiTRun, Run
 
 
@@ -64,47 +50,41 @@ ROWS = {
 }
 
 
-def causal_twin(backbone: MAEConfig) -> CausalConfig:
-    """The causal backbone of the same width with as many blocks as encoder and decoder together."""
-    return CausalConfig(
-        width=backbone.width,
-        depth=backbone.encoder_depth + backbone.decoder_depth,
-        heads=backbone.heads,
-        attention_dropout=backbone.attention_dropout,
-        dropout=backbone.dropout,
-    )
-
-
 def comparison_run(base: Run, row: Row, head: HeadConfig, vocabulary: int) -> Run:
     """``base``, a MAR with diffusion loss on pixels, with another order, backbone and head."""
-    assert isinstance(base.backbone, MAEConfig)
-    assert isinstance(base.tokenizer, PixelConfig)
-    backbone: BackboneConfig = causal_twin(base.backbone) if row.causal else base.backbone
-    grouped = row.order.max_group is None
-    sampling = dataclasses.replace(base.sampling, steps=base.sampling.steps if grouped else None, head=None)
-    if head.kind == "diffusion":
-        sampling = dataclasses.replace(sampling, head=base.sampling.head)
+    backbone, tokenizer, optim = base.backbone, base.tokenizer, base.optim
+    assert isinstance(backbone, MAEConfig)
+    assert isinstance(tokenizer, PixelConfig)
+    sampling = replace(base.sampling, head=base.sampling.head if head.kind == "diffusion" else None)
+    if row.order.max_group is not None:
+        # One token per step: the number of steps is the number of tokens.
+        sampling = replace(sampling, steps=None)
     if head.kind == "regression":
-        sampling = dataclasses.replace(sampling, guidance_scale=1.0)
-    tokenizer, optim = base.tokenizer, base.optim
+        sampling = replace(sampling, guidance_scale=1.0)
     if head.token_kind == "id":
-        tokenizer = CodebookConfig(
-            image_size=tokenizer.image_size, patch=tokenizer.patch, channels=tokenizer.channels, vocabulary=vocabulary
+        # Ids of a k-means codebook of the same patches. A cosine decay suits cross-entropy better.
+        size, patch, channels = tokenizer.image_size, tokenizer.patch, tokenizer.channels
+        tokenizer = CodebookConfig(image_size=size, patch=patch, channels=channels, vocabulary=vocabulary)
+        optim = replace(optim, decay="cosine", decay_images=0)
+    if row.causal:
+        # As many blocks as encoder and decoder together.
+        backbone = CausalConfig(
+            width=backbone.width,
+            depth=backbone.encoder_depth + backbone.decoder_depth,
+            heads=backbone.heads,
+            attention_dropout=backbone.attention_dropout,
+            dropout=backbone.dropout,
         )
-        optim = dataclasses.replace(optim, decay="cosine", decay_images=0)
-    return dataclasses.replace(
-        base, tokenizer=tokenizer, order=row.order, backbone=backbone, head=head, optim=optim, sampling=sampling
-    )
+    return replace(base, tokenizer=tokenizer, order=row.order, backbone=backbone, head=head, optim=optim, sampling=sampling)
 
 
-def _digits() -> Run:
+def _short_digits() -> Run:
     base = digits()
     assert isinstance(base.head, DiffusionHeadConfig)
     # Less than half of the recipe `digits`: the slowest of these runs takes two minutes on one core.
-    train = dataclasses.replace(base.train, images=30_000, sample_images=30_000, save_images=30_000)
-    optim = dataclasses.replace(base.optim, decay_images=24_000)
-    head = dataclasses.replace(base.head, diffusion_batch_mul=2)
-    return dataclasses.replace(base, train=train, optim=optim, head=head)
+    train = replace(base.train, images=30_000, sample_images=30_000, save_images=30_000)
+    head = replace(base.head, diffusion_batch_mul=2)
+    return replace(base, train=train, optim=replace(base.optim, decay_images=24_000), head=head)
 
 
 def _heads(base: Run, min_std: float) -> dict[str, HeadConfig]:
@@ -119,42 +99,36 @@ def _heads(base: Run, min_std: float) -> dict[str, HeadConfig]:
     }
 
 
-def _recipe(
-    prefix: str, row_name: str, head_name: str, base: Callable[[], Run], vocabulary: int, min_std: float
-) -> Callable[[], Run]:
-    """A recipe like any other: a function with a name, whose docstring holds its command."""
+def comparison_recipes() -> Iterator[Callable[[], Run]]:
+    """Every row with every head that can serve it, on both data sets."""
+    # Pixels repeat exact values, and a mixture that may be narrow spends itself on them: with a floor of 0.05 std instead of 0.2,
+    # which is about one of the digits' 17 grey levels, its samples could not be read.
+    for prefix, base, vocabulary, min_std in (("digits", _short_digits, 128, 0.2), ("cifar10", cifar10, 1024, 0.05)):
+        for row_name, row in ROWS.items():
+            for head_name, head in _heads(base(), min_std).items():
+                if not row.order.needs_log_prob or head.has_log_prob:
+                    name = f"{prefix}_{row_name}_{head_name}"
+                    command = f"continuar train {name}" + (" --data.path DIR_OR_PARQUET" if prefix == "cifar10" else "")
+                    yield _recipe(name, f"{row.title}; {head_name} head.\n\n{command}\n", base, row, head, vocabulary)
 
+
+def _recipe(name: str, doc: str, base: Callable[[], Run], row: Row, head: HeadConfig, vocabulary: int) -> Callable[[], Run]:
     def recipe() -> Run:
-        start = base()
-        return comparison_run(start, ROWS[row_name], _heads(start, min_std)[head_name], vocabulary)
+        return comparison_run(base(), row, head, vocabulary)
 
-    name = f"{prefix}_{row_name}_{head_name}"
-    data = " --data.path DIR_OR_PARQUET" if prefix == "cifar10" else ""
     recipe.__name__ = recipe.__qualname__ = name
-    recipe.__doc__ = f"{ROWS[row_name].title}; {head_name} head.\n\ncontinuar train {name}{data}\n"
+    recipe.__doc__ = doc
     return recipe
 
 
-def comparison_recipes() -> Iterator[Callable[[], Run]]:
-    """Every row with every head that can serve it, at both sizes."""
-    # Pixels repeat exact values, and a mixture that may be narrow spends itself on them: with a floor of 0.05 std instead of 0.2,
-    # which is about one of the digits' 17 grey levels, its samples could not be read.
-    for prefix, base, vocabulary, min_std in (("digits", _digits, 128, 0.2), ("cifar10", cifar10, 1024, 0.05)):
-        start = base()
-        for row_name, row in ROWS.items():
-            for head_name, head in _heads(start, min_std).items():
-                if not row.order.needs_log_prob or head.has_log_prob:
-                    yield _recipe(prefix, row_name, head_name, base, vocabulary, min_std)
-
-
 def mar_kl_cifar10() -> Run:
-    """MAR on KL latents of CIFAR-10: 8 x 8 tokens of 8 channels, on one GPU.
+    """MAR on KL latents of CIFAR-10: 8 x 8 tokens of 8 channels, the model of `cifar10`, on one GPU.
 
     continuar tokenizer train kl_cifar10 --data.path DATA --loss.perceptual-weights squeezenet1_1.safetensors
     continuar cache DATA runs/kl_cifar10 latents/kl_cifar10
     continuar train mar_kl_cifar10 --data.path latents/kl_cifar10
 
-    The model is that of the recipe `cifar10`, whose tokens are as many patches of pixels.
+    Trained on 2 million of its 30 million images; SqueezeNet Frechet distance in docs/results.md.
     """
     return replace(cifar10(), tokenizer=kl_cifar10().tokenizer)
 
@@ -166,10 +140,9 @@ def ar_vq_cifar10() -> Run:
     continuar cache DATA runs/vq_cifar10 latents/vq_cifar10
     continuar train ar_vq_cifar10 --data.path latents/vq_cifar10
 
-    The model is that of the recipe `cifar10_ar_raster_categorical`, whose ids are of patches of pixels.
+    Trained on 2 million of its 30 million images; SqueezeNet Frechet distance in docs/results.md.
     """
     tokenizer = vq_cifar10().tokenizer
-    assert isinstance(tokenizer, VQConfig)
     run = comparison_run(cifar10(), ROWS["ar_raster"], CategoricalHeadConfig(), tokenizer.spec.vocabulary)
     return replace(run, tokenizer=tokenizer)
 
@@ -179,9 +152,9 @@ def dit_digits() -> DiTRun:
 
     continuar train dit_digits
 
-    About 100 s on one core. 300 of 300 samples are read as what was asked for (`docs/results.md`).
+    0.72 M parameters, about 100 s on one core. 300 of 300 samples are read as the digit that was asked for (docs/results.md).
     """
-    return _like(digits(), DiTNetworkConfig(width=96, depth=4, heads=4, prediction="v_prediction"), diffusion_steps=50)
+    return _dit(digits(), DiTNetworkConfig(width=96, depth=4, heads=4, prediction="v_prediction"), diffusion_steps=50)
 
 
 def dit_cifar10() -> DiTRun:
@@ -189,22 +162,15 @@ def dit_cifar10() -> DiTRun:
 
     continuar train dit_cifar10 --data.path DIR_OR_PARQUET
 
-    9.8 M parameters; images, batch and learning rate are those of `cifar10`. Trained on 2 million images
-    (docs/results.md, Figure 6); guidance is a guess.
+    9.8 M parameters. Trained on 2 million of its 30 million images (docs/results.md, Figure 6). The guidance scale was not tuned.
     """
-    return _like(cifar10(), DiTNetworkConfig(width=256, depth=8, heads=8, prediction="v_prediction"), diffusion_steps=100)
+    return _dit(cifar10(), DiTNetworkConfig(width=256, depth=8, heads=8, prediction="v_prediction"), diffusion_steps=100)
 
 
-def _like(base: Run, network: DiTNetworkConfig, diffusion_steps: int) -> DiTRun:
-    """A DiT on the tokens of a run, trained as that is."""
-    return DiTRun(
-        data=base.data,
-        tokenizer=base.tokenizer,
-        network=network,
-        optim=base.optim,
-        ema=base.ema,
-        train=base.train,
-        sampling=SamplingOptions(
-            guidance_scale=1.5, guidance_schedule="constant", head=DiffusionOptions(diffusion_steps=diffusion_steps)
-        ),
-    )
+def _dit(base: Run, network: DiTNetworkConfig, diffusion_steps: int) -> DiTRun:
+    """A DiT on the same tokens and the same training as ``base``."""
+    # Every diffusion step is a pass through the whole network, so that diffusion_steps alone decides the speed.
+    head = DiffusionOptions(diffusion_steps=diffusion_steps)
+    sampling = SamplingOptions(guidance_scale=1.5, guidance_schedule="constant", head=head)
+    shared = {name: getattr(base, name) for name in ("data", "tokenizer", "optim", "ema", "train")}
+    return DiTRun(**shared, network=network, sampling=sampling)
