@@ -149,6 +149,19 @@ def test_evaluate_does_not_continue_other_settings(place: Path, done: Path, tmp_
     assert [p.name for p in (tmp_path / "full").iterdir()] == ["note"]
 
 
+def test_evaluate_continues_a_job_of_version_0_1_0(place: Path, done: Path, tmp_path: Path) -> None:
+    """Its names of settings are today's by other words."""
+    out = tmp_path / "old"
+    shutil.copytree(done, out)
+    job = json.loads((out / "job.json").read_text())
+    assert job["settings"]["engine"] == "fast"
+    job["settings"]["guidance"] = job["settings"].pop("guidance_scale")
+    job["settings"]["engine"] = "graphs"
+    (out / "job.json").write_text(json.dumps(job))
+    assert main(command(place, out, "--save-images")) == 0
+    assert result(out)["speed"]["images_made"] == 0
+
+
 def test_evaluate_records_engine_and_precision_in_the_job(
     place: Path, done: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

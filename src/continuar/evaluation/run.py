@@ -238,7 +238,11 @@ class Shards:
         directory, path = self.directory, self.directory / JOB
         require(not directory.exists() or directory.is_dir(), f"--out is the file {directory}; allowed: a directory")
         if path.is_file():
-            differing = differences(rename_old_fields(read_json(path)), to_json(self.job))
+            old = rename_old_fields(read_json(path))
+            if old.get("settings", {}).get("engine") == "graphs":
+                # The name of the fast engine in version 0.1.0. No general rule: training has an engine of that name.
+                old["settings"]["engine"] = "fast"
+            differing = differences(old, to_json(self.job))
             listed = "; ".join(differing[:3]) + (f"; {len(differing) - 3} more" if len(differing) > 3 else "")
             require(not differing, f"{directory} holds an evaluation of other settings ({listed}); choose another directory")
         else:
@@ -266,7 +270,6 @@ class Shards:
         """Writes a finished shard, and how long it took."""
         data, seal = self._paths(number)
         data.parent.mkdir(exist_ok=True)
-        # No temporary name is needed: without a seal, or with the seal of other bytes, a torn file counts as unfinished.
         write_tensors(data, {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in arrays.items()})
         write_json(seal, {"crc32": checksum(data), "images": len(self.rows(number)), "seconds": seconds})
 
