@@ -123,11 +123,13 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
     return [] if old == new else [f"{path}: {json.dumps(old)} -> {json.dumps(new)}"]
 
 
+# Old name -> today's, for fields of any config; a new field must not take a name on the left.
 RENAMED_FIELDS = {
     "timesteps_per_token": "diffusion_batch_mul",
     "recompute": "activation_checkpointing",
     "guidance": "guidance_scale",
 }
+# Field -> {old value: today's}.
 RENAMED_VALUES = {
     "prediction": {"eps": "epsilon", "velocity": "v_prediction"},
     "sampler": {"dpmpp": "dpmpp_2m", "dpmpp-sde": "dpmpp_2m_sde"},
@@ -137,7 +139,10 @@ NETWORKS_WITH_OPTIONS = ("tiny", "dc", "consistency")
 
 
 def rename_old_fields(value: Any) -> Any:
-    """JSON of a config with the names of version 0.1.0 replaced by today's; everything else as it is."""
+    """The JSON of a config with the names of version 0.1.0 replaced by today's.
+
+    It is for JSON that holds a config (`io.read_config`): in other JSON these names may be data.
+    """
     if isinstance(value, list):
         return [rename_old_fields(v) for v in value]
     if not isinstance(value, dict):
