@@ -58,7 +58,7 @@ $(VENV)/triton.stamp: $(VENV)/dev.stamp
 	@touch $@
 
 test-kernels: $(VENV)/triton.stamp
-	TRITON_INTERPRET=1 PYTHONPATH=$(VENV)/triton $(BIN)/python -m pytest -q tests/generation/test_triton_kernels.py
+	TRITON_INTERPRET=1 PYTHONPATH=$(VENV)/triton $(BIN)/python -m pytest -q tests/sampling/test_triton_kernels.py
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

@@ -52,7 +52,7 @@ def main() -> None:
         with torch.inference_mode():
             for first in range(0, options.images, options.batch_size):
                 seeds = list(range(first, min(first + options.batch_size, options.images)))
-                labels = [seed % len(pipe.file.classes) for seed in seeds]
+                labels = [seed % len(pipe.config.classes) for seed in seeds]
                 parts.append(pipe(labels, seeds, sampler=name, diffusion_steps=int(steps), batch_size=options.batch_size))
         seconds = (time.perf_counter() - began) / options.images
         distance = frechet_distance(moments(features(np.concatenate(parts))), reference)

@@ -32,7 +32,7 @@ from continuar.evaluation.networks import Classifier, Extracted, SqueezeNet, ext
 from continuar.evaluation.reference import REFERENCE_IMAGES, Statistics, reference_indices, score_samples
 from continuar.evaluation.samples import GeneratedSamples
 from continuar.pictures import grid, save_png
-from continuar.sampling.engines import ENGINE_NAMES
+from continuar.pipeline import ENGINE_NAMES
 from continuar.sampling.fast.weights import DTYPES
 from continuar.statistics import moments
 

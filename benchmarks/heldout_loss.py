@@ -27,7 +27,7 @@ SHARES = (0.0, 0.125, 0.25, 0.5, 0.75)
 @torch.no_grad()
 def losses(pipe: Pipeline, images: ImageSet, count: int, draws: int, block: int = 500) -> list[float]:
     """The mean loss over ``count`` images and all their unknown tokens, for each known share."""
-    model, device, spec = pipe.model.eval(), pipe.device, pipe.file.model.tokens
+    model, device, spec = pipe.model.eval(), pipe.device, pipe.config.model.tokens
     # Draws per token come from `draws` passes, whatever the model was trained with.
     generator = torch.Generator().manual_seed(0)
     order = torch.rand(count, spec.seq_len, generator=generator).argsort(1).to(device)

@@ -30,14 +30,14 @@ from continuar.heads import DiffusionHeadConfig, DiffusionOptions
 from continuar.models import BackboneConfig, CausalConfig, MAEConfig
 from continuar.models.autoregressive import Model, ModelConfig
 from continuar.orders import MAROrderConfig, RasterOrderConfig
-from continuar.pipeline import to_uint8
+from continuar.pipeline import make_engine, to_uint8
 from continuar.sampling import generate as eager
-from continuar.sampling.engines import make_engine
 from continuar.sampling.fast.engine import FastEngine
 from continuar.sampling.fast.kernels import Kernels
-from continuar.sampling.generate import SamplingOptions, make_plan
+from continuar.sampling.generate import make_plan
 from continuar.sampling.memory import bytes_per_image
-from continuar.sampling.speed import Speed, matmul_peak, measure
+from continuar.sampling.options import SamplingOptions
+from continuar.sampling.speed import GenerationSpeed, matmul_peak, measure_speed
 from continuar.tokenizers import LatentConfig
 from continuar.tokenizers.vae import NAMED
 from continuar.training.estimate import generation_flops
@@ -97,9 +97,9 @@ TABLE = [name for name in CASES if name != "smoke"]
 
 
 def triton_kernels(few_rows: int | None = None, **launch: Any) -> Kernels:
-    from continuar.sampling.fast.triton_kernels import MOST_ROWS, Launch, TritonKernels
+    from continuar.sampling.fast.triton_kernels import MAX_SMALL_ROWS, Launch, TritonKernels
 
-    return TritonKernels(MOST_ROWS if few_rows is None else few_rows, Launch(**launch) if launch else None)
+    return TritonKernels(MAX_SMALL_ROWS if few_rows is None else few_rows, Launch(**launch) if launch else None)
 
 
 KERNELS: dict[str, Callable[[], Kernels]] = {
@@ -137,7 +137,7 @@ def run_case(case: Case, kind: str, precision: Any, peak: float, device: torch.d
     model, options = case.model(device), case.options()
     start = start_of(model, case.batch, device)
     engine = FastEngine(model, precision, kernels=KERNELS[kind](), strict=True)
-    speed = measure(engine, start, options, repeats)
+    speed = measure_speed(engine, start, options, repeats)
     floor = generation_flops(model.config, options) / peak
     assert options.head is not None
     plan = make_plan(model.order, options, model.order.seq_len)
@@ -160,7 +160,7 @@ def run_case(case: Case, kind: str, precision: Any, peak: float, device: torch.d
     }
 
 
-def _per_call(case: Case, speed: Speed) -> dict[str, float]:
+def _per_call(case: Case, speed: GenerationSpeed) -> dict[str, float]:
     """Mean time of the head per diffusion step and of the transformer per autoregressive step, in microseconds."""
     steps = case.steps or 256
     return {
@@ -279,7 +279,7 @@ def eager_row(case: Case, device: torch.device) -> str:
     model, options = case.model(device), case.options()
     start, engine = start_of(model, case.batch, device), make_engine(model, "eager")
     torch.set_float32_matmul_precision("high")
-    measure(engine, start, options.for_head(model.config.head).override(diffusion_steps=2), 1)
+    measure_speed(engine, start, options.for_head(model.config.head).override(diffusion_steps=2), 1)
     began = time.perf_counter()
     for _ in engine.stream(start, options):
         pass

@@ -1,10 +1,11 @@
-"""Parts of handwritten digits generated anew: holes, halves, surroundings, and one half completed as every digit.
+"""Inpainting of handwritten digits: centres, halves, surroundings, and one half completed as every digit.
 
     python examples/inpaint_digits.py [RUN] [--out out/inpaint_digits.png]
 
 RUN is a run of the recipe `digits`; without it one is trained into out/digits, or continued there (2.5 minutes on two
-free cores; needs scikit-learn, pip install 'continuar[demo]'). A row shows a real digit, what the model sees of it, ten variants
-by seed. The last row shows the upper half of a digit completed as each class. Pixels that were given come back as they are.
+free cores; needs scikit-learn, pip install 'continuar[demo]'). A row shows a real digit, the part that the model sees,
+and ten samples with different seeds. The last row shows the upper half of a digit completed as each class. Given pixels come back
+unchanged.
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ import numpy as np
 import continuar
 from continuar.data.loader import load_digits
 from continuar.devices import pick_device
-from continuar.inpainting import Picture, edit, prepare
+from continuar.inpainting import Picture, edit, tokenize_picture
 from continuar.pictures import grid, save_png
 from continuar.recipes.images import digits
 from continuar.training.trainer import train
 
-VARIANTS = 10
+NUM_SAMPLES = 10
 
 
-def holes() -> dict[str, np.ndarray]:
-    """What is to be generated, bool [8, 8] by name."""
+def masks() -> dict[str, np.ndarray]:
+    """Masks by name, bool [8, 8]: True is to be generated."""
     found = {name: np.zeros((8, 8), bool) for name in ("centre", "right half", "lower half")}
     found["centre"][2:6, 2:6] = True
     found["right half"][:, 4:] = True
@@ -45,15 +46,15 @@ def main() -> None:
 
     images: list[np.ndarray] = []
     captions: list[str] = []
-    for (name, hole), label in zip(holes().items(), (3, 8, 5, 2), strict=True):
-        canvas = prepare(pipe, Picture(first[label], hole), grow=0)  # pixel tokens see nothing but themselves
-        images += [first[label], canvas.picture.masked(), *edit(pipe, canvas, label, range(VARIANTS))]
-        captions += [f"a {label}", name, *["variants"] * VARIANTS]
-    canvas = prepare(pipe, Picture(first[9], holes()["lower half"]), grow=0)
+    for (name, mask), label in zip(masks().items(), (3, 8, 5, 2), strict=True):
+        canvas = tokenize_picture(pipe, Picture(first[label], mask), dilation=0)  # pixel tokens depend only on their own square
+        images += [first[label], canvas.picture.masked(), *edit(pipe, canvas, label, range(NUM_SAMPLES))]
+        captions += [f"a {label}", name, *["samples"] * NUM_SAMPLES]
+    canvas = tokenize_picture(pipe, Picture(first[9], masks()["lower half"]), dilation=0)
     images += [first[9], canvas.picture.masked(), *(edit(pipe, canvas, label, [0])[0] for label in range(10))]
     captions += ["a 9", "lower half", *(f"as a {label}" for label in range(10))]
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    save_png(grid(np.stack(images), captions, columns=2 + VARIANTS), options.out)
+    save_png(grid(np.stack(images), captions, columns=2 + NUM_SAMPLES), options.out)
     print(f"wrote {options.out}")
 
 

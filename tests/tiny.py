@@ -28,7 +28,7 @@ from continuar.models import BackboneConfig, CausalConfig, MAEConfig
 from continuar.models.autoregressive import Model, ModelConfig, check_parts
 from continuar.orders import OrderConfig
 from continuar.pipeline import Pipeline
-from continuar.sampling.generate import SamplingOptions
+from continuar.sampling.options import SamplingOptions
 from continuar.tokenizers import CodebookConfig, CodebookTokenizer, PixelConfig
 from continuar.training.config import DataConfig, EMAConfig, LoopConfig, OptimConfig, Run
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from continuar.heads.diffusion import DiffusionHead
     from continuar.models.autoregressive import Model, ModelConfig
     from continuar.pipeline import Pipeline, load
-    from continuar.sampling.generate import SamplingOptions
+    from continuar.sampling.options import SamplingOptions
 
 __version__ = "0.1.0"
 
@@ -23,7 +23,7 @@ _HOME = {
     "Model": "continuar.models.autoregressive",
     "ModelConfig": "continuar.models.autoregressive",
     "Pipeline": "continuar.pipeline",
-    "SamplingOptions": "continuar.sampling.generate",
+    "SamplingOptions": "continuar.sampling.options",
     "UserError": "continuar.errors",
     "load": "continuar.pipeline",
 }

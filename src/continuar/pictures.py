@@ -1,4 +1,4 @@
-"""Grids of images with captions, as PNG; and how they assemble, as GIF."""
+"""Grids of images with captions, as PNG, and animations of them, as GIF."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 _MARGIN = 4
 _INK, _PAPER = (40, 40, 40), (255, 255, 255)
 MAX_FRAMES = 48
-"""Frames of an animation: enough to see it move, few enough for a small file."""
+"""Most frames of an animation: enough to see it move, few enough for a small file."""
 
 
 def grid(images_BHW3: np.ndarray, captions: Sequence[str] | None = None, columns: int = 0, min_side: int = 64) -> Image.Image:
@@ -25,9 +25,9 @@ def grid(images_BHW3: np.ndarray, captions: Sequence[str] | None = None, columns
 
     Args:
         images_BHW3: uint8, at least one.
-        captions: a line above each image; a caption equal to its left neighbour's in the row is not repeated.
+        captions: one line above each image; a caption equal to its left neighbour's is not repeated.
         columns: images per row; 0 for about a square.
-        min_side: small images are enlarged by a whole factor until their longer side reaches this many pixels.
+        min_side: small images are enlarged by an integer factor until their longer side has this many pixels.
     """
     count, height, width = images_BHW3.shape[:3]
     columns = columns or math.ceil(math.sqrt(count))
@@ -47,29 +47,29 @@ def grid(images_BHW3: np.ndarray, captions: Sequence[str] | None = None, columns
 
 
 def save_png(image: Image.Image | np.ndarray, path: Path) -> None:
-    """Writes a PNG so that a reader sees all of it or none."""
+    """Writes a PNG atomically: a reader sees the complete file or none."""
     picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
     with atomic_file(path) as file:
         picture.save(file, format="PNG")
 
 
 def thinned(items: Sequence[T], most: int) -> list[T]:
-    """At most this many items, evenly spread; the last is always among them."""
+    """At most this many items, evenly spaced; the last one is always kept."""
     count = min(most, len(items))
     return [items[(i + 1) * len(items) // count - 1] for i in range(count)]
 
 
 def save_gif(frames: Sequence[Image.Image], path: Path, seconds: float = 4.0, last_seconds: float = 2.0) -> None:
-    """Writes an endless animation so that a reader sees all of it or none.
+    """Writes an endless animation atomically.
 
     Args:
-        frames: of one size, at least one.
-        seconds: of all frames but the last; each is shown for 0.04 to 0.4 seconds.
-        last_seconds: how long the last frame stays.
+        frames: at least one, all of one size.
+        seconds: duration of all frames but the last; each is shown for 0.04 to 0.4 seconds.
+        last_seconds: duration of the last frame.
     """
     each = min(0.4, max(0.04, seconds / len(frames)))
     milliseconds = [round(1000 * each)] * (len(frames) - 1) + [round(1000 * last_seconds)]
-    # One palette for all frames, of the first and the last: palettes of their own would make still parts flicker.
+    # All frames share one palette, made of the first and the last: separate palettes would make unchanged parts flicker.
     ends = Image.new("RGB", (frames[0].width, 2 * frames[0].height))
     ends.paste(frames[0], (0, 0))
     ends.paste(frames[-1], (0, frames[0].height))

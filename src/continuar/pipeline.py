@@ -1,10 +1,17 @@
-"""From labels to images: a model, its tokenizer, its class names and the settings it was found best with."""
+"""From labels to images: a model, its tokenizer, its class names and its best sampling settings.
+
+1. Labels, seeds and known tokens become a `SamplingInput` of all images.
+2. `equal_batches` cuts it into batches whose images know equally many tokens.
+3. An engine generates each batch: "eager", the readable reference, or "fast", equal to it up to rounding.
+4. The tokenizer decodes the tokens.
+"""
 
 from __future__ import annotations
 
 import operator
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
@@ -28,59 +35,137 @@ from continuar.checkpoints.store import (
 from continuar.devices import pick_device
 from continuar.errors import UserError, require, unknown_name
 from continuar.io import atomic_directory, read_tensors, write_json, write_tensors
+from continuar.models.autoregressive import Model
 from continuar.models.base import TokenModel
-from continuar.sampling.engines import Engine, EngineName, chosen, make_engine
-from continuar.sampling.fast.weights import Precision
-from continuar.sampling.generate import GuidanceSchedule, SamplingInput, SamplingOptions, make_plan
-from continuar.sampling.known_tokens import Array, Snapshot, equal_batches, snapshots, with_known
+from continuar.models.dit import DiT
+from continuar.sampling.fast.engine import FastEngine, unsupported_reason
+from continuar.sampling.fast.weights import DTYPES, Precision
+from continuar.sampling.generate import Progress, SamplingEngine, SamplingInput, make_plan, stream
+from continuar.sampling.known_tokens import Array, Snapshot, with_known
+from continuar.sampling.options import GuidanceSchedule, SamplingOptions
+from continuar.sampling.single_step import stream_single_step
 from continuar.tokenizers import Tokenizer
 from continuar.tokenizers.pixel import to_uint8
 
+EngineName = Literal["auto", "eager", "fast"]
+ENGINE_NAMES: tuple[EngineName, ...] = ("auto", "eager", "fast")
+FAST_DEVICES = ("cpu", "cuda")
+"""Devices on which tests have shown the fast engine equal to the eager one."""
 Weights = Literal["ema", "raw"]
 SHIPPED = Path(__file__).parent / "shipped"
 _SEED_LIMIT = 2**63
+
+
+class EagerEngine:
+    """The readable reference. The caller's autocast holds within the model's backbone."""
+
+    def __init__(self, model: TokenModel) -> None:
+        self.model = model
+
+    def stream(self, inputs: SamplingInput, options: SamplingOptions) -> Iterator[Progress]:
+        if isinstance(self.model, DiT):
+            return stream_single_step(self.model, inputs, options)
+        assert isinstance(self.model, Model)
+        return stream(self.model, inputs, options)
+
+
+def resolve_engine(model: TokenModel, name: EngineName) -> EngineName:
+    """The engine that "auto" means for a model; other names stay as they are."""
+    if name != "auto":
+        return name
+    return "fast" if unsupported_reason(model) is None and next(model.parameters()).device.type in FAST_DEVICES else "eager"
+
+
+def make_engine(model: TokenModel, name: EngineName = "auto", precision: Precision = "float32") -> SamplingEngine:
+    """The engine of that name.
+
+    Raises:
+        UserError: an unknown name or precision, a model that "fast" cannot run, or bfloat16 without "fast".
+    """
+    require(name in ENGINE_NAMES, f"engine is '{name}'; allowed: {', '.join(ENGINE_NAMES)}")
+    require(precision in DTYPES, f"precision is '{precision}'; allowed: {', '.join(DTYPES)}")
+    if resolve_engine(model, name) == "fast":
+        return FastEngine(model, precision)
+    if precision != "float32":
+        reason = unsupported_reason(model)
+        because, allowed = (f", for {reason}", "float32") if reason else ("", "float32, or engine fast")
+        raise UserError(f"precision is '{precision}' with the eager engine{because}; allowed: {allowed}")
+    return EagerEngine(model)
+
+
+@dataclass(frozen=True)
+class EqualBatch:
+    """Images that are generated together: each knows the same number of tokens, so that every tensor is rectangular.
+
+    Attributes:
+        rows_b: int64, their indices among all images.
+        inputs: of these images.
+        unknown: the number of tokens that each image lacks.
+    """
+
+    rows_b: Tensor
+    inputs: SamplingInput
+    unknown: int
+
+
+def equal_batches(inputs: SamplingInput, size: int) -> list[EqualBatch]:
+    """Cuts an input into batches of at most ``size`` images with equally many known tokens; fewest unknown tokens last.
+
+    Noise belongs to an image and its positions, so an image does not depend on this grouping.
+    """
+    unknown, condition, batches = (~inputs.known_BN).sum(1).tolist(), inputs.condition, []
+    for count in sorted(set(unknown), reverse=True):
+        rows = [row for row, number in enumerate(unknown) if number == count]
+        for first in range(0, len(rows), size):
+            b = torch.tensor(rows[first : first + size], device=inputs.known_BN.device)
+            part = None if condition is None else condition[b]
+            batches.append(EqualBatch(b, SamplingInput(part, inputs.seeds_B[b], inputs.tokens[b], inputs.known_BN[b]), count))
+    return batches
 
 
 class Pipeline:
     """Generates images. Call it with labels; see `__call__`.
 
     Attributes:
-        model: the network, in evaluation mode. tokenizer: tokens <-> images. classes: names in label order.
-        defaults: sampling settings used where a call does not say otherwise.
+        config: of the model, the tokenizer, the class names and the sampling settings.
+        model: the network, in evaluation mode.
+        tokenizer: tokens <-> images.
+        classes: names in label order.
+        defaults: sampling settings for everything that a call leaves open.
     """
 
-    def __init__(self, file: PipelineConfig, model: TokenModel, tokenizer: Tokenizer | None = None) -> None:
-        """``tokenizer``: one that is ready, where it has a state; else it is built from the config."""
-        self.file, self.model = file, model.eval()
-        self.tokenizer = (tokenizer or file.tokenizer.build()).to(self.device)
-        self.classes, self.defaults = file.classes, file.sampling
-        self._engines: dict[tuple[EngineName, Precision], Engine] = {}
+    def __init__(self, config: PipelineConfig, model: TokenModel, tokenizer: Tokenizer | None = None) -> None:
+        """``tokenizer``: a finished one, for kinds that have weights; None: built from the config."""
+        self.config, self.model = config, model.eval()
+        self.tokenizer = (tokenizer or config.tokenizer.build()).to(self.device)
+        self.classes, self.defaults = config.classes, config.sampling
+        self._engines: dict[tuple[EngineName, Precision], SamplingEngine] = {}
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device of the model."""
         return next(self.model.parameters()).device
 
-    def engine(self, name: EngineName = "auto", precision: Precision = "float32") -> Engine:
-        """Who generates; made once, for what the fast one has captured serves the next call too.
+    def engine(self, name: EngineName = "auto", precision: Precision = "float32") -> SamplingEngine:
+        """The engine of that name. It is made once, because the fast engine reuses its captured graphs in later calls.
 
         Args:
-            name: "eager", readably; "fast", faster and equal to it; "auto", "fast" where it can run the model.
-            precision: "bfloat16" halves the weights and rounds more; only of the fast engine.
+            name: "eager", the readable reference; "fast", faster and equal to it; "auto", "fast" if it can run the model.
+            precision: "bfloat16" halves the weights and rounds more; only for the fast engine.
 
         Raises:
             UserError: see `make_engine`.
         """
-        key = chosen(self.model, name), precision
+        key = resolve_engine(self.model, name), precision
         if key not in self._engines:
             self._engines[key] = make_engine(self.model, *key)
         return self._engines[key]
 
     def label(self, name: int | str) -> int:
-        """A class name or number as a label.
+        """The label of a class name or number.
 
         Raises:
-            UserError: unknown; the nearest names are suggested.
+            UserError: unknown; the message suggests the nearest names.
         """
         count = len(self.classes)
         if isinstance(name, str) and name in self.classes:
@@ -93,6 +178,18 @@ class Pipeline:
             raise UserError(f"class is {name!r}; allowed: a class number or name") from problem
         require(0 <= number < count, f"class is {name}; allowed: 0 to {count - 1}" if count else "the model has no classes")
         return number
+
+    def seeds(self, seeds: Sequence[int] | int, count: int) -> list[int]:
+        """One seed per image; a single number s means s, s+1, ...
+
+        Raises:
+            UserError: a sequence of another length, or a seed out of range.
+        """
+        numbers = [int(seeds) + i for i in range(count)] if isinstance(seeds, int | Integral) else [int(s) for s in seeds]
+        require(len(numbers) == count, f"{len(numbers)} seeds for {count} labels; allowed: one each, or a single number")
+        for s in numbers:
+            require(-_SEED_LIMIT <= s < _SEED_LIMIT, f"seed is {s}; allowed: -2^63 to 2^63-1")
+        return numbers
 
     def __call__(
         self,
@@ -113,22 +210,22 @@ class Pipeline:
     ) -> np.ndarray:
         """Generates one image per label.
 
-        With known tokens it completes images: holes, where the order is random; the continuation of a prefix, where it is raster.
-        (There known tokens that are no prefix come first all the same, and the rest row by row: nothing a model has learned.)
+        With known tokens it completes images. A model with a random order fills any mask. A model with raster order continues a
+        prefix; other known tokens are fed to it before the rest, an order that it was not trained on.
 
         Args:
             labels: class numbers or names; None for images without a class, one per seed.
             seeds: one per image, -2^63..2^63-1; a single number s means s, s+1, ... The same seed and settings give the same image
                 at any batch size.
-            known_tokens: [B, N, D] of about unit std or ids [B, N], as ``tokenizer.tokenize`` gives them; one image serves all as
-                [1, N, D]. They come back unchanged; what stands at unknown positions does not matter.
+            known_tokens: [B, N, D] of about unit std or ids [B, N], as ``tokenizer.tokenize`` gives them; [1, N, D] or [1, N] is
+                used for all images. They come back unchanged; values at unknown positions are ignored.
             known_mask: bool, True where known: [B, N], or [N] or [h, w] for all images. Images may differ in how many they know;
                 all known gives the tokens back as they are, none known is plain generation.
             steps, guidance_scale, guidance_schedule, temperature: see `SamplingOptions`; None is the model's default.
-            batch_size: images generated at once.
+            batch_size: images generated together.
             engine, precision: see `engine`.
             on_progress: called with (steps done, steps in all).
-            head_options: options of the model's head by name, such as ``diffusion_steps`` and ``sampler`` of the diffusion head.
+            head_options: options of the model's head by name, for example ``diffusion_steps`` and ``sampler``.
 
         Returns:
             uint8 [B, H, W, 3].
@@ -165,15 +262,15 @@ class Pipeline:
         precision: Precision = "float32",
         on_progress: Callable[[int, int], None] | None = None,
     ) -> Tensor:
-        """Generates tokens, [B, N, D] float32 or ids [B, N]: what the tokenizer would decode; arguments as of `__call__`."""
-        options, runs = options or self.defaults, self.engine(engine, precision)
-        start = self._begin(labels, seeds, batch_size, known_tokens, known_mask)
-        batches = equal_batches(start, batch_size)
+        """Generates tokens, [B, N, D] float32 or ids [B, N], without decoding them; arguments as in `__call__`."""
+        options, runner = options or self.defaults, self.engine(engine, precision)
+        inputs = self._inputs(labels, seeds, batch_size, known_tokens, known_mask)
+        batches = equal_batches(inputs, batch_size)
         total = sum(len(make_plan(self.model.order, options, batch.unknown)) for batch in batches)
-        tokens, done = start.tokens.clone(), 0
+        tokens, done = inputs.tokens.clone(), 0
         for batch in batches:
-            last = batch.start.tokens
-            for progress in runs.stream(batch.start, options):
+            last = batch.inputs.tokens
+            for progress in runner.stream(batch.inputs, options):
                 last, done = progress.tokens, done + 1
                 if on_progress is not None:
                     on_progress(done, total)
@@ -194,26 +291,48 @@ class Pipeline:
     ) -> Iterator[Snapshot]:
         """Generates as `__call__` does, and yields a `Snapshot` of all images after every autoregressive step.
 
-        The last one is what the call would return. Images that know more than others are complete earlier; if all tokens are known,
-        the only snapshot is of step 0.
+        The last snapshot holds what the call would return. Images that know more tokens than others are complete earlier; if all
+        tokens are known, the only snapshot is of step 0.
 
         Args:
-            batch_size: images computed at once; the states of all are kept.
+            batch_size: images computed together; the states of all batches are kept.
             engine, precision: see `engine`.
-            settings: as of `__call__`, by name.
+            settings: sampling settings by name, as in `__call__`.
 
         Raises:
-            UserError: as of `__call__`; before the first step.
+            UserError: as in `__call__`; before the first step.
         """
-        start = self._begin(labels, seeds, batch_size, known_tokens, known_mask)
-        options = self.defaults.override(**settings)
-        return snapshots(self.engine(engine, precision), start, options, batch_size, lambda tokens: self.decode(tokens, batch_size))
+        inputs = self._inputs(labels, seeds, batch_size, known_tokens, known_mask)
+        options, runner = self.defaults.override(**settings), self.engine(engine, precision)
+        batches = equal_batches(inputs, batch_size)
+        steps = max(len(make_plan(self.model.order, options, batch.unknown)) for batch in batches)
+
+        # A generator of its own, so that the checks above run in the call and not at the first step.
+        def snapshots() -> Iterator[Snapshot]:
+            tokens, known_BN = inputs.tokens.clone(), inputs.known_BN.clone()
+            streams = [(batch.rows_b, runner.stream(batch.inputs, options)) for batch in batches]
+            for step in range(min(1, steps), steps + 1):
+                # Batches advance together; those with fewer steps are complete and wait.
+                for rows_b, progresses in streams:
+                    progress = next(progresses, None)
+                    if progress is not None:
+                        tokens[rows_b], known_BN[rows_b] = progress.tokens, progress.known_BN
+                yield Snapshot(
+                    tokens.clone(),
+                    known_BN.clone(),
+                    step,
+                    steps,
+                    lambda tokens: self.decode(tokens, batch_size),
+                    self.model.config.tokens.grid,
+                )
+
+        return snapshots()
 
     def decode(self, tokens: Tensor, batch_size: int = 64) -> np.ndarray:
         """Tokens [B, N, D] or ids [B, N] -> uint8 [B, H, W, 3]."""
         return np.concatenate([to_uint8(self.tokenizer.decode(part)).cpu().numpy() for part in tokens.split(batch_size)])
 
-    def _begin(
+    def _inputs(
         self,
         labels: Sequence[int | str] | None,
         seeds: Sequence[int] | int,
@@ -221,39 +340,19 @@ class Pipeline:
         known_tokens: Array | None,
         known_mask: Array | None,
     ) -> SamplingInput:
-        """All images at the start of their generation."""
+        """All images of a call before their generation."""
         require(batch_size >= 1, f"batch size is {batch_size}; allowed: 1 or more")
-        names = self._labels(labels, seeds)
-        numbers = self.seeds(seeds, len(names))
-        require(bool(names), "no labels and no seeds: there is nothing to generate")
-        return with_known(self._start(names, numbers), self.model.config.tokens, known_tokens, known_mask)
-
-    def _labels(self, labels: Sequence[int | str] | None, seeds: Sequence[int] | int) -> list[int]:
-        if labels is None:
-            return [self.model.null_label] * (1 if isinstance(seeds, int | Integral) else len(seeds))
         require(not isinstance(labels, str), f"labels is the text {labels!r}; allowed: a list of class numbers or names")
-        return [self.label(name) for name in labels]
-
-    def seeds(self, seeds: Sequence[int] | int, count: int) -> list[int]:
-        """One seed per image; a single number s means s, s+1, ...
-
-        Raises:
-            UserError: another number of them, or one out of range.
-        """
-        numbers = [int(seeds) + i for i in range(count)] if isinstance(seeds, int | Integral) else [int(s) for s in seeds]
-        require(len(numbers) == count, f"{len(numbers)} seeds for {count} labels; allowed: one each, or a single number")
-        for s in numbers:
-            require(-_SEED_LIMIT <= s < _SEED_LIMIT, f"seed is {s}; allowed: -2^63 to 2^63-1")
-        return numbers
-
-    def _start(self, labels: list[int], seeds: list[int]) -> SamplingInput:
-        spec, batch, device = self.file.model.tokens, len(labels), self.device
-        return SamplingInput(
-            torch.tensor(labels, device=device) if any(label != self.model.null_label for label in labels) else None,
-            torch.tensor(seeds, device=device),
-            spec.blank(batch, device),
-            torch.zeros(batch, spec.seq_len, dtype=torch.bool, device=device),
-        )
+        if labels is None:
+            condition, count = None, 1 if isinstance(seeds, int | Integral) else len(seeds)
+        else:
+            condition, count = torch.tensor([self.label(name) for name in labels], device=self.device), len(labels)
+        numbers = torch.tensor(self.seeds(seeds, count), device=self.device)
+        require(count > 0, "no labels and no seeds: there is nothing to generate")
+        inputs = SamplingInput.blank(self.model.config.tokens, numbers, condition)
+        if known_tokens is None and known_mask is None:
+            return inputs
+        return with_known(inputs, self.model.config.tokens, known_tokens, known_mask)
 
     def save_pretrained(self, directory: str | Path, dtype: torch.dtype | None = None) -> Path:
         """Writes a saved model; an existing one there is replaced at once.
@@ -264,7 +363,7 @@ class Pipeline:
         directory = Path(directory)
         require(is_replaceable(directory), f"{directory} exists and is not a saved model; choose another directory")
         with atomic_directory(directory) as temporary:
-            write_json(temporary / CONFIG, self.file)
+            write_json(temporary / CONFIG, self.config)
             write_tensors(temporary / WEIGHTS, self.model.state_dict(), dtype)
             write_tokenizer(temporary, self.tokenizer)
         return directory

@@ -57,7 +57,7 @@ def test_convert_writes_a_model_that_loads(save: Callable[..., str], tmp_path: P
     convert([save(UNLIKE, torch.bfloat16), str(tmp_path / "model")])
     pipe = load(tmp_path / "model", device="cpu")
     assert pipe.classes == ("0", "1", "2")
-    assert pipe.file.tokenizer == LatentConfig("latent", "kl8", 48, 8, 4, 2, 0.2325)
+    assert pipe.config.tokenizer == LatentConfig("latent", "kl8", 48, 8, 4, 2, 0.2325)
     expected = state(UNLIKE, torch.bfloat16, 2)["decoder_pos_embed_learned"][0].float()
     found = pipe.model.state_dict()["backbone.decoder_positions"]
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)

@@ -16,7 +16,7 @@ from continuar.io import write_json
 from continuar.models import MAEConfig
 from continuar.models.autoregressive import ModelConfig
 from continuar.orders import MAROrderConfig
-from continuar.sampling.generate import SamplingOptions
+from continuar.sampling.options import SamplingOptions
 from continuar.tokenizers import LatentConfig, PixelConfig, TokenizerConfig
 
 

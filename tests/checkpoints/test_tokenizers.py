@@ -88,7 +88,7 @@ def test_a_training_run_and_a_saved_model_hold_a_tokenizer(tmp_path: Path) -> No
 def test_a_model_is_saved_with_its_autoencoder(config: TokenizerConfig, tmp_path: Path) -> None:
     pipe = pipeline(config)
     again = load(pipe.save_pretrained(tmp_path / "model"), device="cpu")
-    assert again.file == pipe.file
+    assert again.config == pipe.config
     images = pipe([0, 1], [3, 4])
     assert images.shape == (2, 8, 8, 3)
     assert np.array_equal(images, again([0, 1], [3, 4]))

@@ -32,19 +32,19 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_edit_writes_variants_that_differ_in_the_hole_alone(model: Path, drawn: Path, tmp_path: Path, capsys) -> None:
+def test_edit_writes_samples_that_differ_only_in_the_mask(model: Path, drawn: Path, tmp_path: Path, capsys) -> None:
     out = tmp_path / "out"
-    options = ["--class", "bee", "--variants", "3", "--seed", "4", "--grow", "0", "--steps", "3", "--batch-size", "2"]
+    options = ["--class", "bee", "--num-samples", "3", "--seed", "4", "--dilation", "0", "--steps", "3", "--batch-size", "2"]
     command = ["edit", str(model), str(drawn / "image.png"), "--mask", str(drawn / "mask.png"), *options, "--device", "cpu"]
     assert main([*command, "--out", str(out)]) == 0
-    assert "3 variants, 4 of 16 tokens generated" in capsys.readouterr().out
+    assert "3 samples, 4 of 16 tokens generated" in capsys.readouterr().out
     assert {p.name for p in out.iterdir()} == {"00000.png", "00001.png", "00002.png", "grid.png", "samples.json"}
     entries = json.loads((out / "samples.json").read_text())
     assert [(e["file"], e["seed"]) for e in entries] == [("00000.png", 4), ("00001.png", 5), ("00002.png", 6)]
     wanted = {
         "label": 1,
         "class_name": "bee",
-        "grow": 0,
+        "dilation": 0,
         "tokens_generated": 4,
         "steps": 3,
         "guidance_scale": 2.0,
@@ -53,13 +53,13 @@ def test_edit_writes_variants_that_differ_in_the_hole_alone(model: Path, drawn: 
     wanted |= {"image": str(drawn / "image.png"), "mask": str(drawn / "mask.png"), "model": str(model), "weights": "ema"}
     assert all(wanted.items() <= e.items() for e in entries)
 
-    # 16x12 becomes 8x8: by bicubic to 11x8, then the centre. Outside the hole, each variant is that image to the bit.
+    # 16x12 becomes 8x8: by bicubic to 11x8, then the centre. Outside the mask, each sample is that image to the bit.
     small = Image.open(drawn / "image.png").resize((11, 8), Image.Resampling.BICUBIC).crop((1, 0, 9, 8))
-    variants = np.stack([np.asarray(Image.open(out / f"{i:05d}.png")) for i in range(3)])
-    differs = (variants != np.asarray(small)).any(axis=(0, 3))
+    samples = np.stack([np.asarray(Image.open(out / f"{i:05d}.png")) for i in range(3)])
+    differs = (samples != np.asarray(small)).any(axis=(0, 3))
     rows, columns = np.nonzero(differs)
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (2, 5, 2, 5)
-    assert len({v.tobytes() for v in variants}) == 3
+    assert len({v.tobytes() for v in samples}) == 3
 
 
 def test_edit_of_everything_is_a_generation_and_of_nothing_is_refused(
@@ -68,7 +68,7 @@ def test_edit_of_everything_is_a_generation_and_of_nothing_is_refused(
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3)).astype(np.uint8)).save(tmp_path / "image.png")
     for grey, code in ((0, 2), (255, 0)):
         Image.new("L", (8, 8), grey).save(tmp_path / "mask.png")
-        options = ["--mask", str(tmp_path / "mask.png"), "--class", "2", "--seed", "9", "--variants", "1", "--device", "cpu"]
+        options = ["--mask", str(tmp_path / "mask.png"), "--class", "2", "--seed", "9", "--num-samples", "1", "--device", "cpu"]
         assert main(["edit", str(model), str(tmp_path / "image.png"), *options, "--out", str(tmp_path / "out")]) == code
     assert "mask.png has no white within the picture; allowed: white where to generate" in capsys.readouterr().err
     expected = Pipeline.from_pretrained(model, device="cpu")([2], [9])[0]
@@ -84,8 +84,8 @@ def test_edit_of_everything_is_a_generation_and_of_nothing_is_refused(
         (["image.png", "--mask", "text.png"], "text.png cannot be used: not an image of a known format"),
         (["nothing.png", "--mask", "mask.png"], "No such file or directory"),
         (["image.png", "--mask", "nothing.png"], "nothing.png"),
-        (["image.png", "--mask", "mask.png", "--grow", "-1"], "--grow is -1; allowed: 0 or more rings of tokens"),
-        (["image.png", "--mask", "mask.png", "--variants", "0"], "--variants is 0; allowed: 1 or more"),
+        (["image.png", "--mask", "mask.png", "--dilation", "-1"], "--dilation is -1; allowed: 0 or more rings of tokens"),
+        (["image.png", "--mask", "mask.png", "--num-samples", "0"], "--num-samples is 0; allowed: 1 or more"),
         (["image.png", "--mask", "mask.png", "--class", "bea"], "unknown class 'bea'; did you mean bee?"),
         (["image.png", "--mask", "mask.png", "--class", "3"], "class is 3; allowed: 0 to 2"),
         (["image.png", "--mask", "mask.png", "--steps", "17"], "steps is 17; allowed: 1 to 16"),

@@ -13,7 +13,7 @@ from continuar.cli.main import main
 from continuar.heads import DiffusionOptions
 from continuar.models.dit import DiTConfig, DiTNetworkConfig
 from continuar.pipeline import Pipeline
-from continuar.sampling.generate import SamplingOptions
+from continuar.sampling.options import SamplingOptions
 from tests.evaluation.tiny_networks import CLASSES, save_classifier, save_model
 from tests.tiny import TOKENIZER, model_configs, pipeline, write_images
 

@@ -8,7 +8,7 @@ import torch
 from continuar.checkpoints.store import PipelineConfig
 from continuar.heads import DiffusionOptions
 from continuar.pipeline import Pipeline
-from continuar.sampling.generate import SamplingOptions
+from continuar.sampling.options import SamplingOptions
 from tests.examples import load_example
 
 example = load_example("digits_from_attributes")

@@ -14,7 +14,7 @@ from continuar.cli.train import dry_run
 from continuar.heads import FlowHeadConfig, RegressionHeadConfig
 from continuar.models.autoregressive import config_warnings
 from continuar.recipes import RECIPES
-from continuar.sampling.generate import SamplingOptions
+from continuar.sampling.options import SamplingOptions
 from continuar.tokenizers import LatentConfig, PixelConfig, TokenizerConfig
 from continuar.training.config import EMAConfig, Run, run_warnings
 from continuar.training.trainer import train

@@ -17,7 +17,7 @@ from continuar.errors import UserError
 from continuar.heads import DiffusionOptions, FlowOptions
 from continuar.models.dit import DiT, DiTNetworkConfig
 from continuar.pipeline import Pipeline, load, newest_checkpoints
-from continuar.sampling.generate import SamplingOptions
+from continuar.sampling.options import SamplingOptions
 from continuar.tokenizers import CodebookConfig
 from continuar.training.config import DiTRun
 from continuar.training.engines import CompiledEngine, EagerEngine

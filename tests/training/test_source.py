@@ -30,7 +30,7 @@ from continuar.orders import RasterOrderConfig
 from continuar.pipeline import Pipeline, newest_checkpoints
 from continuar.recipes import RECIPES
 from continuar.recipes.tokenizers import TOKENIZER_RECIPES
-from continuar.sampling.generate import SamplingOptions
+from continuar.sampling.options import SamplingOptions
 from continuar.tokenizers import CodebookConfig, LatentConfig, TokenizerConfig, VAEConfig, VQConfig
 from continuar.training.config import Run
 from continuar.training.data import LatentStream, reads_cache, training_data

@@ -47,7 +47,7 @@ from continuar.models.autoregressive import ModelConfig
 from continuar.models.conditions import LabelsConfig
 from continuar.models.dit import DiTConfig
 from continuar.orders import MAROrderConfig
-from continuar.sampling.generate import SamplingOptions
+from continuar.sampling.options import SamplingOptions
 from continuar.tokenizers import LatentConfig, PixelConfig, TokenSpec, VAEConfig
 
 # (official, ours) for parameters that only change their name; official positions have a leading batch dimension of 1.

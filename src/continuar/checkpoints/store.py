@@ -19,7 +19,7 @@ from continuar.errors import require
 from continuar.io import read_json, read_tensors, write_tensors
 from continuar.models.autoregressive import ModelConfig
 from continuar.models.dit import DiTConfig
-from continuar.sampling.generate import SamplingOptions
+from continuar.sampling.options import SamplingOptions
 from continuar.tokenizers import Tokenizer, TokenizerConfig
 
 FORMAT = 1

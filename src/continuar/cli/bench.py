@@ -17,7 +17,7 @@ from continuar.errors import unknown_name
 from continuar.pipeline import Pipeline, shipped_models
 from continuar.recipes import RECIPES
 from continuar.sampling.generate import SamplingInput, make_plan
-from continuar.sampling.speed import Speed, matmul_peak, measure
+from continuar.sampling.speed import GenerationSpeed, matmul_peak, measure_speed
 from continuar.tokenizers import LatentTokenizer, PixelConfig
 from continuar.training.config import BaseRun
 from continuar.training.estimate import generation_flops
@@ -60,18 +60,18 @@ def run(options: Options) -> None:
     engine = pipe.engine(options.settings.engine, options.settings.precision)
     guided = bool(pipe.classes) and settings.guidance_scale != 1.0
     peak = matmul_peak(pipe.device)
-    floor = generation_flops(pipe.file.model, settings if guided else settings.override(guidance_scale=1.0)) / peak
+    floor = generation_flops(pipe.config.model, settings if guided else settings.override(guidance_scale=1.0)) / peak
     print(f"{options.model} on {_name(pipe.device)}, torch {torch.__version__}, {len(plan)} steps, {_head(settings.to_dict())}")
     print(f"floor {floor:.3g} s/image: {floor * peak / 1e12:.3g} TFLOP at {peak / 1e12:.3g} TFLOP/s\n")
     print("batch   s/image  images/s  x floor  transformer   head  decoder     memory  warm-up")
     for size in options.batch:
         seeds = torch.arange(size, device=pipe.device)
-        start = SamplingInput.blank(pipe.file.model.tokens, seeds, seeds % len(pipe.classes) if pipe.classes else None)
-        speed = measure(engine, start, settings, options.repeats)
+        start = SamplingInput.blank(pipe.config.model.tokens, seeds, seeds % len(pipe.classes) if pipe.classes else None)
+        speed = measure_speed(engine, start, settings, options.repeats)
         print(_row(speed, floor, _decoding(pipe, start.tokens)), flush=True)
 
 
-def _row(speed: Speed, floor: float, decoding: float | None) -> str:
+def _row(speed: GenerationSpeed, floor: float, decoding: float | None) -> str:
     """One batch size; ``decoding`` in seconds per batch, which comes on top of the generation's."""
     generating = min(speed.seconds)
     total = generating + (decoding or 0.0)

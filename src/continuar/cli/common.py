@@ -37,11 +37,11 @@ from continuar.devices import pick_device
 from continuar.errors import UserError, require
 from continuar.evaluation.networks import FeatureNetwork, load_network
 from continuar.heads import HeadOptions, option_names
-from continuar.pipeline import Pipeline, Weights, load, shipped_models
+from continuar.pipeline import EngineName, Pipeline, Weights, load, shipped_models
 from continuar.recipes import Recipes, find_recipe
-from continuar.sampling.engines import EngineName
 from continuar.sampling.fast.weights import Precision
-from continuar.sampling.generate import SamplingOptions, make_plan
+from continuar.sampling.generate import make_plan
+from continuar.sampling.options import SamplingOptions
 from continuar.tokenizers import LatentConfig, TokenSpec
 
 T = TypeVar("T")
@@ -384,7 +384,7 @@ def add_tokenizer(pipe: Pipeline, model: str, tokenizer: str | None, *, needed: 
     Raises:
         UserError: an autoencoder that is lacking, not needed or does not fit.
     """
-    config = pipe.file.tokenizer
+    config = pipe.config.tokenizer
     if not isinstance(config, LatentConfig):
         require(tokenizer is None, f"--tokenizer is {tokenizer}, but {model} has a tokenizer of its own, of kind '{config.kind}'")
     elif tokenizer is not None:

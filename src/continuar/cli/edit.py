@@ -13,7 +13,7 @@ import tyro
 
 from continuar.cli.common import Settings, make_writable, progress_bars
 from continuar.errors import UserError, require
-from continuar.inpainting import edit, prepare, read_picture
+from continuar.inpainting import edit, read_picture, tokenize_picture
 from continuar.io import write_json
 from continuar.models.dit import DiTConfig
 from continuar.pictures import grid, save_png
@@ -33,16 +33,17 @@ class Options:
     mask: Path
     """An image of the same size: white is to be generated, black is kept."""
     class_name: Annotated[str, tyro.conf.arg(name="class", metavar="CLASS")] = ""
-    """What the whole picture shows, a class name or number; no class if not given."""
-    variants: int = 4
-    """How many images to make, each of its own seed."""
+    """Class name or number of the full picture; no class if not given."""
+    num_samples: int = 4
+    """Images to make, each with its own seed."""
     seed: int = 0
-    """Seed of the first variant; each further one takes the next number."""
-    grow: int = 1
-    """Rings of tokens around the hole that are generated with it: those of an autoencoder tell what was in it. 0 suits pixels."""
+    """Seed of the first image; each further image takes the next number."""
+    dilation: int = 1
+    """Rings of tokens around the mask that are generated, too: an autoencoder's tokens there show what was under the mask. Pixel
+    tokens do not; for them 0 is best."""
     settings: Annotated[Settings, tyro.conf.arg(name="")] = field(default_factory=Settings)
     out: Path = Path("edited")
-    """The directory to write to: 00000.png ..., grid.png (image, masked, variants), samples.json."""
+    """The directory to write to: 00000.png ..., grid.png (image, masked image, samples), samples.json."""
 
 
 def run(options: Options) -> None:
@@ -51,22 +52,22 @@ def run(options: Options) -> None:
     Image and mask are cropped and scaled to the model's size. Pixels outside the mask come back unchanged. Settings that are not
     given are the model's own.
     """
-    require(options.variants >= 1, f"--variants is {options.variants}; allowed: 1 or more")
-    require(options.grow >= 0, f"--grow is {options.grow}; allowed: 0 or more rings of tokens")
+    require(options.num_samples >= 1, f"--num-samples is {options.num_samples}; allowed: 1 or more")
+    require(options.dilation >= 0, f"--dilation is {options.dilation}; allowed: 0 or more rings of tokens")
     pipe = options.settings.load(options.model)
-    config = pipe.file.model
+    config = pipe.config.model
     if isinstance(config, DiTConfig):
         raise UserError(f"{options.model} is a DiT, which makes whole images; editing needs a model that keeps known tokens")
     settings = options.settings.options(pipe)
     pipe.engine(options.settings.engine, options.settings.precision)
-    seeds = pipe.seeds(options.seed, options.variants)
+    seeds = pipe.seeds(options.seed, options.num_samples)
     label = pipe.label(options.class_name) if options.class_name else None
-    picture = read_picture(options.image, options.mask, pipe.file.tokenizer.image_size)
-    require(bool(picture.hole_HW.any()), f"mask {options.mask} has no white within the picture; allowed: white where to generate")
-    canvas = prepare(pipe, picture, options.grow)
+    picture = read_picture(options.image, options.mask, pipe.config.tokenizer.image_size)
+    require(bool(picture.mask_HW.any()), f"mask {options.mask} has no white within the picture; allowed: white where to generate")
+    canvas = tokenize_picture(pipe, picture, options.dilation)
     known = torch.from_numpy(canvas.known_hw).flatten()
     if config.order.fixed and known[known.argsort(descending=True, stable=True)].ne(known).any():
-        _LOG.warning("the model goes row by row and never saw what comes after a hole; a random order suits editing")
+        _LOG.warning("the model was trained to go row by row, never with known tokens after a mask; a random order suits editing")
     make_writable(options.out)
     with progress_bars() as bar:
         on_progress = bar("generating")
@@ -77,7 +78,7 @@ def run(options: Options) -> None:
         "class_name": None if label is None else pipe.classes[label],
         "image": options.image,
         "mask": options.mask,
-        "grow": options.grow,
+        "dilation": options.dilation,
         "tokens_generated": generated,
         **settings.to_dict(),
         "model": options.model,
@@ -93,4 +94,4 @@ def run(options: Options) -> None:
     captions = ["image", "masked", *(f"seed {s}" for s in seeds)]
     save_png(grid(shown, captions, columns=min(_COLUMNS, len(shown))), options.out / "grid.png")
     write_json(options.out / "samples.json", entries)
-    print(f"{len(images)} variants, {generated} of {canvas.known_hw.size} tokens generated: {options.out / 'grid.png'}")
+    print(f"{len(images)} samples, {generated} of {canvas.known_hw.size} tokens generated: {options.out / 'grid.png'}")

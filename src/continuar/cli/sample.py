@@ -29,7 +29,7 @@ class Options:
     """Seed of the first image; each further image takes the next number."""
     settings: Annotated[Settings, tyro.conf.arg(name="")] = field(default_factory=Settings)
     animate: bool = False
-    """Write grid.gif too: the pictures as they assemble."""
+    """Also write grid.gif, which shows the images after each step."""
     out: Path = Path("samples")
     """The directory to write to: 00000.png ..., grid.png, samples.json; grid.gif with --animate."""
 
@@ -44,14 +44,14 @@ def run(options: Options) -> None:
     settings, running = options.settings.options(pipe), options.settings.running()
     pipe.engine(options.settings.engine, options.settings.precision)
     make_writable(options.out)
-    shots: list[Snapshot] = []
+    snapshots: list[Snapshot] = []
     with progress_bars() as bar:
         on_progress = bar("generating")
         if options.animate:
-            for shot in pipe.stream(labels, seeds, **running, **settings.to_dict()):
-                shots.append(shot)
-                on_progress(shot.step, shot.steps)
-            images = shots[-1].image()
+            for snapshot in pipe.stream(labels, seeds, **running, **settings.to_dict()):
+                snapshots.append(snapshot)
+                on_progress(snapshot.step, snapshot.steps)
+            images = snapshots[-1].image()
         else:
             images = pipe(labels, seeds, on_progress=on_progress, **running, **settings.to_dict())
     names = [pipe.classes[i] for i in labels] if labels else None
@@ -64,10 +64,10 @@ def run(options: Options) -> None:
         entries.append({**entry, "seed": seeds[i], **settings.to_dict(), **model})
     columns = options.per_class if labels else 0
     save_png(grid(images, names, columns), options.out / "grid.png")
-    if shots:
-        save_gif([grid(shot.image(), names, columns) for shot in thinned(shots, MAX_FRAMES)], options.out / "grid.gif")
+    if snapshots:
+        save_gif([grid(kept.image(), names, columns) for kept in thinned(snapshots, MAX_FRAMES)], options.out / "grid.gif")
     write_json(options.out / "samples.json", entries)
-    print(f"{len(images)} images: {options.out / ('grid.gif' if shots else 'grid.png')}")
+    print(f"{len(images)} images: {options.out / ('grid.gif' if snapshots else 'grid.png')}")
 
 
 def _labels(pipe: Pipeline, classes: str, per_class: int) -> list[int] | None:

@@ -23,8 +23,7 @@ from continuar.data.loader import DIGITS, load_images
 from continuar.data.sources import SUFFIXES, FolderSource, Source, find_source
 from continuar.errors import UserError, require
 from continuar.evaluation.networks import sha256_of_state
-from continuar.pipeline import Pipeline
-from continuar.sampling.engines import EngineName, chosen
+from continuar.pipeline import EngineName, Pipeline, resolve_engine
 from continuar.sampling.fast.weights import Precision
 from continuar.sampling.generate import make_plan
 
@@ -320,7 +319,7 @@ class GeneratedSamples:
         pipe.engine(engine, precision)
         self.notes: tuple[str, ...] = ()
         self._pipe, self._seed, self._settings = pipe, seed, options.to_dict()
-        self._running = {"engine": chosen(pipe.model, engine), "precision": precision}
+        self._running = {"engine": resolve_engine(pipe.model, engine), "precision": precision}
         self.name, self._weights = name, weights
         side = int(pipe.tokenizer.config.image_size)
         self.count, self.size, self.classes = count, (side, side), pipe.classes
@@ -343,7 +342,7 @@ class GeneratedSamples:
             "weights": self._weights,
             "model_sha256": sha256_of_state(self._pipe.model),
             "tokenizer_sha256": sha256_of_state(self._pipe.tokenizer),
-            "model_config": to_json(self._pipe.file.model),
+            "model_config": to_json(self._pipe.config.model),
             "tokenizer_config": to_json(self._pipe.tokenizer.config),
             "settings": {**self._settings, **self._running},
             "seed": self._seed,

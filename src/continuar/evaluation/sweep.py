@@ -35,8 +35,7 @@ from continuar.evaluation.samples import GeneratedSamples, by
 from continuar.heads import HeadOptions, option_names
 from continuar.io import read_json, write_json, write_text
 from continuar.models.dit import DiTConfig
-from continuar.pipeline import Pipeline
-from continuar.sampling.engines import EngineName
+from continuar.pipeline import EngineName, Pipeline
 from continuar.sampling.fast.weights import Precision
 
 
@@ -147,7 +146,7 @@ def curve(pipe: Pipeline, values: Mapping[str, Sequence[int | float | str]]) -> 
     Args:
         values: by setting, instead of `STEPS` and `DIFFUSION_STEPS`.
     """
-    config = pipe.file.model
+    config = pipe.config.model
     if isinstance(config, DiTConfig):
         return [("diffusion_steps", value) for value in values.get("diffusion_steps", DIFFUSION_STEPS)]
     seq_len = config.tokens.seq_len

@@ -27,7 +27,7 @@ from continuar.models.dit import DiTNetworkConfig
 from continuar.orders import ConfidenceOrderConfig, MAROrderConfig, OrderConfig, RandomOrderConfig, RasterOrderConfig
 from continuar.recipes.images import cifar10, digits
 from continuar.recipes.tokenizers import kl_cifar10, vq_cifar10
-from continuar.sampling.generate import SamplingOptions
+from continuar.sampling.options import SamplingOptions
 from continuar.tokenizers import CodebookConfig, PixelConfig
 from continuar.training.config import DiTRun, Run
 

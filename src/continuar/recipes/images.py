@@ -17,7 +17,7 @@ from dataclasses import replace
 
 from continuar.heads import DiffusionHeadConfig, DiffusionOptions
 from continuar.models import MAEConfig
-from continuar.sampling.generate import SamplingOptions
+from continuar.sampling.options import SamplingOptions
 from continuar.tokenizers import LatentConfig, PixelConfig
 from continuar.training.config import DataConfig, EMAConfig, LoopConfig, OptimConfig, Run
 

@@ -1,3 +1,1 @@
-"""Generation: the plan, the engine that follows it, and the pipeline from labels to images."""
-
-from __future__ import annotations
+"""Generation: the plan, the eager loop, the fast engine, and the options."""

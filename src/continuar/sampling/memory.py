@@ -1,7 +1,7 @@
-"""What a batch of a generation needs on a GPU, estimated before anything is allocated.
+"""The GPU memory that a batch needs in generation, estimated before anything is allocated.
 
-Everything grows with the number of images: the transformer's rows and their activations, the head's rows with one step's
-modulations, and the noise of all diffusion steps.
+All parts grow with the number of images: the transformer's rows and their activations, the head's rows with the modulations of one
+step, and the noise of all diffusion steps.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from continuar.models.causal import Causal
 from continuar.models.mar import MAE
 from continuar.sampling.generate import PlanStep
 
-HEADROOM = 0.92
-"""The share of the free memory that is planned with: the rest is fragmentation and the libraries'."""
+USABLE = 0.92
+"""The share of the free memory that is used; the rest is left for fragmentation and libraries."""
 FIXED = 512 * 2**20
-"""Workspaces and modulations that do not grow with the batch."""
+"""Bytes of workspaces and modulations, which do not grow with the batch."""
 ACTIVATIONS = 14
-"""Values held at once per row and unit of width in a block: stream, norm, q, k, v, attention, and the MLP's two times four."""
+"""Values held together per row and unit of width in a block: stream, norm, q, k, v, attention, and the MLP's two times four."""
 
 
 def bytes_per_image(model: Model, plan: tuple[PlanStep, ...], options: Options, copies: int, dtype: torch.dtype) -> int:
@@ -30,51 +30,47 @@ def bytes_per_image(model: Model, plan: tuple[PlanStep, ...], options: Options, 
 
     Args:
         copies: 2 with guidance, 1 without.
-        dtype: of the engine's weights.
+        dtype: the dtype of the engine's weights.
     """
-    item, positions, backbone = torch.finfo(dtype).bits // 8, model.order.seq_len, model.backbone
+    item, seq_len, backbone = dtype.itemsize, model.order.seq_len, model.backbone
     rows = max((step.size for step in plan), default=0)
     if isinstance(backbone, Causal):
-        slots = positions + 8
+        slots = seq_len + 8
         transformer = item * copies * backbone.width * (2 * slots * len(backbone.blocks) + ACTIVATIONS)
     else:
         assert isinstance(backbone, MAE)
         width = max(backbone.width, backbone.z_dim)
-        transformer = item * copies * (positions + backbone.buffer) * width * (ACTIVATIONS + 4)
+        # Four more per row: the buffers of `FastMAE`.
+        transformer = item * copies * (seq_len + backbone.buffer) * width * (ACTIVATIONS + 4)
     head = 4 * rows * copies * (backbone.z_dim + 4 * model.head.token_size)
     if isinstance(model.head, DiffusionHead):
         assert isinstance(options, DiffusionOptions)
         net = model.head.net
         head += rows * copies * net.width * (item * (3 * net.depth + 2 + 6) + 4 * 4)
-        # Drawing goes over 64-bit words, several at once.
+        # Philox computes with several 64-bit words per value.
         head += rows * options.diffusion_steps * (3 * 4 * net.token_dim + 10 * 8 * -(-net.token_dim // 4))
     return transformer + head
 
 
-def fits(images: int, per_image: int, free: int) -> bool:
-    """Whether a batch fits by the estimate."""
-    return images * per_image <= _room(free)
-
-
-def _room(free: int) -> int:
-    return int(HEADROOM * free) - FIXED
+def fitting_images(per_image: int, free: int) -> int:
+    """The largest batch that fits into ``free`` bytes by the estimate."""
+    return max((int(USABLE * free) - FIXED) // per_image, 0)
 
 
 def check_fits(images: int, per_image: int, free: int) -> None:
-    """Refuses a batch that the estimate says does not fit.
+    """Refuses a batch that does not fit by the estimate.
 
     Raises:
-        UserError: with the batch that would.
+        UserError: names the largest batch that fits.
     """
-    if fits(images, per_image, free):
-        return
-    most = max(_room(free) // per_image, 0)
-    allowed = f"allowed: 1 to {most}" if most else "not even one image fits"
-    needs = (images * per_image + FIXED) / GIB
-    raise UserError(f"a batch of {images} images needs about {needs:.1f} GiB, and {free / GIB:.1f} GiB are free; {allowed}")
+    most = fitting_images(per_image, free)
+    if images > most:
+        allowed = f"allowed: 1 to {most}" if most else "not even one image fits"
+        needs = (images * per_image + FIXED) / GIB
+        raise UserError(f"a batch of {images} images needs about {needs:.1f} GiB, and {free / GIB:.1f} GiB are free; {allowed}")
 
 
 def free_bytes(device: torch.device) -> int:
-    """What the device has left. What PyTorch keeps without need is given back first; what graphs keep is theirs."""
+    """Free bytes of the device, after PyTorch has returned its unused blocks; memory of live graphs is not free."""
     torch.cuda.empty_cache()
     return torch.cuda.mem_get_info(device)[0]

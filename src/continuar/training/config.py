@@ -19,7 +19,8 @@ from continuar.models import BackboneConfig, MAEConfig
 from continuar.models.autoregressive import ModelConfig, config_warnings
 from continuar.models.dit import DiTConfig, DiTNetworkConfig
 from continuar.orders import MAROrderConfig, OrderConfig
-from continuar.sampling.generate import SamplingOptions, make_plan
+from continuar.sampling.generate import make_plan
+from continuar.sampling.options import SamplingOptions
 from continuar.tokenizers import PixelConfig, TokenizerConfig, VAEConfig, VQConfig
 from continuar.tokenizers.networks import KLNetwork
 

@@ -49,7 +49,8 @@ from continuar.models.dit import DiT, DiTConfig
 from continuar.models.transformer import Block
 from continuar.noise import KeyedNoise
 from continuar.orders import View
-from continuar.sampling.generate import SamplingOptions, make_plan
+from continuar.sampling.generate import make_plan
+from continuar.sampling.options import SamplingOptions
 from continuar.tensors import META_AUTOCAST, meta_autocast
 from continuar.tokenizers import CodebookConfig, LatentConfig, PixelConfig, VAEConfig
 from continuar.training.config import BaseRun

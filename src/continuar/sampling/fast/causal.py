@@ -1,10 +1,11 @@
-"""The causal backbone in generation: one decode step of fixed shapes, whose place is a number on the device. Equal to
-`Causal.predict`, and the same for every token: one capture serves all.
+"""The causal backbone in generation: one decode step of fixed shapes, equal to `Causal.predict`.
 
-1. Tokens known from the start, and several condition tokens, are prefilled by the backbone itself into the same caches.
-2. A step writes its slot's keys and values at its place and attends to all slots of the cache, those behind it masked.
+1. Tokens known beforehand, and all but the last of several condition tokens, are prefilled by the backbone itself.
+2. A step writes its slot's keys and values at its index in the cache and attends to all slots; a mask hides the slots behind it.
+   The index is a number on the device, so one captured graph serves every token.
 
-G is 2 with guidance and 1 without, B images, N tokens, E width, L slots: N and the condition tokens, rounded up to a multiple of 8.
+G is 2 with guidance and 1 without, B images, N tokens, E width, Z condition width, C condition tokens, L slots: C + N, rounded up
+to a multiple of 8.
 """
 
 from __future__ import annotations
@@ -24,11 +25,14 @@ from continuar.tensors import batched_gather
 
 
 class FastCausal:
-    """See the module's docstring.
+    """Static caches and the decode step for one batch shape.
 
     Args:
-        causal: with the weights to compute with. images: B. copies: G.
-        kernels: fused operations or their plain twins.
+        causal: the backbone, with the engine's weights.
+        images: B.
+        copies: G.
+        condition_tokens: C.
+        kernels: the fused operations or the plain ones.
     """
 
     def __init__(self, causal: Causal, images: int, copies: int, condition_tokens: int, kernels: Kernels) -> None:
@@ -37,7 +41,7 @@ class FastCausal:
         self.slots = -(-(condition_tokens + causal.count) // 8) * 8
         shape = batch, causal.heads, self.slots, width // causal.heads
         like = {"dtype": parameter.dtype, "device": parameter.device}
-        # Zeros, for a slot not yet written is masked but still multiplied by its weight of zero.
+        # Zeros, not `empty`: attention multiplies a masked slot by 0, which gives NaN if the memory holds NaN or infinity.
         self.caches = [KVCache(torch.zeros(shape, **like), torch.zeros(shape, **like)) for _ in causal.blocks]
         self.slot = torch.empty(batch, 1, width, **like)
         self.target = torch.empty(batch, 1, dtype=torch.int64, device=parameter.device)
@@ -45,12 +49,12 @@ class FastCausal:
         self.places = torch.arange(self.slots, device=parameter.device)
 
     def prepare(self, cond: Tensor, order_BN: Tensor) -> None:
-        """A new generation: conditions [G B, C, E] and the order of its positions."""
+        """Starts a generation with conditions [G B, C, E] and the order of its positions."""
         self.order = order_BN
         cond = cond.to(self.slot.dtype)
         self.state = CausalState(self.caches, cond, order_BN.new_full(cond.shape[:2], NO_POSITION))
         if cond.shape[1] > 1:
-            # All but the last slot, which waits for a position to predict.
+            # The last slot waits for the position that it will predict.
             h = cond[:, :-1]
             for block, cache in zip(self.causal.blocks, self.caches, strict=True):
                 h = block(h, cache=cache, at=0)
@@ -58,23 +62,23 @@ class FastCausal:
             self.state.waiting_at_BT = self.state.waiting_at_BT[:, -1:]
 
     def commit(self, first: int, x_BKE: Tensor) -> None:
-        """Embedded tokens of places ``first`` on of the order."""
+        """Writes embedded tokens of the order's places ``first .. first + K``."""
         index = self.order[:, first : first + x_BKE.shape[1]].repeat(self.copies, 1)
         self.causal.commit(self.state, index, x_BKE.to(self.slot.dtype).repeat(self.copies, 1, 1))
 
-    def aim(self, known: int) -> None:
-        """Puts the next step's slot, target and place where `predict` reads them."""
+    def set_step(self, known: int) -> None:
+        """Writes the next step's slot, target and index to where `predict` reads them."""
         self.slot.copy_(self.state.waiting_BTE)
         self.target.copy_(self.order[:, known : known + 1].repeat(self.copies, 1))
         self.at.fill_(self.state.filled)
         self.state.predicted = True
 
     def key(self, known: int, size: int) -> tuple[int, ...]:
-        """What a captured `predict` depends on."""
+        """The key of a captured `predict`."""
         return ()
 
     def predict(self, known: int, size: int) -> Tensor:
-        """z [G B, 1, Z] float32 of what `aim` aimed at."""
+        """z [G B, 1, Z] float32 of the position given to `set_step`."""
         causal, batch = self.causal, len(self.slot)
         h, y, add_norm = self.slot + batched_gather(causal.targets[None], self.target), None, self.kernels.add_norm
         seen, blocks = self.places <= self.at, cast(Iterable[Block], causal.blocks)

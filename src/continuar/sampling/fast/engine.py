@@ -1,22 +1,23 @@
-"""The fast engine: what `eager` computes, faster and equal to it. Where nothing else is said, arguments are as there.
+"""The fast engine: equal to the eager one, with fewer and larger kernel launches.
 
-1. The backbone keeps buffers in the order of generation (`fast_mae`) or decodes by one step of fixed shapes (`fast_causal`).
-2. The diffusion head's loop touches only what depends on x_t (`fast_head`); other heads draw as they are.
-3. On CUDA both are captured, the backbone per number of known and predicted tokens, the head per number of rows, and replayed as
-   one launch each (`capture`); a CPU computes with packed weights (`packed`). Nothing reads back to the host; so that progress is
-   honest and an interruption stops soon, the host waits where it is two steps ahead.
+1. `FastMAE` keeps the backbone's rows in the order of generation; `FastCausal` decodes by one step of fixed shapes.
+2. `FastDiffusion` runs the diffusion head's loop; other heads draw as in the eager engine.
+3. On CUDA a step is two graphs, captured at first use and replayed later: the backbone per number of known and predicted tokens,
+   the head per number of rows. On a CPU the Linear weights are packed (weights.py).
 
-Tensors of one generation lie in a `_Desk`, to which graphs are bound. A desk is in use by one generation at a time and kept for
-the next of its shape.
+Graphs read and write fixed addresses, the `StaticBuffers` of one batch shape. One generation at a time uses them; afterwards they
+are kept for the next generation of that shape.
 
-bfloat16 differs from autocast in that the transformer's residual stream is bfloat16 too; the sampler's state is float32.
+In bfloat16 the transformer's residual stream is bfloat16 too, which it is not under autocast; the sampler's state stays float32.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -33,20 +34,22 @@ from continuar.models.mar import MAE
 from continuar.noise import KeyedNoise, RowNoise
 from continuar.sampling.fast.causal import FastCausal
 from continuar.sampling.fast.head import FastDiffusion
-from continuar.sampling.fast.kernels import Kernels, best_kernels
+from continuar.sampling.fast.kernels import Kernels, largest_difference
 from continuar.sampling.fast.mar import FastMAE
-from continuar.sampling.fast.weights import DTYPES, Precision, Weights
-from continuar.sampling.generate import NoiseOf, PreparedBatch, Progress, SamplingInput, SamplingOptions, prepare
-from continuar.sampling.memory import bytes_per_image, check_fits, fits, free_bytes
+from continuar.sampling.fast.weights import DTYPES, EngineWeights, Precision
+from continuar.sampling.generate import NoiseOf, PlanStep, PreparedBatch, Progress, SamplingInput, prepare_batch
+from continuar.sampling.memory import bytes_per_image, check_fits, fitting_images, free_bytes
+from continuar.sampling.options import SamplingOptions
 from continuar.tensors import batched_gather, batched_scatter_, matmul_precision
 
-IDLE_DESKS = 4
-"""Shapes whose tensors and graphs are kept while nobody generates with them."""
+MAX_IDLE = 4
+"""Batch shapes whose buffers and graphs are kept while no generation uses them."""
 STEPS_AHEAD = 2
+_LOG = logging.getLogger(__name__)
 
 
-def why_not(model: TokenModel) -> str | None:
-    """Why the engine cannot run a model, or None."""
+def unsupported_reason(model: TokenModel) -> str | None:
+    """Says why the engine cannot run a model; None if it can."""
     if not isinstance(model, Model):
         return f"a {model.config.kind} has no fast form"
     if model.order.chooses:
@@ -58,190 +61,216 @@ def why_not(model: TokenModel) -> str | None:
     return None
 
 
+@cache
+def best_kernels(device: torch.device) -> Kernels:
+    """The fused kernels on a CUDA device if they work there, else the plain ones; one log line says why."""
+    if device.type != "cuda":
+        return Kernels()
+    try:
+        from continuar.sampling.fast.triton_kernels import TritonKernels
+
+        fused = TritonKernels()
+        with matmul_precision("highest"):
+            error = largest_difference(fused, device)
+        if error < 1e-3:
+            return fused
+        reason = f"they are {error:.2g} away from the plain ones on {device}"
+    except Exception as problem:  # Triton may be missing, or fail to compile in many ways; the plain kernels always work.
+        reason = f"{type(problem).__name__}: {problem}".split("\n", maxsplit=1)[0]
+    _LOG.warning("the sampling loop runs without fused kernels (%s)", reason)
+    return Kernels()
+
+
 class FastEngine:
-    """See the module's docstring. Weights are read anew where the model's have changed.
+    """Generates with captured graphs and fused kernels. Every generation uses the model's weights as they are when it begins.
 
     Args:
         model: in evaluation mode, float32.
-        precision: "float32", or "bfloat16" for the matrix products and the transformer.
-        kernels: fused or plain operations; None: the best there are.
-        strict: raise what a capture raises, instead of going on without.
+        precision: "float32", or "bfloat16" for the transformer and all matrix products.
+        kernels: fused or plain operations; None: the best for the device.
+        strict: raise the error of a failed capture instead of launching kernels one by one.
 
     Attributes:
-        clock: measures the parts of generations that begin while it is set.
+        clock: if set, measures the parts of generations that begin from then on.
 
     Raises:
-        UserError: a model it cannot run, or another precision.
+        UserError: a model that the engine cannot run, or an unknown precision.
     """
 
     def __init__(
-        self, model: Model, precision: Precision = "float32", *, kernels: Kernels | None = None, strict: bool = False
+        self, model: TokenModel, precision: Precision = "float32", *, kernels: Kernels | None = None, strict: bool = False
     ) -> None:
-        reason = why_not(model)
-        require(reason is None, f"engine is 'graphs', but {reason}; allowed: eager")
+        reason = unsupported_reason(model)
+        require(reason is None, f"engine is 'fast', but {reason}; allowed: eager")
         require(precision in DTYPES, f"precision is '{precision}'; allowed: {', '.join(DTYPES)}")
+        assert isinstance(model, Model)
         self.model, self.device = model, next(model.parameters()).device
-        self._weights = Weights(model, precision)
+        self._weights = EngineWeights(model, precision)
         self.kernels = kernels or best_kernels(self.device)
-        self._strict, self._idle = strict, deque[_Desk]()
+        self._strict, self._idle = strict, deque[StaticBuffers]()
         self.clock: Clock | None = None
 
     @torch.no_grad()
     def stream(
-        self, start: SamplingInput, options: SamplingOptions, *, order_BN: Tensor | None = None, noise_of: NoiseOf = KeyedNoise
+        self, inputs: SamplingInput, options: SamplingOptions, *, order_BN: Tensor | None = None, noise_of: NoiseOf = KeyedNoise
     ) -> Iterator[Progress]:
-        """Yields after every autoregressive step.
+        """Yields after every autoregressive step; arguments as in `generate.stream`.
 
         Raises:
-            UserError: as of `eager.stream`, or a batch that does not fit the GPU's memory.
+            UserError: as in `generate.stream`, or a batch that does not fit the GPU's memory.
         """
-        with self._computing():
+        with self._precision():
             self._weights.refresh()
-            begun = prepare(self.model, start, options, order_BN)
-            desk = self._take(begun)
+            batch = prepare_batch(self.model, inputs, options, order_BN)
+            buffers = self._acquire(batch)
         try:
-            with self._computing():
-                desk.prepare(begun, start.seeds_B, self.clock)
-            for number, step in enumerate(begun.plan):
-                with self._computing():
-                    values = desk.step(begun, step.start, step.size, step.scale, noise_of)
-                    index = begun.order_BN[:, step.start : step.start + step.size]
-                    batched_scatter_(begun.tokens, index, values)
-                    begun.known_BN.scatter_(1, index, True)
-                    desk.wait()
-                yield Progress(begun.tokens, begun.known_BN, number, len(begun.plan))
+            with self._precision():
+                buffers.begin(batch, inputs.seeds_B, self.clock)
+            for number, step in enumerate(batch.plan):
+                with self._precision():
+                    values = buffers.run_step(batch, step, noise_of)
+                    index = batch.order_BN[:, step.start : step.start + step.size]
+                    batched_scatter_(batch.tokens, index, values)
+                    batch.known_BN.scatter_(1, index, True)
+                    buffers.limit_host_lead()
+                yield Progress(batch.tokens, batch.known_BN, number, len(batch.plan))
         except torch.OutOfMemoryError as problem:
-            raise UserError(
-                f"out of memory with a batch of {len(start.seeds_B)} images; allowed: fewer, try {max(1, len(start.seeds_B) // 2)}"
-            ) from problem
+            count = len(inputs.seeds_B)
+            raise UserError(f"out of memory with a batch of {count} images; allowed: fewer, try {max(1, count // 2)}") from problem
         finally:
-            self._give_back(desk)
+            self._release(buffers)
 
     def generate(
-        self, start: SamplingInput, options: SamplingOptions, *, order_BN: Tensor | None = None, noise_of: NoiseOf = KeyedNoise
+        self, inputs: SamplingInput, options: SamplingOptions, *, order_BN: Tensor | None = None, noise_of: NoiseOf = KeyedNoise
     ) -> Tensor:
         """All tokens of a batch. Known tokens come back unchanged."""
-        tokens = start.tokens
-        for progress in self.stream(start, options, order_BN=order_BN, noise_of=noise_of):
+        tokens = inputs.tokens
+        for progress in self.stream(inputs, options, order_BN=order_BN, noise_of=noise_of):
             tokens = progress.tokens
         return tokens
 
     @contextmanager
-    def _computing(self) -> Iterator[None]:
-        """Precision is the engine's own: no autocast, and with bfloat16 what stays float32 may be multiplied as TF32."""
+    def _precision(self) -> Iterator[None]:
+        """The engine's own precision: no autocast; with bfloat16, products that stay float32 may use TF32.
+
+        It is entered for each step and left before each yield, so that the caller's settings hold in the caller's code.
+        """
         level = torch.get_float32_matmul_precision() if self._weights.dtype == torch.float32 else "high"
         with torch.autocast(self.device.type, enabled=False), matmul_precision(level):
             yield
 
-    def _take(self, begun: PreparedBatch) -> _Desk:
-        shape = _shape(begun)
-        for desk in self._idle:
-            if desk.shape == shape and desk.made == self._weights.made:
-                self._idle.remove(desk)
-                return desk
-        if self.device.type == "cuda":
-            assert begun.options.head is not None
-            each = bytes_per_image(self.model, begun.plan, begun.options.head, begun.copies, self._weights.dtype)
-            if not fits(len(begun.order_BN), each, free_bytes(self.device)):
-                self._idle.clear()
-            check_fits(len(begun.order_BN), each, free_bytes(self.device))
-        pool = GraphPool(self.device) if self.device.type == "cuda" else None
-        return _Desk(self._weights, begun, self.kernels, Graphs(pool, self._strict))
+    def _acquire(self, batch: PreparedBatch) -> StaticBuffers:
+        shape = _shape(batch)
+        for buffers in self._idle:
+            if buffers.shape == shape and buffers.version == self._weights.version:
+                self._idle.remove(buffers)
+                return buffers
+        if self.device.type != "cuda":
+            return StaticBuffers(self._weights, batch, self.kernels, Graphs(None, self._strict))
+        assert batch.options.head is not None
+        each = bytes_per_image(self.model, batch.plan, batch.options.head, batch.copies, self._weights.dtype)
+        if shape[0] > fitting_images(each, free_bytes(self.device)):
+            # The idle buffers' graphs hold memory that this batch needs.
+            self._idle.clear()
+            check_fits(shape[0], each, free_bytes(self.device))
+        return StaticBuffers(self._weights, batch, self.kernels, Graphs(GraphPool(self.device), self._strict))
 
-    def _give_back(self, desk: _Desk) -> None:
-        if desk.made == self._weights.made:
-            self._idle.append(desk)
-        while len(self._idle) > IDLE_DESKS:
+    def _release(self, buffers: StaticBuffers) -> None:
+        if buffers.version == self._weights.version:
+            self._idle.append(buffers)
+        if len(self._idle) > MAX_IDLE:
             self._idle.popleft()
 
 
-def _shape(begun: PreparedBatch) -> tuple[int, ...]:
-    return len(begun.order_BN), begun.copies, begun.cond.shape[1]
+def _shape(batch: PreparedBatch) -> tuple[int, int, int]:
+    """(images, copies, condition tokens)."""
+    return len(batch.order_BN), batch.copies, batch.cond.shape[1]
 
 
-class _Rows:
-    """What a head reads and writes for one number of tokens per image: B images, size q, G copies."""
+class _HeadBuffers:
+    """Inputs and outputs of the head for one number of tokens per image: G copies, R rows, Z condition width."""
 
-    def __init__(self, begun: PreparedBatch, size: int, z_dim: int) -> None:
-        rows, device = len(begun.order_BN) * size, begun.order_BN.device
-        self.z_GRZ = torch.empty(begun.copies, rows, z_dim, device=device)
+    def __init__(self, batch: PreparedBatch, size: int, z_dim: int) -> None:
+        rows, device = len(batch.order_BN) * size, batch.order_BN.device
+        self.z_GRZ = torch.empty(batch.copies, rows, z_dim, device=device)
         self.seeds, self.positions = (torch.empty(rows, dtype=torch.int64, device=device) for _ in range(2))
-        self.tokens = begun.tokens.new_empty(rows, *begun.tokens.shape[2:])
+        self.tokens = batch.tokens.new_empty(rows, *batch.tokens.shape[2:])
 
 
-class _Desk:
-    """The tensors of a generation of one shape, and the graphs bound to them."""
+class StaticBuffers:
+    """The tensors of a generation of one batch shape, and the graphs that read and write them."""
 
-    def __init__(self, weights: Weights, begun: PreparedBatch, kernels: Kernels, graphs: Graphs) -> None:
-        self.shape, self.made = _shape(begun), weights.made
+    def __init__(self, weights: EngineWeights, batch: PreparedBatch, kernels: Kernels, graphs: Graphs) -> None:
+        self.shape, self.version = _shape(batch), weights.version
         self._model, self._kernels, self._graphs = weights.exact, kernels, graphs
-        backbone, device = weights.fast.backbone, begun.order_BN.device
+        backbone, device = weights.fast.backbone, batch.order_BN.device
         kind: Any = FastMAE if isinstance(backbone, MAE) else FastCausal
         self._backbone: FastMAE | FastCausal = kind(backbone, *self.shape, kernels)
-        low = weights.dtype != torch.float32
-        # In bfloat16, what must stay exact runs on the model's own head.
-        self._exact_head: Any = weights.exact.head if low else weights.fast.head
+        # In bfloat16, the parts of the head that stay float32 use the model's own weights.
+        self._exact_head: Any = weights.fast.head if weights.dtype == torch.float32 else weights.exact.head
         self._fast_head: Any = weights.fast.head
         self._scale, self._temperature = torch.empty((), device=device), torch.empty((), device=device)
-        self._rows: dict[int, _Rows] = {}
-        self._draws: dict[DiffusionOptions, FastDiffusion] = {}
+        self._heads: dict[int, _HeadBuffers] = {}
+        self._loops: dict[DiffusionOptions, FastDiffusion] = {}
         self._events: deque[torch.cuda.Event] = deque()
 
-    def prepare(self, begun: PreparedBatch, seeds_B: Tensor, clock: Clock | None) -> None:
-        """A new generation on this desk."""
+    def begin(self, batch: PreparedBatch, seeds_B: Tensor, clock: Clock | None) -> None:
+        """Starts a generation: writes the conditions and commits the known tokens."""
         self._seeds, self._graphs.clock = seeds_B, clock
-        self._temperature.fill_(begun.options.temperature)
-        self._backbone.prepare(begun.cond, begun.order_BN)
+        self._temperature.fill_(batch.options.temperature)
+        self._backbone.prepare(batch.cond, batch.order_BN)
         self._events.clear()
-        if begun.known:
-            self._commit(0, batched_gather(begun.tokens, begun.order_BN[:, : begun.known]))
+        if batch.known:
+            self._commit(0, batched_gather(batch.tokens, batch.order_BN[:, : batch.known]))
 
-    def step(self, begun: PreparedBatch, known: int, size: int, scale: float, noise_of: NoiseOf) -> Tensor:
-        """Tokens [B, size, D] or ids [B, size] of the places behind the ``known`` ones, which are committed too."""
-        if size not in self._rows:
-            self._rows[size] = _Rows(begun, size, self._model.backbone.z_dim)
-        rows, backbone = self._rows[size], self._backbone
-        backbone.aim(known)
-        self._graphs.run(
-            ("transformer", *backbone.key(known, size)),
-            lambda: _copy(rows.z_GRZ, backbone.predict(known, size).view(rows.z_GRZ.shape)),
-        )
-        rows.seeds.copy_(self._seeds.repeat_interleave(size))
-        rows.positions.copy_(begun.order_BN[:, known : known + size].flatten())
-        self._scale.fill_(scale)
+    def run_step(self, batch: PreparedBatch, step: PlanStep, noise_of: NoiseOf) -> Tensor:
+        """Predicts and commits the tokens of one step, [B, size, D] or ids [B, size]."""
+        known, size = step.start, step.size
+        if size not in self._heads:
+            self._heads[size] = _HeadBuffers(batch, size, self._model.backbone.z_dim)
+        head, backbone = self._heads[size], self._backbone
+        backbone.set_step(known)
+
+        def predict() -> None:
+            head.z_GRZ.copy_(backbone.predict(known, size).view(head.z_GRZ.shape))
+
+        self._graphs.run(("transformer", *backbone.key(known, size)), predict)
+        head.seeds.copy_(self._seeds.repeat_interleave(size))
+        head.positions.copy_(batch.order_BN[:, known : known + size].flatten())
+        # Scale and temperature are tensors, because a captured graph would repeat the numbers of its first run.
+        self._scale.fill_(step.scale)
         if noise_of is KeyedNoise:
-            key = ("head", size, begun.options.head)
-            self._graphs.run(key, lambda: self._draw(rows, begun.options, KeyedNoise(rows.seeds, rows.positions)))
+            key = ("head", size, batch.options.head)
+            self._graphs.run(key, lambda: self._draw(head, batch.options, KeyedNoise(head.seeds, head.positions)))
         else:
-            self._draw(rows, begun.options, noise_of(rows.seeds, rows.positions))
-        values = rows.tokens.unflatten(0, (-1, size))
+            self._draw(head, batch.options, noise_of(head.seeds, head.positions))
+        values = head.tokens.unflatten(0, (-1, size))
         self._commit(known, values)
         return values
 
-    def _draw(self, rows: _Rows, options: SamplingOptions, noise: RowNoise) -> None:
-        z, head, of_head = rows.z_GRZ, self._exact_head, options.head
+    def _draw(self, buffers: _HeadBuffers, options: SamplingOptions, noise: RowNoise) -> None:
+        z, head, head_options = buffers.z_GRZ, self._exact_head, options.head
         if isinstance(head, DiffusionHead):
-            assert isinstance(of_head, DiffusionOptions)
-            if of_head not in self._draws:
-                self._draws[of_head] = FastDiffusion(head, self._fast_head, of_head, self._kernels)
-            drawn = self._draws[of_head].draw(z, self._scale, self._temperature, noise)
+            assert isinstance(head_options, DiffusionOptions)
+            if head_options not in self._loops:
+                self._loops[head_options] = FastDiffusion(head, self._fast_head, head_options, self._kernels)
+            tokens = self._loops[head_options].draw(z, self._scale, self._temperature, noise)
         else:
             guidance = Guidance(z[1], self._scale) if len(z) == 2 else None
-            drawn = head.draw(z[0], options=of_head, temperature=self._temperature, noise=noise, guidance=guidance).tokens
-        rows.tokens.copy_(drawn)
+            tokens = head.draw(z[0], options=head_options, temperature=self._temperature, noise=noise, guidance=guidance).tokens
+        buffers.tokens.copy_(tokens)
 
     def _commit(self, first: int, values: Tensor) -> None:
         self._backbone.commit(first, self._model.token_embedding(values))
 
-    def wait(self) -> None:
-        """Lets the host be no more than `STEPS_AHEAD` steps ahead of the device."""
+    def limit_host_lead(self) -> None:
+        """Waits if the host is more than `STEPS_AHEAD` steps ahead of the GPU.
+
+        Otherwise the host would queue all steps ahead: progress would come too early, and an interruption would take effect late.
+        """
         if self._seeds.device.type == "cuda":
             event = torch.cuda.Event()
             event.record()
             self._events.append(event)
             if len(self._events) > STEPS_AHEAD:
                 self._events.popleft().synchronize()
-
-
-def _copy(target: Tensor, source: Tensor) -> None:
-    target.copy_(source)

@@ -1,14 +1,12 @@
-"""Operations of the sampling loop that are worth fusing, and who computes them: PyTorch (`Kernels`) or Triton (`TritonKernels`).
+"""Operations of the sampling loop that are worth fusing: their interface, implemented in plain PyTorch.
 
-The plain ones say what each computes; the fused ones (`triton_kernels.py`) equal them up to rounding.
+`TritonKernels` (triton_kernels.py) fuses them and equals these up to rounding.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
 from typing import cast
 
 import torch
@@ -17,17 +15,14 @@ from torch.nn import functional as F
 
 from continuar.heads.diffusion import LN_EPS, Block, DenoisingMLP
 from continuar.noise import KeyedNoise, Purpose
-from continuar.tensors import matmul_precision
-
-_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a step of ancestral sampling needs beside the network: x <- a x + b guided + exp(c v) noise."""
+    """Values of one step of ancestral sampling: x <- a x + b guided + exp(c v) noise."""
 
     guidance: Tensor
-    """0-d; used where there are two halves."""
+    """The guidance scale, 0-d; used if there are two halves."""
     noise: Tensor
     """[R, D] float32."""
     a: float
@@ -36,11 +31,11 @@ class Step:
 
 
 class Kernels:
-    """Plain PyTorch."""
+    """The operations in plain PyTorch. G is 2 with guidance and 1 without, R rows, D token dim, W width."""
 
     name = "plain"
     few_rows = 0
-    """Rows G R up to which `small_step` pays; the plain one never does."""
+    """Rows G R up to which `small_step` is faster than `denoise` and `update`; in PyTorch it never is."""
 
     def gate_norm_modulate(
         self,
@@ -58,7 +53,7 @@ class Kernels:
             gated: (gate, y), [G, R, W] each; None: nothing is added.
             affine: the LayerNorm's own weight and bias [W], or None.
             shift, scale: [G, R, W].
-            dtype: of the second result.
+            dtype: the dtype of the second result.
 
         Returns:
             (h, modulated [G, R, W]).
@@ -72,12 +67,12 @@ class Kernels:
         return h, torch.addcmul(shift, n.to(dtype), 1 + scale)
 
     def add_norm(self, h: Tensor, y: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-        """h <- h + y where there is a y, then LayerNorm: (h, normalised), all [..., W] of one dtype."""
+        """h <- h + y unless y is None, then LayerNorm: (h, normalised), all [..., W] of one dtype."""
         h = h if y is None else h + y
         return h, norm(h)
 
     def mlp(self, mlp: nn.Sequential, n: Tensor) -> Tensor:
-        """A transformer block's MLP, without dropout: Linear(GELU(Linear(n)))."""
+        """A transformer block's MLP without dropout: Linear(GELU(Linear(n)))."""
         return mlp(n)
 
     def update(self, x: Tensor, out: Tensor, step: Step) -> Tensor:
@@ -85,7 +80,7 @@ class Kernels:
 
         Args:
             x: [R, D] float32.
-            out: [G, R, 2 D] float32: the prediction, then v; v is the conditional half's.
+            out: [G, R, 2 D] float32: the prediction, then v. Only the conditional half's v is used.
         """
         dim = x.shape[-1]
         guided = out[0, :, :dim] if len(out) == 1 else torch.lerp(out[1, :, :dim], out[0, :, :dim], step.guidance)
@@ -97,18 +92,20 @@ class Kernels:
         """One step of ancestral sampling with its network: (x [R, D], h [1, R, W]), where h is the input layer of x.
 
         Args:
-            net: whose blocks compute. exact: the same in float32, whose input and output layers do.
-            x, h: as the last step gave them.
+            net: its blocks are used.
+            exact: the same network in float32; its input and output layers are used.
+            x, h: as the last step returned them.
             modulation: [G, R, (3 depth + 2) W].
         """
+        # The loop keeps h beside x, because the fused version computes the next step's input layer in its last kernel.
         x = self.update(x, self.denoise(net, exact, h, modulation), step)
         return x, exact.input(x).unsqueeze(0)
 
     def denoise(self, net: DenoisingMLP, exact: DenoisingMLP, h: Tensor, modulation_GRM: Tensor) -> Tensor:
-        """`DenoisingMLP.denoise` behind its input layer, for rows shared by G modulations each: [G, R, outputs D], float32.
+        """`DenoisingMLP.denoise` after its input layer, float32 [G, R, outputs D].
 
         Args:
-            h: [1, R, W] float32.
+            h: [1, R, W] float32; both halves of guidance start from the same x.
         """
         part = modulation_GRM.unflatten(-1, (-1, net.width)).unbind(-2)
         gated: tuple[Tensor, Tensor] | None = None
@@ -124,29 +121,9 @@ class Kernels:
         return noise.normals(purpose, steps, dim)
 
 
-@cache
-def best_kernels(device: torch.device) -> Kernels:
-    """The fused ones on a CUDA device where they work, else the plain ones, which is said once."""
-    if device.type != "cuda":
-        return Kernels()
-    try:
-        from continuar.sampling.fast.triton_kernels import TritonKernels
-
-        fused = TritonKernels()
-        with matmul_precision("highest"):
-            away = largest_difference(fused, device)
-        if away < 1e-3:
-            return fused
-        reason = f"they are {away:.2g} away from the plain ones on {device}"
-    except Exception as problem:
-        reason = f"{type(problem).__name__}: {problem}".split("\n", maxsplit=1)[0]
-    _LOG.warning("the sampling loop runs without fused kernels (%s)", reason)
-    return Kernels()
-
-
 @torch.no_grad()
 def largest_difference(kernels: Kernels, device: torch.device) -> float:
-    """How far some kernels are from the plain ones on small float32 inputs: LayerNorm, the whole of a guided step, and noise."""
+    """The largest difference to the plain kernels on small float32 inputs: LayerNorm, a full guided step, and noise."""
     plain, generator = Kernels(), torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:

@@ -1,14 +1,14 @@
-"""The bidirectional backbone in generation, on buffers in the order of generation. Equal to `MAE.predict`.
+"""MAR's encoder and decoder in generation, on buffers in the order of generation. Equal to `MAE.predict`.
 
-G is 2 with guidance and 1 without, B images, N tokens, E encoder width, Z decoder width.
+1. Attention ignores the order of rows, so rows stand in the order in which they become known: the known ones are one slice, the
+   ones predicted now are the next, and nothing is gathered.
+2. The encoder's input, LayerNorm(token + position), does not depend on other rows. A row is computed once, when its token is
+   committed; the condition's rows when a generation begins. Mask tokens with their positions are computed once, too.
+3. The decoder's last block computes keys and values of all rows, and everything else only for the rows predicted now.
 
-1. Attention has no order of its own, so rows stand in the order in which they become known: what is known is a slice, what is
-   predicted now is the slice behind it, and nothing is gathered.
-2. What enters the encoder is LayerNorm(token + position), row by row: a row is computed once, when its token is committed, and the
-   buffer's rows when a generation begins. Mask tokens with their positions are made once too.
-3. In the decoder's last block only rows predicted now are asked for: keys and values of all rows, the rest of those alone.
+Shapes depend only on the numbers of known and predicted tokens, and there is no host synchronisation, so a step can be captured.
 
-Shapes depend on (known, predicted now) alone, and there is no host synchronisation: such a step can be captured.
+G is 2 with guidance and 1 without, B images, N tokens, E encoder width, Z decoder width, C condition tokens.
 """
 
 from __future__ import annotations
@@ -28,11 +28,14 @@ from continuar.tensors import batched_gather
 
 
 class FastMAE:
-    """See the module's docstring.
+    """Static buffers and the prediction step for one batch shape.
 
     Args:
-        mae: with the weights to compute with. images: B. copies: G.
-        kernels: fused operations or their plain twins.
+        mae: the backbone, with the engine's weights.
+        images: B.
+        copies: G.
+        condition_tokens: C; the buffers do not depend on it.
+        kernels: the fused operations or the plain ones.
     """
 
     def __init__(self, mae: MAE, images: int, copies: int, condition_tokens: int, kernels: Kernels) -> None:
@@ -53,7 +56,7 @@ class FastMAE:
         self.last = LastBlock(last)
 
     def prepare(self, cond: Tensor, order_BN: Tensor) -> None:
-        """A new generation: conditions [G B, C, E] and the order of its positions."""
+        """Starts a generation with conditions [G B, C, E] and the order of its positions."""
         mae = self.mae
         self.inputs[:, : mae.buffer] = mae.input_norm(mae._fill(cond.to(self.inputs.dtype)) + mae.encoder_positions[: mae.buffer])
         self.token_positions.copy_(batched_gather(mae.encoder_positions[None, mae.buffer :], order_BN))
@@ -63,21 +66,21 @@ class FastMAE:
         self.z_positions.copy_(batched_gather(mae.z_positions[None], order_BN))
 
     def commit(self, first: int, x_BKE: Tensor) -> None:
-        """Embedded tokens of places ``first`` on of the order."""
+        """Writes embedded tokens of the order's places ``first .. first + K``."""
         end = first + x_BKE.shape[1]
         places = slice(self.mae.buffer + first, self.mae.buffer + end)
         rows = self.mae.input_norm(x_BKE.to(self.inputs.dtype) + self.token_positions[:, first:end])
         self.inputs.unflatten(0, (self.copies, self.images))[:, :, places] = rows
 
-    def aim(self, known: int) -> None:
-        """Nothing to prepare: places are part of the shapes."""
+    def set_step(self, known: int) -> None:
+        """Does nothing: the step is part of the shapes."""
 
     def key(self, known: int, size: int) -> tuple[int, ...]:
-        """What a captured `predict` depends on."""
+        """The key of a captured `predict`."""
         return known, size
 
     def predict(self, known: int, size: int) -> Tensor:
-        """z [G B, size, Z] float32 of the ``size`` places behind the ``known`` ones."""
+        """z [G B, size, Z] float32 of the ``size`` places after the ``known`` ones."""
         mae, given, halves = self.mae, self.mae.buffer + known, (self.copies, self.images)
         _, n = self.kernels.add_norm(*self._blocks(mae.encoder, self.inputs[:, :given]), mae.encoder_norm)
         h = mae.decoder_input(n).unflatten(0, halves) + self.decoder_positions[:, :given]
@@ -87,7 +90,8 @@ class FastMAE:
         return (n.unflatten(0, halves).float() + self.z_positions[:, known : known + size].float()).flatten(0, 1)
 
     def _blocks(self, blocks: nn.Module, h: Tensor) -> tuple[Tensor, Tensor | None]:
-        """`Block`s in a row: (h, what is yet to be added to it), for it is added where the next norm reads it."""
+        """Runs blocks and returns (h, y), of which the caller must add y to h."""
+        # Each sum is left to the LayerNorm after it, so that one kernel does both.
         y = None
         for block in cast(Iterable[Block], blocks):
             h, n = self.kernels.add_norm(h, y, block.norm1)
@@ -97,17 +101,18 @@ class FastMAE:
 
 
 class LastBlock:
-    """`Block` for some rows: those from ``first`` to below ``end`` attend to all."""
+    """A `Block` in which only the rows ``first .. end`` attend, to all rows."""
 
     def __init__(self, block: Block) -> None:
         qkv, width = block.attention.qkv, block.norm1.normalized_shape[0]
         parts: list[nn.Module] = [sliced_linear(qkv, slice(0, width)), sliced_linear(qkv, slice(width, None))]
         if isinstance(qkv, PackedLinear):
+            # A slice of a packed weight is not packed: oneDNN needs a layout of its own for each part.
             parts = [PackedLinear(part) for part in parts if isinstance(part, nn.Linear)]
         self.block, (self.q, self.kv) = block, parts
 
     def __call__(self, h_BLE: Tensor, y_BLE: Tensor | None, first: int, end: int, kernels: Kernels) -> tuple[Tensor, Tensor]:
-        """Of h + y, as of `FastMAE._blocks`: (h, what is yet to be added to it), [B, end - first, E]."""
+        """The block applied to h + y: (h, y) as in `FastMAE._blocks`, [B, end - first, E]."""
         block, attention = self.block, self.block.attention
         h, n = kernels.add_norm(h_BLE, y_BLE, block.norm1)
         heads = (attention.heads, -1)

@@ -1,19 +1,24 @@
-"""The denoising step for few rows, in 2 depth + 1 launches: there, launching and reading weights is what takes the time.
+"""The fused operations of the sampling loop in Triton; `Kernels` documents what each computes.
 
-1. Per block, SiLU(Linear(modulated LayerNorm(h))): every program normalises the few rows anew and multiplies them by its share of
+With many rows, each operation is one launch where PyTorch needs three to eight.
+
+With few rows (`MAX_SMALL_ROWS`) a denoising step spends its time on launches and on reading weights. It then takes 2 x depth + 1
+launches:
+
+1. Per block, SiLU(Linear(modulated LayerNorm(h))). Every program normalises the few rows again and multiplies them by its part of
    the weights.
 2. Per block, h + gate Linear(.).
-3. Once, a program per row: output layer of both halves (of the unconditional one no variance), guidance, update of x, and the input
-   layer of the next step.
+3. Once, one program per row: the output layer of both halves (without the unconditional half's variance), guidance, the update of
+   x, and the input layer of the next step.
 
-Each program asks for all it needs at once, so that it waits for memory once. Products are split along their inner dimension, a part
-for each warp, whose sums are added up at the end.
+Each program requests everything it reads together, so that it waits for memory once. Products are split along their inner
+dimension, one part per warp, and the parts are summed at the end.
 
-From Hopper on, a launch may begin while the one before it runs (programmatic dependent launch): it asks for its weights, which no
-launch writes, and only then waits for what the one before wrote.
-
-The fused operations of the sampling loop in Triton: each is one launch where PyTorch needs three to eight.
+From Hopper on, a launch may begin while the one before it runs (programmatic dependent launch): it requests its weights, which no
+launch writes, and then waits for the results of the launch before.
 """
+
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportPossiblyUnboundVariable=false
 
 from __future__ import annotations
 
@@ -31,29 +36,26 @@ from continuar.heads.diffusion import LN_EPS, Block, DenoisingMLP
 from continuar.noise import KeyedNoise, Purpose
 from continuar.sampling.fast.kernels import Kernels, Step
 
-# pyright: reportMissingImports=false, reportIndexIssue=false, reportPossiblyUnboundVariable=false
-
-
-MOST_ROWS = 16
-"""G R up to which this is used: one tile of a matrix unit."""
+MAX_SMALL_ROWS = 16
+"""Rows G R up to which `small_step` is used: one tile of a matrix unit."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How the kernels are launched."""
+    """Launch settings of the kernels for few rows."""
 
     columns: int = 16
-    """Of a product's result that one program computes."""
+    """Columns of a product's result that one program computes."""
     dependent: bool = False
-    """Whether a launch may begin before the one before it has ended."""
+    """A launch may begin before the one before it has ended."""
 
     @classmethod
     def on(cls, device: torch.device) -> Launch:
-        """The best for a device."""
+        """The fastest settings for a device."""
         return cls(dependent=device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0))
 
     def options(self, rows: int, width: int, low: bool) -> dict[str, Any]:
-        """Arguments of the two kernels of a block, for weights of 16 bits or of 32."""
+        """Arguments of the two kernels of a block; ``low``: weights of 16 bits instead of 32."""
         block = triton.next_power_of_2(width)
         warps = 8 if block <= 1024 else 16
         parts = min(warps, block // 16)
@@ -149,7 +151,7 @@ def _finish(
     both = exists[:, None] & inside[None, :]
     out_at = out_weight_ptr + d[:, None] * width + column[None, :]
     in_at = in_weight_ptr + column[None, :] * dim + d[:, None]
-    # More than this do not fit the registers at once.
+    # Weights of more elements than this do not fit the registers together.
     EARLY: tl.constexpr = BLOCK * D <= 16 * 1024
     if EARLY:
         v_weight, out_weight, in_weight = (
@@ -183,49 +185,6 @@ def _finish(
     if not EARLY:
         in_weight = tl.load(in_at, both, 0.0)
     tl.store(h_next_ptr + row * width + column, tl.sum(in_weight * x[:, None], 0) + in_bias, inside)
-
-
-def small_step(
-    net: DenoisingMLP, exact: DenoisingMLP, x: Tensor, h: Tensor, modulation_GRM: Tensor, step: Step, launch: Launch
-) -> tuple[Tensor, Tensor]:
-    """One ancestral step, `Kernels.denoise` and `Kernels.update` in one: (x [R, D], h [1, R, W]), where h is ``exact.input(x)``.
-
-    Args:
-        x, h: as the last step returned them.
-        modulation_GRM: contiguous.
-    """
-    copies, rows, _ = modulation_GRM.shape
-    width, total = net.width, copies * rows
-    assert total <= MOST_ROWS
-    assert all(tensor.is_contiguous() for tensor in (x, h, modulation_GRM, step.noise))
-    part = modulation_GRM.unflatten(-1, (-1, width)).unbind(-2)
-    stride, options = modulation_GRM.shape[-1], launch.options(total, width, modulation_GRM.dtype != torch.float32)
-    grid = (triton.cdiv(width, options["N"]),)
-    for i, block in enumerate(cast(Iterable[Block], net.blocks)):
-        shift, scale, gate = part[3 * i : 3 * i + 3]
-        first, second = block.mlp[0], block.mlp[2]
-        hidden = torch.empty(total, width, dtype=shift.dtype, device=h.device)
-        h_rows = h.shape[0] * h.shape[1]
-        _norm_linear_silu[grid](
-            h, block.norm.weight, block.norm.bias, shift, scale, first.weight, first.bias, hidden,
-            total, h_rows, stride, LN_EPS, width=width, **options,
-        )  # fmt: skip
-        after = torch.empty(copies, rows, width, device=h.device)
-        _linear_gate[grid](
-            hidden, second.weight, second.bias, gate, h, after, total, h_rows, stride, width=width, **options
-        )  # fmt: skip
-        h = after
-    x_next, h_next, dim = torch.empty_like(x), torch.empty(1, rows, width, device=h.device), x.shape[-1]
-    _finish[(rows,)](
-        h, part[-2], part[-1], exact.output.weight, exact.output.bias, exact.input.weight, exact.input.bias, x, step.noise,
-        step.guidance, x_next, h_next, step.a, step.b, step.c, rows, stride, dim, LN_EPS,
-        width=width, GUIDED=copies == 2, BLOCK=triton.next_power_of_2(width), D=triton.next_power_of_2(dim), num_warps=16,
-        **launch.dependence(),
-    )  # fmt: skip
-    return x_next, h_next
-
-
-# pyright: reportMissingImports=false, reportIndexIssue=false
 
 
 @triton.jit
@@ -263,7 +222,7 @@ def _add_norm(
     inside, at = column < width, tl.program_id(0).to(tl.int64) * width + column
     h = tl.load(h_ptr + at, inside, 0.0)
     if ADDED:
-        # Rounded as it is kept, so that the norm is of what the next layer adds to.
+        # h is rounded as it is stored, so that the norm sees the value that the next layer adds to.
         h = (h.to(tl.float32) + tl.load(y_ptr + at, inside, 0.0).to(tl.float32)).to(h_out_ptr.dtype.element_ty)
         tl.store(h_out_ptr + at, h, inside)
     h = h.to(tl.float32)
@@ -278,7 +237,7 @@ def _add_norm(
 def _update(
     x_ptr, out_ptr, guidance_ptr, noise_ptr, next_ptr, a, b, c, count, dim, GUIDED: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    # Elements of x [R, D] in a row; those of out [G, R, 2 D] lie at twice the row.
+    # Element i of x [R, D] has its prediction at `at` in out [G, R, 2 D], and its v behind it.
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < count
     at = (i // dim) * 2 * dim + i % dim
@@ -295,7 +254,7 @@ def _update(
 def _philox_normal(
     seeds_ptr, positions_ptr, out_ptr, rows, dim, blocks, round_step, count, PURPOSE: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    # Element i is one block of four words: of step i // (rows blocks), row (i // blocks) % rows. `noise.philox` in uint32.
+    # `noise.philox` in uint32. Element i is one block of four words, of step i // (rows blocks) and row (i // blocks) % rows.
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < count
     block, row, step = i % blocks, (i // blocks) % rows, i // (blocks * rows)
@@ -309,10 +268,12 @@ def _philox_normal(
     m1 = tl.full(c0.shape, 0xCD9E8D57, tl.uint32)
     w0 = tl.full(c0.shape, 0x9E3779B9, tl.uint32)
     w1 = tl.full(c0.shape, 0xBB67AE85, tl.uint32)
+    # `static_range` unrolls the ten rounds.
     for _ in tl.static_range(10):
         hi0, lo0, hi1, lo1 = tl.umulhi(c0, m0), c0 * m0, tl.umulhi(c2, m1), c2 * m1
         c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
         k0, k1 = k0 + w0, k1 + w1
+    # Uniforms are (word + 0.5) 2^-32, then Box-Muller, as in `noise`.
     u0, u1 = (c0.to(tl.float32) + 0.5) * 2.3283064365386963e-10, (c1.to(tl.float32) + 0.5) * 2.3283064365386963e-10
     u2, u3 = (c2.to(tl.float32) + 0.5) * 2.3283064365386963e-10, (c3.to(tl.float32) + 0.5) * 2.3283064365386963e-10
     r0, r1 = tl.sqrt(-2.0 * tl.log(u0)), tl.sqrt(-2.0 * tl.log(u2))
@@ -325,11 +286,16 @@ def _philox_normal(
 
 
 class TritonKernels(Kernels):
-    """See the module's docstring; what each computes is said in `Kernels`."""
+    """The fused operations.
+
+    Args:
+        few_rows: rows G R up to which `small_step` is used.
+        launch: None: the fastest settings for the device.
+    """
 
     name = "triton"
 
-    def __init__(self, few_rows: int = MOST_ROWS, launch: Launch | None = None) -> None:
+    def __init__(self, few_rows: int = MAX_SMALL_ROWS, launch: Launch | None = None) -> None:
         self.few_rows, self._launch = few_rows, launch
 
     def add_norm(self, h: Tensor, y: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
@@ -343,7 +309,7 @@ class TritonKernels(Kernels):
         return h_out, n
 
     def mlp(self, mlp: nn.Sequential, n: Tensor) -> Tensor:
-        # The product's own epilogue knows GELU by its tanh form alone, which is off by less than 0.0005.
+        # cuBLAS fuses only the tanh form of GELU into the product, which is off by less than 0.0005: too much for float32.
         if n.dtype != torch.bfloat16:
             return mlp(n)
         up, down = cast(nn.Linear, mlp[0]), cast(nn.Linear, mlp[3])
@@ -355,7 +321,35 @@ class TritonKernels(Kernels):
     ) -> tuple[Tensor, Tensor]:
         if self._launch is None:
             self._launch = Launch.on(x.device)
-        return small_step(net, exact, x, h, modulation, step, self._launch)
+        copies, rows, _ = modulation.shape
+        width, total = net.width, copies * rows
+        assert total <= MAX_SMALL_ROWS
+        assert all(tensor.is_contiguous() for tensor in (x, h, modulation, step.noise))
+        part = modulation.unflatten(-1, (-1, width)).unbind(-2)
+        stride, options = modulation.shape[-1], self._launch.options(total, width, modulation.dtype != torch.float32)
+        grid = (triton.cdiv(width, options["N"]),)
+        for i, block in enumerate(cast(Iterable[Block], net.blocks)):
+            shift, scale, gate = part[3 * i : 3 * i + 3]
+            first, second = block.mlp[0], block.mlp[2]
+            hidden = torch.empty(total, width, dtype=shift.dtype, device=h.device)
+            h_rows = h.shape[0] * h.shape[1]
+            _norm_linear_silu[grid](
+                h, block.norm.weight, block.norm.bias, shift, scale, first.weight, first.bias, hidden,
+                total, h_rows, stride, LN_EPS, width=width, **options,
+            )  # fmt: skip
+            after = torch.empty(copies, rows, width, device=h.device)
+            _linear_gate[grid](
+                hidden, second.weight, second.bias, gate, h, after, total, h_rows, stride, width=width, **options
+            )  # fmt: skip
+            h = after
+        x_next, h_next, dim = torch.empty_like(x), torch.empty(1, rows, width, device=h.device), x.shape[-1]
+        _finish[(rows,)](
+            h, part[-2], part[-1], exact.output.weight, exact.output.bias, exact.input.weight, exact.input.bias, x, step.noise,
+            step.guidance, x_next, h_next, step.a, step.b, step.c, rows, stride, dim, LN_EPS,
+            width=width, GUIDED=copies == 2, BLOCK=triton.next_power_of_2(width), D=triton.next_power_of_2(dim), num_warps=16,
+            **self._launch.dependence(),
+        )  # fmt: skip
+        return x_next, h_next
 
     def gate_norm_modulate(
         self,
@@ -367,7 +361,7 @@ class TritonKernels(Kernels):
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         width, rows = h.shape[-1], shift.shape[0] * shift.shape[1]
-        # Parts of one row of modulations: their rows are that row's length apart.
+        # The modulations are parts of one long row, so consecutive rows are that row's length apart.
         stride = shift.stride(1)
         assert h.is_contiguous()
         assert shift.stride(-1) == scale.stride(-1) == 1

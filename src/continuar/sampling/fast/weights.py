@@ -1,14 +1,10 @@
-"""Linear layers for a CPU: weights laid out once as oneDNN reads them, where PyTorch's own product lays them out at every call.
+"""Weights of the fast engine, which follow those of the model.
 
-The products of a small model's head are where a CPU's time goes (docs/speed.md has what the engine gains). The operators are those
-that Inductor calls for frozen weights; a build without them, which is said once, and products too small to gain go through
-`torch.nn.functional.linear`.
-
-The weights an engine computes with, which follow those of the model.
-
-* float32 on a GPU: the model's own tensors. What is copied into them in place, raw weights for averaged ones, is there at once.
-* bfloat16: a copy, refreshed in place where the model's tensors have changed, so that captured graphs stay valid.
-* float32 on a CPU: a copy whose Linears are packed, made anew where the model's have changed.
+* float32 on a GPU: the model's own tensors.
+* bfloat16: a copy, written anew before every generation.
+* float32 on a CPU: the model's own tensors, and for each Linear a copy of its weight in oneDNN's layout. PyTorch's own product
+  changes the layout in every call, which takes most of the time of a small model's head. The copies are compared with the model
+  before every generation.
 """
 
 from __future__ import annotations
@@ -25,20 +21,23 @@ from torch.nn import functional as F
 
 from continuar.models.autoregressive import Model
 
+Precision = Literal["float32", "bfloat16"]
+DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+MIN_PACKED_WORK = 4_000_000
+"""Multiplications from which a packed product is faster; below, its start costs more than it saves."""
 _LOG = logging.getLogger(__name__)
-
-LARGE = 4_000_000
-"""Multiplications from which on a packed product is faster; below, starting it costs more."""
 
 
 @cache
 def _operators() -> tuple[Callable[..., Tensor], Callable[..., Tensor]] | None:
-    """(pack, multiply) where this build has them and they give a right answer, else None."""
+    """(pack, multiply), or None if this build lacks them or they are wrong. Inductor calls them for frozen weights."""
     reason = "their product is wrong"
     try:
         pack, multiply = torch.ops.mkldnn._reorder_linear_weight, torch.ops.mkldnn._linear_pointwise
         x, weight, bias = torch.ones(3, 5), torch.arange(20.0).view(4, 5), torch.ones(4)
-        if torch.equal(multiply(x, pack(weight, None), bias, "none", [], ""), F.linear(x, weight, bias)):
+        packed = pack(weight, None)
+        right = torch.equal(multiply(x, packed, bias, "none", [], ""), F.linear(x, weight, bias))
+        if right and torch.equal(packed.to_dense(), weight):
             return pack, multiply
     except (AttributeError, RuntimeError, TypeError) as problem:
         reason = str(problem).split("\n", maxsplit=1)[0]
@@ -47,7 +46,7 @@ def _operators() -> tuple[Callable[..., Tensor], Callable[..., Tensor]] | None:
 
 
 class PackedLinear(nn.Module):
-    """`nn.Linear` of float32 on a CPU, in inference. It holds its own copy of the weight as it was when this was made."""
+    """`nn.Linear` of float32 on a CPU, for inference, with a packed copy of its weight."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -56,16 +55,20 @@ class PackedLinear(nn.Module):
         self._multiply = operators[1] if operators else None
         self._packed = operators[0](self.weight.contiguous(), None) if operators else None
 
+    def is_current(self) -> bool:
+        """Whether the packed copy still equals the weight, which the caller may have changed in place."""
+        return self._packed is None or torch.equal(self._packed.to_dense(), self.weight)
+
     def forward(self, x: Tensor) -> Tensor:
         rows = x.numel() // x.shape[-1]
-        if self._multiply is None or rows * self.weight.numel() < LARGE:
+        if self._multiply is None or rows * self.weight.numel() < MIN_PACKED_WORK:
             return F.linear(x, self.weight, self.bias)
         y = self._multiply(x.reshape(rows, -1), self._packed, self.bias, "none", [], "")
         return y.view(*x.shape[:-1], -1)
 
 
 def pack_linears(module: nn.Module) -> None:
-    """Replaces every `nn.Linear` within by its packed form."""
+    """Replaces every `nn.Linear` inside a module by its packed form."""
     for name, child in module.named_children():
         if isinstance(child, nn.Linear):
             setattr(module, name, PackedLinear(child))
@@ -73,64 +76,51 @@ def pack_linears(module: nn.Module) -> None:
             pack_linears(child)
 
 
-Precision = Literal["float32", "bfloat16"]
-DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-class Weights:
-    """See the module's docstring.
-
-    Attributes:
-        exact: the model itself, float32. fast: what the engine computes with.
-        made: counts how often ``fast`` was made; whoever holds parts of it holds them for one count.
-    """
-
-    def __init__(self, model: Model, precision: Precision) -> None:
-        self.exact, self.dtype, self.made = model, DTYPES[precision], 0
-        self.refresh()
-
-    def refresh(self) -> None:
-        """Follows the model."""
-        if self.made and self._seen == self._state():
-            return
-        same_tensors = self.made and self._where == self._places()
-        if same_tensors and self.fast is self.exact:
-            return
-        if same_tensors and self.dtype != torch.float32:
-            with torch.no_grad():
-                for target, source in zip(self.fast.parameters(), self.exact.parameters(), strict=True):
-                    target.copy_(source)
-        else:
-            self.fast = self._make()
-            self.made += 1
-        self._seen, self._where = self._state(), self._places()
-
-    def _make(self) -> Model:
-        if self.dtype != torch.float32:
-            return copy.deepcopy(self.exact).to(self.dtype).requires_grad_(False)
-        if next(self.exact.parameters()).device.type != "cpu":
-            return self.exact
-        fast = _shallow(self.exact)
-        pack_linears(fast)
-        return fast
-
-    def _places(self) -> tuple[int, ...]:
-        return tuple(p.data_ptr() for p in self.exact.parameters())
-
-    def _state(self) -> tuple[tuple[int, int], ...]:
-        """Which tensors, and how often each was written to."""
-        return tuple((p.data_ptr(), p._version) for p in self.exact.parameters())
-
-
-def _shallow(model: Model) -> Model:
-    """A copy of the modules that shares their tensors."""
-    return copy.deepcopy(model, {id(p): p for p in (*model.parameters(), *model.buffers())})
-
-
 def sliced_linear(linear: nn.Linear | PackedLinear, rows: slice) -> nn.Linear:
-    """Some outputs of a Linear, as a Linear whose weight is a view: it follows what is written into the whole one."""
+    """Some outputs of a Linear. Its weight is a view, so it follows what is written into the full weight."""
     assert linear.bias is not None
     weight, bias = linear.weight[rows].detach(), linear.bias[rows].detach()
     out = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
     out.weight, out.bias = nn.Parameter(weight, requires_grad=False), nn.Parameter(bias, requires_grad=False)
     return out
+
+
+class EngineWeights:
+    """The model, and the model that the engine computes with.
+
+    Attributes:
+        exact: the model itself, float32.
+        fast: the copy, or the model itself on a GPU in float32.
+        version: how often ``fast`` was made; captured graphs and buffers of an older version are invalid.
+    """
+
+    def __init__(self, model: Model, precision: Precision) -> None:
+        self.exact, self.dtype, self.version = model, DTYPES[precision], 0
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Brings ``fast`` up to date with the model.
+
+        Values are compared or copied, not version counters: a write through ``.data`` leaves a tensor's ``_version`` as it was.
+        """
+        addresses = tuple(p.data_ptr() for p in self.exact.parameters())
+        if self.version == 0 or addresses != self._addresses:
+            # Captured graphs read the model's tensors at their addresses, so other tensors make the old graphs invalid.
+            self._make(addresses)
+        elif self.dtype != torch.float32:
+            torch._foreach_copy_(list(self.fast.parameters()), list(self.exact.parameters()))  # pyright: ignore
+        elif not all(module.is_current() for module in self.fast.modules() if isinstance(module, PackedLinear)):
+            self._make(addresses)
+
+    def _make(self, addresses: tuple[int, ...]) -> None:
+        self._addresses, self.version = addresses, self.version + 1
+        if self.dtype != torch.float32:
+            self.fast = copy.deepcopy(self.exact).to(self.dtype).requires_grad_(False)
+        elif next(self.exact.parameters()).device.type == "cpu":
+            # With its tensors in the memo, deepcopy copies the modules and shares the tensors.
+            shared = {id(tensor): tensor for tensor in (*self.exact.parameters(), *self.exact.buffers())}
+            self.fast = copy.deepcopy(self.exact, shared)
+            pack_linears(self.fast)
+        else:
+            self.fast = self.exact

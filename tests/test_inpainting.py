@@ -1,4 +1,4 @@
-"""Editing: what is unknown, how image and mask are read, and that nothing outside the hole changes."""
+"""Editing: what is unknown, how image and mask are read, and that nothing outside the mask changes."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from continuar.errors import UserError
-from continuar.inpainting import Picture, edit, prepare, read_picture, unknown_tokens
+from continuar.inpainting import Picture, edit, read_picture, tokenize_picture, unknown_tokens
 from continuar.models.autoregressive import ModelConfig
 from continuar.pipeline import Pipeline
 from tests.tiny import model_configs, name, options_of, pipeline
@@ -24,9 +24,9 @@ def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 
 def picture(rows: slice = slice(1, 4), columns: slice = slice(5, 7)) -> Picture:
-    hole = np.zeros((8, 8), bool)
-    hole[rows, columns] = True
-    return Picture(noise(8, 8), hole)
+    mask = np.zeros((8, 8), bool)
+    mask[rows, columns] = True
+    return Picture(noise(8, 8), mask)
 
 
 def quick(config: ModelConfig) -> Pipeline:
@@ -35,29 +35,29 @@ def quick(config: ModelConfig) -> Pipeline:
 
 
 @every_model
-def test_pixels_outside_the_hole_are_the_images_own_and_inside_differ_by_seed(config: ModelConfig) -> None:
+def test_pixels_outside_the_mask_are_the_images_own_and_inside_differ_by_seed(config: ModelConfig) -> None:
     pipe, shown = quick(config), picture()
-    for grow in (0, 1):
-        variants = edit(pipe, prepare(pipe, shown, grow), "bee", [1, 2, 1])
-        assert variants.shape == (3, 8, 8, 3)
-        assert variants.dtype == np.uint8
-        assert (variants[:, ~shown.hole_HW] == shown.image_HW3[~shown.hole_HW]).all()
-        assert np.array_equal(variants[0], variants[2])
-        assert not np.array_equal(variants[0][shown.hole_HW], shown.image_HW3[shown.hole_HW])
-        # Regression draws nothing: its variants differ by their order, and with few unknown tokens may not.
+    for dilation in (0, 1):
+        samples = edit(pipe, tokenize_picture(pipe, shown, dilation), "bee", [1, 2, 1])
+        assert samples.shape == (3, 8, 8, 3)
+        assert samples.dtype == np.uint8
+        assert (samples[:, ~shown.mask_HW] == shown.image_HW3[~shown.mask_HW]).all()
+        assert np.array_equal(samples[0], samples[2])
+        assert not np.array_equal(samples[0][shown.mask_HW], shown.image_HW3[shown.mask_HW])
+        # Regression draws nothing: its samples differ by their order, and with few unknown tokens may not.
         if config.head.kind != "regression":
-            assert not np.array_equal(variants[0], variants[1])
+            assert not np.array_equal(samples[0], samples[1])
 
 
 @every_model
-def test_no_hole_gives_the_image_back_and_nothing_but_hole_is_generation(config: ModelConfig) -> None:
+def test_no_mask_gives_the_image_back_and_nothing_but_mask_is_generation(config: ModelConfig) -> None:
     pipe = quick(config)
     nothing, everything = picture(slice(0, 0)), picture(slice(8), slice(8))
-    canvas = prepare(pipe, nothing, grow=3)
+    canvas = tokenize_picture(pipe, nothing, dilation=3)
     assert canvas.known_hw.all()
     assert np.array_equal(edit(pipe, canvas, 0, [5, 6]), np.stack([nothing.image_HW3] * 2))
-    assert np.array_equal(edit(pipe, prepare(pipe, everything, grow=0), 0, [5, 6]), pipe([0, 0], [5, 6]))
-    assert np.array_equal(edit(pipe, prepare(pipe, everything), None, [5]), pipe(None, [5]))
+    assert np.array_equal(edit(pipe, tokenize_picture(pipe, everything, dilation=0), 0, [5, 6]), pipe([0, 0], [5, 6]))
+    assert np.array_equal(edit(pipe, tokenize_picture(pipe, everything), None, [5]), pipe(None, [5]))
 
 
 def test_the_same_picture_gives_the_same_tokens_and_leaves_the_generators_alone() -> None:
@@ -71,29 +71,29 @@ def test_the_same_picture_gives_the_same_tokens_and_leaves_the_generators_alone(
     torch.manual_seed(7)
     expected = torch.rand(2)
     torch.manual_seed(7)
-    first = prepare(pipe, picture()).tokens
+    first = tokenize_picture(pipe, picture()).tokens
     assert torch.equal(torch.rand(2), expected)
-    assert torch.equal(prepare(pipe, picture()).tokens, first)
+    assert torch.equal(tokenize_picture(pipe, picture()).tokens, first)
 
 
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.integers(0, 6), st.integers(0, 1000))
-def test_unknown_tokens_are_those_within_so_many_rings_of_the_hole(h: int, w: int, side: int, grow: int, seed: int) -> None:
-    hole = np.random.default_rng(seed).random((h * side, w * side)) < 0.1
+def test_unknown_tokens_are_those_within_so_many_rings_of_the_hole(h: int, w: int, side: int, dilation: int, seed: int) -> None:
+    mask = np.random.default_rng(seed).random((h * side, w * side)) < 0.1
     expected = np.zeros((h, w), bool)
-    for y, x in np.argwhere(hole) // side:
+    for y, x in np.argwhere(mask) // side:
         for i, j in np.ndindex(h, w):
-            expected[i, j] |= max(abs(i - y), abs(j - x)) <= grow
-    assert np.array_equal(unknown_tokens(hole, (h, w), grow), expected)
+            expected[i, j] |= max(abs(i - y), abs(j - x)) <= dilation
+    assert np.array_equal(unknown_tokens(mask, (h, w), dilation), expected)
 
 
-def test_a_hole_grown_without_end_is_everything() -> None:
-    assert unknown_tokens(picture().hole_HW, (4, 4), 10**12).all()
+def test_a_mask_dilated_without_end_is_everything() -> None:
+    assert unknown_tokens(picture().mask_HW, (4, 4), 10**12).all()
 
 
 @settings(max_examples=25)
 @given(st.integers(3, 40), st.integers(3, 40), st.integers(2, 12), st.integers(0, 1000))
 def test_image_and_mask_are_cropped_and_scaled_alike(height: int, width: int, size: int, seed: int) -> None:
-    """A white thing on black, masked by itself: no grey of it is left outside the hole, and without scaling the hole is just it."""
+    """A white thing on black, masked by itself: no grey of it stays outside the mask, and without scaling the mask is just it."""
     rng = np.random.default_rng(seed)
     top, left = rng.integers(height), rng.integers(width)
     thing = np.zeros((height, width), np.uint8)
@@ -105,9 +105,9 @@ def test_image_and_mask_are_cropped_and_scaled_alike(height: int, width: int, si
         patch.setattr(Path, "read_bytes", lambda self: encoded[self])
         found = read_picture(image, mask, size)
     assert found.image_HW3.shape == (size, size, 3)
-    assert not found.image_HW3[~found.hole_HW].any()
+    assert not found.image_HW3[~found.mask_HW].any()
     if min(height, width) == size:
-        assert np.array_equal(found.hole_HW, found.image_HW3[..., 0] == 255)
+        assert np.array_equal(found.mask_HW, found.image_HW3[..., 0] == 255)
 
 
 def png(pixels: np.ndarray) -> bytes:
@@ -124,19 +124,19 @@ def test_grey_counts_from_the_middle_and_transparent_as_white(tmp_path: Path) ->
     values[..., 3] = 255
     values[0, 0], values[0, 1], values[0, 2] = (127, 127, 127, 255), (128, 128, 128, 255), (0, 0, 0, 0)
     Image.fromarray(values).save(tmp_path / "mask.png")
-    assert np.argwhere(read_picture(tmp_path / "image.png", tmp_path / "mask.png", 8).hole_HW).tolist() == [[0, 1], [0, 2]]
+    assert np.argwhere(read_picture(tmp_path / "image.png", tmp_path / "mask.png", 8).mask_HW).tolist() == [[0, 1], [0, 2]]
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "I;16"])
 def test_masks_of_any_mode_mean_the_same(mode: str, tmp_path: Path) -> None:
     Image.fromarray(noise(8, 8)).save(tmp_path / "image.png")
-    white = picture().hole_HW
+    white = picture().mask_HW
     if mode == "I;16":
         Image.fromarray(np.where(white, 65535, 0).astype(np.uint16)).save(tmp_path / "mask.png")
     else:
         Image.fromarray(np.where(white, 255, 0).astype(np.uint8)).convert(mode).save(tmp_path / "mask.png")
     found = read_picture(tmp_path / "image.png", tmp_path / "mask.png", 8)
-    assert np.array_equal(found.hole_HW, white)
+    assert np.array_equal(found.mask_HW, white)
     assert np.array_equal(found.image_HW3, noise(8, 8))
 
 
@@ -149,29 +149,29 @@ def test_a_turned_photograph_and_its_mask_are_read_upright(tmp_path: Path) -> No
     assert np.array_equal(found.image_HW3, np.rot90(noise(8, 12), -1)[2:10])
 
 
-def test_masked_shows_the_hole_in_grey() -> None:
+def test_masked_shows_the_mask_in_grey() -> None:
     shown = picture()
-    assert (shown.masked()[shown.hole_HW] == 128).all()
-    assert np.array_equal(shown.masked()[~shown.hole_HW], shown.image_HW3[~shown.hole_HW])
+    assert (shown.masked()[shown.mask_HW] == 128).all()
+    assert np.array_equal(shown.masked()[~shown.mask_HW], shown.image_HW3[~shown.mask_HW])
 
 
 @pytest.mark.parametrize(
-    ("image", "hole", "message"),
+    ("image", "mask", "message"),
     [
         (noise(8, 8)[..., :1], np.zeros((8, 8), bool), r"image is \(8, 8, 1\) of uint8; allowed: \[H, W, 3\] of uint8"),
         (noise(8, 8) / 255, np.zeros((8, 8), bool), r"image is \(8, 8, 3\) of float64; allowed: \[H, W, 3\] of uint8"),
-        (noise(8, 8), np.zeros((8, 9), bool), r"hole is \(8, 9\) of bool; allowed: \(8, 8\) of bool"),
-        (noise(8, 8), np.zeros((8, 8)), r"hole is \(8, 8\) of float64; allowed: \(8, 8\) of bool"),
+        (noise(8, 8), np.zeros((8, 9), bool), r"mask is \(8, 9\) of bool; allowed: \(8, 8\) of bool"),
+        (noise(8, 8), np.zeros((8, 8)), r"mask is \(8, 8\) of float64; allowed: \(8, 8\) of bool"),
     ],
 )
-def test_pictures_that_do_not_fit_are_refused(image: np.ndarray, hole: np.ndarray, message: str) -> None:
+def test_pictures_that_do_not_fit_are_refused(image: np.ndarray, mask: np.ndarray, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        Picture(image, hole)
+        Picture(image, mask)
 
 
 def test_a_picture_of_another_size_and_negative_rings_are_refused() -> None:
     pipe = quick(CONFIGS[0])
     with pytest.raises(UserError, match=r"the picture is \(6, 6\) pixels; allowed: \(8, 8\)"):
-        prepare(pipe, Picture(noise(6, 6), np.zeros((6, 6), bool)))
-    with pytest.raises(UserError, match="grow is -1; allowed: 0 or more rings of tokens"):
-        prepare(pipe, picture(), grow=-1)
+        tokenize_picture(pipe, Picture(noise(6, 6), np.zeros((6, 6), bool)))
+    with pytest.raises(UserError, match="dilation is -1; allowed: 0 or more rings of tokens"):
+        tokenize_picture(pipe, picture(), dilation=-1)

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from continuar.errors import UserError
 from continuar.models.autoregressive import ModelConfig
-from continuar.pipeline import Pipeline
+from continuar.pipeline import Pipeline, equal_batches
 from continuar.sampling.generate import SamplingInput
-from continuar.sampling.known_tokens import GREY, equal_batches
+from continuar.sampling.known_tokens import GREY
 from tests.tiny import model_configs, name, options_of, pipeline, random_tokens
 
 CONFIGS = model_configs()
@@ -73,19 +73,19 @@ def test_unknown_positions_do_not_matter_and_known_ones_do(config: ModelConfig) 
 def test_the_last_snapshot_is_the_call(config: ModelConfig) -> None:
     pipe, tokens, mask = quick(config), random_tokens(config, len(COUNTS), 1), masks(COUNTS)
     known = {"known_tokens": tokens, "known_mask": mask, "batch_size": 2}
-    shots = list(pipe.stream(LABELS, SEEDS, guidance_scale=1.5, **known))
+    snapshots = list(pipe.stream(LABELS, SEEDS, guidance_scale=1.5, **known))
     steps = options_of(config).steps or N
-    assert [(s.step, s.steps) for s in shots] == [(i, steps) for i in range(1, steps + 1)]
+    assert [(s.step, s.steps) for s in snapshots] == [(i, steps) for i in range(1, steps + 1)]
     options = pipe.defaults.override(guidance_scale=1.5)
-    assert torch.equal(shots[-1].tokens, pipe.tokens(LABELS, SEEDS, options=options, **known))
-    assert np.array_equal(shots[-1].image(), pipe(LABELS, SEEDS, guidance_scale=1.5, **known))
-    for before, after in pairwise(shots):
+    assert torch.equal(snapshots[-1].tokens, pipe.tokens(LABELS, SEEDS, options=options, **known))
+    assert np.array_equal(snapshots[-1].image(), pipe(LABELS, SEEDS, guidance_scale=1.5, **known))
+    for before, after in pairwise(snapshots):
         assert (before.known_BN <= after.known_BN).all()
         assert torch.equal(after.tokens[before.known_BN], before.tokens[before.known_BN])
         assert not before.tokens[~before.known_BN].any()
-    assert shots[-1].known_BN.all()
-    assert shots[0].known_BN[2].all()
-    assert not shots[-2].known_BN[1].all()
+    assert snapshots[-1].known_BN.all()
+    assert snapshots[0].known_BN[2].all()
+    assert not snapshots[-2].known_BN[1].all()
 
 
 @pytest.mark.parametrize("config", [c for c in CONFIGS if c.order.kind != "confidence"], ids=name)
@@ -95,11 +95,11 @@ def test_a_generation_taken_up_again_goes_on_as_it_did(config: ModelConfig) -> N
     Not where an order chooses while generating: the noise of its choice belongs to the step.
     """
     pipe = quick(config, steps=N)
-    shots = list(pipe.stream([0, 1], [8, 9]))
+    snapshots = list(pipe.stream([0, 1], [8, 9]))
     for step in (7, N - 1):
-        shot = shots[step - 1]
-        again = pipe.tokens([0, 1], [8, 9], known_tokens=shot.tokens, known_mask=shot.known_BN)
-        assert away(shots[-1].tokens, again) < 1e-3
+        snapshot = snapshots[step - 1]
+        again = pipe.tokens([0, 1], [8, 9], known_tokens=snapshot.tokens, known_mask=snapshot.known_BN)
+        assert away(snapshots[-1].tokens, again) < 1e-3
 
 
 def test_raster_order_continues_a_prefix_and_fills_the_rest_row_by_row() -> None:
@@ -126,10 +126,10 @@ def test_masks_of_one_image_or_of_the_grid_serve_all(kind: str) -> None:
 def test_a_snapshot_shows_unknown_tokens_in_grey_and_known_ones_as_they_are(kind: str) -> None:
     config = by_kind(kind)
     pipe, given, mask = pipeline(config), random_tokens(config, 1, 1), masks([5])
-    shot = next(iter(pipe.stream([0], known_tokens=given, known_mask=mask, steps=N)))
-    assert int(shot.known_BN.sum()) == 6
-    pixels = shot.known_BN.view(GRID).numpy().repeat(2, axis=0).repeat(2, axis=1)
-    (image,), (decoded,) = shot.image(), pipe.decode(shot.tokens)
+    snapshot = next(iter(pipe.stream([0], known_tokens=given, known_mask=mask, steps=N)))
+    assert int(snapshot.known_BN.sum()) == 6
+    pixels = snapshot.known_BN.view(GRID).numpy().repeat(2, axis=0).repeat(2, axis=1)
+    (image,), (decoded,) = snapshot.image(), pipe.decode(snapshot.tokens)
     assert (image[~pixels] == GREY).all()
     assert np.array_equal(image[pixels], decoded[pixels])
 
@@ -138,9 +138,9 @@ def test_where_all_is_known_the_only_snapshot_is_of_no_step() -> None:
     config = by_kind("diffusion")
     pipe, given = pipeline(config), random_tokens(config, 2, 1)
     known = {"known_tokens": given, "known_mask": np.ones(GRID, bool)}
-    (shot,) = pipe.stream([0, 1], **known)
-    assert (shot.step, shot.steps) == (0, 0)
-    assert torch.equal(shot.tokens, given)
+    (snapshot,) = pipe.stream([0, 1], **known)
+    assert (snapshot.step, snapshot.steps) == (0, 0)
+    assert torch.equal(snapshot.tokens, given)
     assert torch.equal(pipe.tokens([0, 1], **known), given)
     assert np.array_equal(pipe([0, 1], **known), pipe.decode(given))
 
@@ -164,9 +164,9 @@ def test_equal_batches_hold_every_image_once_and_equal_counts(counts: list[int],
     assert len(batches) == fewest
     for batch in batches:
         assert 1 <= len(batch.rows_b) <= size
-        assert torch.equal(batch.start.seeds_B, 10 * batch.rows_b)
-        assert torch.equal(batch.start.tokens[:, 0], batch.rows_b)
-        assert (batch.start.known_BN.sum(1) == N - batch.unknown).all()
+        assert torch.equal(batch.inputs.seeds_B, 10 * batch.rows_b)
+        assert torch.equal(batch.inputs.tokens[:, 0], batch.rows_b)
+        assert (batch.inputs.known_BN.sum(1) == N - batch.unknown).all()
 
 
 VECTORS, IDS, SOME = torch.zeros(2, N, 12), torch.zeros(2, N, dtype=torch.int64), torch.arange(N) < 3
