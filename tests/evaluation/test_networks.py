@@ -42,16 +42,16 @@ def test_feature_network_is_called_fid_only_with_the_fid_weights() -> None:
     assert [n.title("FID", "Frechet distance") for n in names if n.is_fid] == ["FID"]
     assert names[1].title("FID", "Frechet distance") == "Frechet distance (inception)"
     with pytest.raises(UserError, match="which means another one"):
-        FeatureNetwork.of(MeanColour(), "inception")
+        FeatureNetwork.from_module(MeanColour(), "inception")
 
 
 def test_feature_network_of_any_module() -> None:
-    network = FeatureNetwork.of(MeanColour(), "colour")
+    network = FeatureNetwork.from_module(MeanColour(), "colour")
     found = network(IMAGES)
     np.testing.assert_allclose(found.features_ND, IMAGES.mean((1, 2)), rtol=1e-5)
     assert found.logits_NC is None
     with pytest.raises(UserError, match=r"the network 'custom' gives features \(3, 8, 8, 3\); allowed: \[3, any\]"):
-        FeatureNetwork.of(nn.Identity())(IMAGES)
+        FeatureNetwork.from_module(nn.Identity())(IMAGES)
 
 
 def test_sha256_of_state_tells_values_names_and_types_apart() -> None:

@@ -88,7 +88,7 @@ def test_score_reconstructions_streams_images(tmp_path: Path) -> None:
     """Pixels come back exactly; their grey version does not, by what the scores say."""
     originals = np.random.default_rng(0).integers(0, 256, (9, 16, 16, 3), np.uint8)
     np.savez(tmp_path / "i.npz", originals)
-    network = FeatureNetwork.of(MeanColour(), "colour")
+    network = FeatureNetwork.from_module(MeanColour(), "colour")
     exact = PixelConfig(image_size=16, patch=4, std=0.5).build()
     found = score_reconstructions(exact, open_images(tmp_path / "i.npz"), network, batch_size=4)
     assert (found.count, found.psnr, found.ssim) == (9, float("inf"), pytest.approx(1))

@@ -17,7 +17,7 @@ from tests.evaluation.tiny_networks import Halves, MeanColour, save_classifier, 
 from tests.tiny import write_images
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), np.uint8)
-COLOUR = FeatureNetwork.of(MeanColour(), "colour")
+COLOUR = FeatureNetwork.from_module(MeanColour(), "colour")
 FID = FeatureNetwork("inception", MeanColour(), FID_SHA256 + "00")
 EXPECTED = moments(IMAGES.mean((1, 2), dtype=np.float32))
 
@@ -45,7 +45,7 @@ def test_measure_images_gives_moments_of_all_and_features_of_the_chosen(tmp_path
 
 def test_measure_images_gives_spatial_moments_that_survive_a_file(tmp_path: Path) -> None:
     np.savez(tmp_path / "i.npz", IMAGES)
-    network = FeatureNetwork.of(Halves(), "halves")
+    network = FeatureNetwork.from_module(Halves(), "halves")
     write_statistics(tmp_path / "s.npz", measure_images(open_images(tmp_path / "i.npz"), network, batch_size=7, kept=6))
     again, _ = read_statistics(tmp_path / "s.npz")
     expected = moments(np.concatenate([IMAGES[:, :4].mean((1, 2)), IMAGES[:, 4:].mean((1, 2))], 1))

@@ -188,7 +188,7 @@ def test_evaluate_records_engine_and_precision_in_the_job(
 
 
 def test_evaluate_names_the_spatial_distance_sfid_only_with_the_fid_weights(place: Path, tmp_path: Path) -> None:
-    network, samples = FeatureNetwork.of(Halves(), "halves"), samples_of(place)
+    network, samples = FeatureNetwork.from_module(Halves(), "halves"), samples_of(place)
     report = evaluate(samples, place / "data", network, tmp_path / "a", options=EvaluationOptions(5))
     assert report is not None
     images = np.concatenate([samples.make(first, 5) for first in range(0, 21, 5)])

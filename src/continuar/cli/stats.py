@@ -12,7 +12,7 @@ from continuar.cli.common import Device, NetworkOptions, Split, at_least, local_
 from continuar.errors import require
 from continuar.evaluation.networks import sha256_of_file
 from continuar.evaluation.reference import REFERENCE_IMAGES, few_images, measure_images, reference_indices, write_statistics
-from continuar.evaluation.samples import by, open_images
+from continuar.evaluation.samples import hxw, open_images
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def run(options: Options) -> None:
     write_statistics(options.out, statistics, pixels)
     dimensions = len(statistics.moments.mean)
     lines = [
-        f"data     {images.name}: {len(images)} images of {by(images.size)}",
+        f"data     {images.name}: {len(images)} images of {hxw(images.size)}",
         f"network  {network.name}, {dimensions} features, weights SHA-256 {network.sha256}",
         f"kept     features of {len(kept)} images" + (", and the images" if pixels is not None else ""),
         *(f"note     {note}" for note in images.notes),

@@ -173,12 +173,7 @@ class PrecisionRecall:
 
 
 def precision_recall(
-    samples_MD: np.ndarray,
-    reference_ND: np.ndarray,
-    *,
-    k: int = K,
-    k_density: int = K_DENSITY,
-    device: torch.device | str = "cpu",
+    samples_MD: np.ndarray, reference_ND: np.ndarray, *, k: int = K, k_density: int = K_DENSITY, device: torch.device | str = "cpu"
 ) -> PrecisionRecall:
     """Precision, recall, density and coverage: are the samples realistic, and do they show everything that is real?
 
@@ -290,19 +285,18 @@ class NeighbourSearch:
         self._distance_QK = torch.full((len(query_QD), k), float("inf"))
         self._index_QK = torch.full((len(query_QD), k), -1)
 
-    def add(self, reference_BD: np.ndarray, first: int, block: int = 1024) -> None:
-        """Adds the references ``first``, ``first`` + 1, ..."""
+    def add(self, reference_BD: np.ndarray, first: int) -> None:
+        """Adds a block of references, whose indices are ``first``, ``first`` + 1, ..."""
         reference = torch.from_numpy(reference_BD.astype(np.float32))
         index = torch.arange(first, first + len(reference))
         self._seen += len(reference)
-        for rows in _slices(len(self._query_QD), block):
-            # From the differences themselves, so that the distance of a copy is exactly 0.
-            distance = torch.cdist(self._query_QD[rows], reference, compute_mode="donot_use_mm_for_euclid_dist")
-            distances = torch.cat((self._distance_QK[rows], distance), 1)
-            indices = torch.cat((self._index_QK[rows], index.expand_as(distance)), 1)
-            # The sort is stable and earlier references come first, so ties do not depend on the blocks; topk promises no order.
-            kept = distances.sort(dim=1, stable=True).indices[:, : self._k]
-            self._distance_QK[rows], self._index_QK[rows] = distances.gather(1, kept), indices.gather(1, kept)
+        # From the differences themselves, so that the distance of a copy is exactly 0.
+        distance = torch.cdist(self._query_QD, reference, compute_mode="donot_use_mm_for_euclid_dist")
+        distances = torch.cat((self._distance_QK, distance), 1)
+        indices = torch.cat((self._index_QK, index.expand_as(distance)), 1)
+        # The sort is stable and earlier references come first, so ties do not depend on the blocks; topk promises no order.
+        kept = distances.sort(dim=1, stable=True).indices[:, : self._k]
+        self._distance_QK, self._index_QK = distances.gather(1, kept), indices.gather(1, kept)
 
     def result(self) -> tuple[np.ndarray, np.ndarray]:
         """Returns Euclidean distances and indices [Q, k], nearest first; of equal distances the lower index first.

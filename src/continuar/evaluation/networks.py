@@ -43,7 +43,7 @@ class Extracted:
 
 @dataclass(frozen=True)
 class FeatureNetwork:
-    """A network with its identity. `FeatureNetwork.of` makes one from any module."""
+    """A network with its identity. `FeatureNetwork.from_module` makes one from any module."""
 
     name: str
     module: nn.Module
@@ -54,7 +54,7 @@ class FeatureNetwork:
     """Names of the logits, where they are known."""
 
     @classmethod
-    def of(cls, module: nn.Module, name: str = "custom") -> FeatureNetwork:
+    def from_module(cls, module: nn.Module, name: str = "custom") -> FeatureNetwork:
         """Wraps any module, identified by a name of your own and the SHA-256 of its state.
 
         Raises:

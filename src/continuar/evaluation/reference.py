@@ -35,7 +35,7 @@ from continuar.evaluation.metrics import (
     precision_recall,
 )
 from continuar.evaluation.networks import Extracted, FeatureNetwork
-from continuar.evaluation.samples import ARRAY, Images, NpzImages, by, npz_names, open_images, reading
+from continuar.evaluation.samples import ARRAY, Images, NpzImages, hxw, npz_errors, npz_names, open_images
 from continuar.io import atomic_file
 from continuar.statistics import MomentAccumulator, Moments, moments
 
@@ -59,7 +59,7 @@ class Statistics:
     """mu_s and sigma_s of ADM's layout: moments of the spatial features of every image, for networks that have them."""
     source: str = ""
 
-    def is_of(self, network: FeatureNetwork) -> bool:
+    def matches(self, network: FeatureNetwork) -> bool:
         """True if this network with these weights computed them."""
         if not self.sha256:
             return network.is_fid
@@ -73,10 +73,10 @@ def _identity(network: str, sha256: str) -> str:
     return f"the network '{network}' ({f'weights {sha256[:12]}' if sha256 else 'FID weights'})"
 
 
-def reference_indices(count: int, kept: int, seed: int = 0) -> np.ndarray:
+def reference_indices(count: int, kept: int) -> np.ndarray:
     """Draws which of ``count`` images give the features that are kept: the same every time, in order."""
     # At random, because data sets are sorted by class; sorted again, because images are read in order.
-    return np.sort(np.random.default_rng(seed).choice(count, min(kept, count), replace=False))
+    return np.sort(np.random.default_rng(0).choice(count, min(kept, count), replace=False))
 
 
 def measure_images(
@@ -177,12 +177,12 @@ def open_reference(path: str | Path, network: FeatureNetwork, size: tuple[int, i
         f"reference {path} does not exist; allowed: a folder of images, a .parquet, .tar or .npz file",
     )
     if path.suffix != ".npz":
-        require(size[0] == size[1], f"samples are of {by(size)} pixels; only against an .npz file may they be other than square")
+        require(size[0] == size[1], f"samples are of {hxw(size)} pixels; only against an .npz file may they be other than square")
         # Enlarged references would be blurred, and so would the best samples.
         natural = open_images(path, split=split)
         require(
             min(natural.size) >= size[0],
-            f"the reference {path} is of {by(natural.size)} pixels, the samples of {by(size)}; allowed: as large or larger",
+            f"the reference {path} is of {hxw(natural.size)} pixels, the samples of {hxw(size)}; allowed: as large or larger",
         )
         return Reference(str(path), None, open_images(path, size=size[0], split=split))
     statistics, images = read_statistics(path)
@@ -190,10 +190,10 @@ def open_reference(path: str | Path, network: FeatureNetwork, size: tuple[int, i
     known = images.size if images is not None else statistics.size if statistics is not None else None
     require(
         known is None or known == size,
-        f"the reference {path} is of {by(known or ())} pixels, the samples of {by(size)}; allowed: the same",
+        f"the reference {path} is of {hxw(known or ())} pixels, the samples of {hxw(size)}; allowed: the same",
     )
-    notes = () if known else (f"{path} does not tell its resolution, so it cannot be compared with the samples' {by(size)}",)
-    if statistics is not None and not statistics.is_of(network):
+    notes = () if known else (f"{path} does not tell its resolution, so it cannot be compared with the samples' {hxw(size)}",)
+    if statistics is not None and not statistics.matches(network):
         require(images is not None, f"{path} holds {statistics}, not of {_identity(network.name, network.sha256)}")
         statistics, notes = None, (*notes, f"{path} holds {statistics}; measured anew from its images")
     return Reference(str(path), statistics, images, notes)
@@ -230,13 +230,13 @@ def read_statistics(path: Path) -> tuple[Statistics | None, Images | None]:
         UserError: damaged, without the needed keys, or entries of other shapes.
     """
     require(path.is_file(), f"{path} does not exist")
-    with reading(path), zipfile.ZipFile(path) as archive:
+    with npz_errors(path), zipfile.ZipFile(path) as archive:
         names = npz_names(archive)
     images = NpzImages(path) if ARRAY in names else None
     if not {"mu", "sigma"} <= set(names):
         require(images is not None, f"{path} has the entries {', '.join(names) or 'none'}; allowed: mu and sigma, or {ARRAY}")
         return None, images
-    with reading(path):
+    with npz_errors(path):
         try:
             with np.load(path, allow_pickle=False) as file:
                 # Everything but the images is small.

@@ -40,7 +40,7 @@ from continuar.evaluation.reference import (
     score_samples,
     write_statistics,
 )
-from continuar.evaluation.samples import Samples, by
+from continuar.evaluation.samples import Samples, hxw
 from continuar.io import checksum, read_json, read_tensors, write_json, write_tensors
 from continuar.pictures import grid, save_png
 
@@ -137,7 +137,7 @@ class Report:
         kept = f"{r['images_of_precision_and_recall']} of them for precision, recall and kernel distance"
         rate = "all made before" if speed.images_per_second is None else f"{speed.images_per_second:.3g} images/s"
         lines = [
-            ("samples", f"{what}: {s['images']} images of {by(s['size'])}" + (f", seed {s['seed']}" if "seed" in s else "")),
+            ("samples", f"{what}: {s['images']} images of {hxw(s['size'])}" + (f", seed {s['seed']}" if "seed" in s else "")),
             *([("settings", settings)] if settings else []),
             ("reference", f"{r['path']}: {r['images'] or 'an unknown number of'} images; {kept}"),
             ("network", f"{self.network.name}, {self.dimensions} features, weights SHA-256 {self.network.sha256}"),
@@ -437,7 +437,7 @@ def measured(
         return opened.measure(network)
     if target.is_file():
         found, _ = read_statistics(target)
-        if found is None or not found.is_of(network) or (found.source, found.size) != (opened.name, size):
+        if found is None or not found.matches(network) or (found.source, found.size) != (opened.name, size):
             raise UserError(f"{target} is not of {opened.name} in the features of '{network.name}'; choose another directory")
         return found
     statistics = opened.measure(network, batch_size=options.batch_size, kept=options.reference_images, on_progress=bar("reference"))

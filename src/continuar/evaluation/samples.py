@@ -110,19 +110,19 @@ def open_images(path: str | Path, *, size: int | None = None, split: str = "trai
         found = NpzImages(path)
         require(
             size is None or found.size == (size, size),
-            f"{path} holds images of {by(found.size)} pixels, not of {size}x{size}; cropping is for the other kinds",
+            f"{path} holds images of {hxw(found.size)} pixels, not of {size}x{size}; cropping is for the other kinds",
         )
         return found
     # Generated images lie loose in one folder; training data never does.
     loose = path.is_dir() and any(_is_image(p) for p in path.iterdir())
-    return EncodedImages(path, LooseFolder(path) if loose else find_source(path, split), size)
+    return EncodedImages(path, FlatFolder(path) if loose else find_source(path, split), size)
 
 
 def _is_image(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
 
 
-class LooseFolder(Source):
+class FlatFolder(Source):
     """ROOT/IMAGE, sorted by name, without classes."""
 
     def __init__(self, root: Path) -> None:
@@ -148,7 +148,7 @@ class EncodedImages(Images):
         height, width = self._decode(0, None).shape[:2]
         self.size = (height, width) if size is None else (size, size)
         names = [source.name(i) for i in range(len(source))]
-        self._files = names if isinstance(source, FolderSource | LooseFolder) else _archives(path)
+        self._files = names if isinstance(source, FolderSource | FlatFolder) else _archives(path)
         lossy = {Path(name).suffix.lower() for name in names} & LOSSY
         if lossy:
             self.notes = (f"{path} holds {', '.join(sorted(lossy))} files: lossy compression changes features",)
@@ -163,7 +163,7 @@ class EncodedImages(Images):
             pixels = self._decode(index, self._crop)
             require(
                 pixels.shape[:2] == self.size,
-                f"{self._source.name(index)} is of {by(pixels.shape[:2])} pixels, {self._source.name(0)} of {by(self.size)}; "
+                f"{self._source.name(index)} is of {hxw(pixels.shape[:2])} pixels, {self._source.name(0)} of {hxw(self.size)}; "
                 "allowed: one size",
             )
             block[index - first] = pixels
@@ -179,7 +179,7 @@ class EncodedImages(Images):
             raise UserError(f"{self._source.name(index)} cannot be used: {problem}") from problem
 
     def identity(self) -> str:
-        return f"{len(self)} {by(self.size)} {_files_identity(self._files)}"
+        return f"{len(self)} {hxw(self.size)} {_files_identity(self._files)}"
 
 
 class DigitImages(Images):
@@ -204,17 +204,14 @@ class NpzImages(Images):
 
     def __init__(self, path: Path) -> None:
         self._path, self.name = path, str(path)
-        with reading(path), zipfile.ZipFile(path) as archive:
+        with npz_errors(path), zipfile.ZipFile(path) as archive:
             require(
                 f"{ARRAY}.npy" in archive.namelist(),
                 f"{path} has the entries {', '.join(npz_names(archive)) or 'none'}; allowed: {ARRAY}, uint8 [n, H, W, 3]",
             )
             with archive.open(f"{ARRAY}.npy") as file:
                 shape, self._offset = _header(file, path)
-        require(
-            len(shape) == 4 and shape[3] == 3 and min(shape) >= 1,
-            f"{path}: {ARRAY} is {shape}; allowed: [n, H, W, 3]",
-        )
+        require(len(shape) == 4 and shape[3] == 3 and min(shape) >= 1, f"{path}: {ARRAY} is {shape}; allowed: [n, H, W, 3]")
         self._count, self.size = shape[0], (shape[1], shape[2])
 
     def __len__(self) -> int:
@@ -222,7 +219,7 @@ class NpzImages(Images):
 
     def read(self, first: int, stop: int) -> np.ndarray:
         each = self.size[0] * self.size[1] * 3
-        with reading(self._path), zipfile.ZipFile(self._path) as archive, archive.open(f"{ARRAY}.npy") as file:
+        with npz_errors(self._path), zipfile.ZipFile(self._path) as archive, archive.open(f"{ARRAY}.npy") as file:
             file.seek(self._offset + first * each)
             data = file.read((stop - first) * each)
             if len(data) < (stop - first) * each:
@@ -231,11 +228,11 @@ class NpzImages(Images):
         return np.frombuffer(bytearray(data), np.uint8).reshape(stop - first, *self.size, 3)
 
     def identity(self) -> str:
-        return f"{len(self)} {by(self.size)} {_files_identity([self.name])}"
+        return f"{len(self)} {hxw(self.size)} {_files_identity([self.name])}"
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
+def npz_errors(path: Path) -> Iterator[None]:
     """Turns the exceptions of a damaged npz file into one line."""
     try:
         yield
@@ -273,7 +270,7 @@ def _files_identity(files: list[str]) -> str:
     return digest.hexdigest()
 
 
-def by(size: tuple[int, ...]) -> str:
+def hxw(size: tuple[int, ...]) -> str:
     """Formats (h, w) as "hxw"."""
     return "x".join(map(str, size))
 

@@ -31,7 +31,7 @@ from continuar.errors import UserError, require, unknown_name
 from continuar.evaluation.networks import FeatureNetwork
 from continuar.evaluation.reference import open_reference
 from continuar.evaluation.run import Bar, EvaluationOptions, evaluate, finished, measured, no_bar
-from continuar.evaluation.samples import GeneratedSamples, by
+from continuar.evaluation.samples import GeneratedSamples, hxw
 from continuar.heads import HeadOptions, option_names
 from continuar.io import read_json, write_json, write_text
 from continuar.models.dit import DiTConfig
@@ -359,7 +359,7 @@ def markdown_table(rows: Sequence[SweepRow]) -> str:
     head = [*(name.replace("_", " ") for name in rows[0].point), *(first["titles"][name] for name in scores)]
     who = "" if "model" in rows[0].point else f"{samples['model']}: "
     lines = [
-        f"{who}{samples['images']} images of {by(samples['size'])} per row, seed {samples['seed']}; "
+        f"{who}{samples['images']} images of {hxw(samples['size'])} per row, seed {samples['seed']}; "
         f"reference {reference['source']}: {reference['images']} images, of them "
         f"{reference['images_of_precision_and_recall']} for precision and recall; "
         f"network {network['name']}, weights SHA-256 {network['sha256'][:12]}",
