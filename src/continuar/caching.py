@@ -160,20 +160,20 @@ _LOG = logging.getLogger("continuar")
 
 @dataclass(frozen=True)
 class CacheOptions:
-    """How a cache is made."""
+    """Content and making of a cache."""
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """How numbers are kept; ids are whole numbers either way."""
+    """Type of the stored latents; ids are int32."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """What the encoder computes in."""
+    """Precision of the encoder."""
     mirror: bool = True
-    """Keep the mirror image of every image, too."""
+    """Also keep the mirror image of every image."""
     shard_images: int = 16384
     """Images per shard (KL-16 at 256 pixels: 512 MiB)."""
     batch_size: int = 64
-    """Images encoded at once."""
+    """Images encoded together."""
     max_skipped_share: float = 0.01
-    """The share of unusable images above which caching stops; 0..1."""
+    """Largest share of unusable images with which caching goes on; 0..1."""
 
     def __post_init__(self) -> None:
         for name in ("shard_images", "batch_size"):

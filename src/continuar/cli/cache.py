@@ -34,7 +34,7 @@ class Options:
     image_size: ImageSize = None
     ids: Ids = False
     rebuild: bool = False
-    """Also make shards anew whose checksum is wrong."""
+    """Make shards with a wrong checksum anew, too."""
     device: Device = "auto"
 
 
@@ -45,11 +45,11 @@ class CheckOptions:
     dst: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DST")]
     """The cache's directory."""
     tokenizer: str | None = None
-    """Where the tokenizer is now, if it was moved."""
+    """Path of the tokenizer, if it was moved."""
     data: Path | None = None
-    """Where the images are now, if they were moved."""
+    """Path of the images, if they were moved."""
     samples: int = 16
-    """Images to encode anew."""
+    """Number of images to encode again."""
     out: Path | None = None
     """Write source and decoded images, side by side, to this PNG file."""
     device: Device = "auto"

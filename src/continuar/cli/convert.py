@@ -12,6 +12,7 @@ from continuar.checkpoints.ldm import is_ldm
 from continuar.checkpoints.mar import Converted, describe, export_official, import_official
 from continuar.checkpoints.tokenizers import Changes, find_saved
 from continuar.cli import convert_tokenizer as autoencoders
+from continuar.cli.common import Ids
 from continuar.errors import require
 from continuar.pipeline import find_model, shipped_models
 
@@ -25,23 +26,22 @@ class Options:
     dst: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DST")]
     """A new or empty directory, or a saved model or tokenizer to replace; or a file ending in .pth or .ckpt."""
     weights: Literal["ema", "raw"] = "ema"
-    """Which weights of an official file. Into one: raw puts the raw weights in both places."""
+    """Weights to read from an official file. Into an official file, raw writes the raw weights in place of the averages."""
     heads: int | None = None
-    """Attention heads of the encoder, where the official file does not tell them."""
+    """Attention heads of the encoder, if the official file does not say."""
     decoder_heads: int | None = None
-    """Attention heads of the decoder, where the official file does not tell them."""
+    """Attention heads of the decoder, if the official file does not say."""
     overwrite: bool = False
     """Replace an existing .pth or .ckpt file."""
     like: str | None = None
-    """Of an autoencoder: a tokenizer of the paper's Table 2 (vq16, kl16, kl8, kl16_mar) whose scale and patch it gets."""
+    """For an autoencoder: take scale and patch of this tokenizer of the paper's Table 2 (vq16, kl16, kl8, kl16_mar)."""
     image_size: int | None = None
-    """Of an autoencoder: pixels of the images; 256 if not given."""
+    """For an autoencoder: side of the images in pixels; 256 if not given."""
     patch: int | None = None
-    """Of an autoencoder: side of the square of latents that makes one token."""
+    """For an autoencoder: side of the square of latents that makes one token."""
     scale: float | None = None
-    """Of an autoencoder: 1/std of its latents, where it is known."""
-    ids: bool = False
-    """Of a VQ autoencoder: ids of the codebook instead of vectors before quantisation."""
+    """For an autoencoder: 1/std of its latents, if it is known."""
+    ids: Ids = False
 
     @property
     def changes(self) -> Changes:

@@ -51,7 +51,7 @@ class Options(ScoringOptions):
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[MODEL]")] = ""
     """A run directory, a saved model, a shipped name, or an official MAR checkpoint file."""
     images_from: Path | None = None
-    """Score these instead: a folder of images, Parquet or tars, or an .npz file with arr_0."""
+    """Images to score instead of a model's: a folder, Parquet or tars, or an .npz file with arr_0."""
     images: int = 50_000
     """Images to generate, a multiple of the number of classes."""
     options: Annotated[EvaluationOptions, tyro.conf.arg(name="")] = field(default_factory=EvaluationOptions)

@@ -24,11 +24,11 @@ class Options:
     dst: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DST")]
     """A new or empty directory, or a saved model to replace."""
     weights: Literal["ema", "raw"] = "ema"
-    """Averaged as in training, or raw."""
+    """Averaged weights (ema) or raw weights."""
     length: float | None = None
-    """Instead of these, an average of this length, as a share of the training before it; above 0 to below 0.28."""
+    """Instead: an average of this length, as a share of the training before it; above 0 to below 0.28."""
     step: int | None = None
-    """With --length: where it ends, a step at which averages were written; the last if not given."""
+    """With --length: the step at which the average ends; averages must have been written there. The last one if not given."""
     bf16: bool = False
     """Store weights in bfloat16, at half the size."""
 

@@ -25,14 +25,14 @@ class Options:
     """The file to write."""
     features: Annotated[NetworkOptions, tyro.conf.arg(name="")] = field(default_factory=NetworkOptions)
     size: int | None = None
-    """Bring every image to this many pixels by ADM's centre crop; without it they must be of one size, and stay so."""
+    """Resize every image to this many pixels with ADM's centre crop. Without it, all images must have the same size."""
     split: Split = "train"
     reference_images: int = REFERENCE_IMAGES
-    """Images whose features are kept, chosen at random, the same every time."""
+    """Number of images whose features are kept; the choice is random but the same every time."""
     keep_images: bool = False
-    """Store those images too, as arr_0: for other networks, and for pictures of nearest neighbours."""
+    """Also store those images, as arr_0: for other networks, and for pictures of nearest neighbours."""
     batch_size: int = 64
-    """Images measured at once."""
+    """Images measured together."""
     device: Device = "auto"
     overwrite: bool = False
     """Replace an existing file."""

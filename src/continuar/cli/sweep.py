@@ -34,11 +34,11 @@ class Options(ScoringOptions):
     images: int = 10_000
     """Images per point, a multiple of the number of classes."""
     batch_size: int = 64
-    """Images made and measured at once."""
+    """Images generated and measured together."""
     reference_images: int = REFERENCE_IMAGES
-    """Images of a reference without features that give those of precision, recall, density, coverage, kernel distance."""
+    """If the reference is images: how many of them to use for precision, recall, density, coverage and the kernel distance."""
     split: str = "train"
-    """Part of a reference that has several, such as "train" or "test"."""
+    """Part of the reference to read, if it has several, such as "train" or "test"."""
     out: Path = Path("sweep")
     """The directory to write to: table.csv, table.md, plot.png, plot.svg, points/."""
 

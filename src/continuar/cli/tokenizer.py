@@ -27,11 +27,11 @@ class SaveOptions:
     dst: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DST")]
     """A new directory, or a saved tokenizer to replace."""
     image_size: int | None = None
-    """Pixels; 256 if the source does not tell."""
+    """Side of the images in pixels; 256 if the source does not say."""
     patch: int | None = None
     """Side of the square of latents that makes one token."""
     scale: float | None = None
-    """1/std of the latents, where it is known."""
+    """1/std of the latents, if it is known."""
     ids: Ids = False
 
 

@@ -44,7 +44,7 @@ class Options:
     out: Path | None = None
     """A directory to write results.json and reconstructions.png to."""
     batch_size: int = 64
-    """Images encoded at once."""
+    """Images encoded together."""
     device: Device = "auto"
 
 

@@ -40,13 +40,13 @@ class Options:
     """Measure this many images, evenly spread; all if not given."""
     image_size: ImageSize = None
     shift: bool = False
-    """Also subtract the mean, as some autoencoders of 16 channels do; the paper does not."""
+    """Also subtract the mean, as some autoencoders with 16 channels do; the paper does not."""
     dry_run: bool = False
     """Measure and print only."""
     out: Path | None = None
     """Keep the tokenizer with its scale here, instead of changing it where it is."""
     batch_size: int = 64
-    """Images encoded at once."""
+    """Images encoded together."""
     device: Device = "auto"
 
 

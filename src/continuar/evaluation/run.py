@@ -67,17 +67,17 @@ class EvaluationOptions:
     """Options of one evaluation."""
 
     batch_size: int = 64
-    """Images made and measured at once; a shard."""
+    """Images generated and measured together; they make one shard."""
     reference_images: int = REFERENCE_IMAGES
-    """Images of a reference without features that give those of precision, recall, density, coverage, kernel distance."""
+    """If the reference is images: how many of them to use for precision, recall, density, coverage and the kernel distance."""
     split: str = "train"
-    """Part of a reference that has several, such as "train" or "test"."""
+    """Part of the reference to read, if it has several, such as "train" or "test"."""
     save_images: bool = False
     """Keep every image as images/NNNNNN.png."""
     neighbours: int = 0
     """Show the nearest reference images of this many samples in neighbours.png."""
     discard_shards: bool = False
-    """Delete the features of the samples once the result is written."""
+    """Delete the features of the samples after the result is written."""
 
     def __post_init__(self) -> None:
         require(self.batch_size >= 1, f"batch size is {self.batch_size}; allowed: 1 or more")

@@ -151,7 +151,7 @@ class DiffusionHeadConfig:
 
     kind: Literal["diffusion"] = "diffusion"
     width: int = 1024
-    """W of the denoising MLP."""
+    """Width of the denoising MLP."""
     depth: int = 3
     """Residual blocks of the denoising MLP."""
     diffusion_batch_mul: int = 4

@@ -32,14 +32,14 @@ class CausalConfig:
 
     kind: Literal["causal"] = "causal"
     width: int = 768
-    """Width, and so Z."""
+    """Width, which is also Z."""
     depth: int = 24
-    """Blocks; as many as encoder and decoder of the bidirectional model together."""
+    """Transformer blocks; the pairs of the paper have as many as encoder and decoder of MAR together."""
     heads: int = 12
     """Attention heads; must divide the width."""
     positions: Positions = "learned"
-    """How attention knows where tokens are: by learned embeddings that are added to them, or rotary, queries and keys turned by
-    row and column. Which position a slot is to predict is a learned embedding either way."""
+    """Positions of tokens in attention: learned embeddings, or rotary, a rotation of queries and keys by row and column. The
+    embedding of the next position is learned in both cases."""
     attention_dropout: float = 0.1
     """Dropout on attention weights while training."""
     dropout: float = 0.1

@@ -79,24 +79,24 @@ class MAEConfig:
     heads: int = 12
     """Attention heads of the encoder; must divide the width."""
     decoder_width: int = 0
-    """Decoder width, and so Z; 0 is the encoder's."""
+    """Decoder width, which is also Z; 0: the encoder's."""
     decoder_depth: int = 12
     """Decoder blocks."""
     decoder_heads: int = 0
-    """Attention heads of the decoder; 0 is the encoder's."""
+    """Attention heads of the decoder; 0: the encoder's."""
     buffer: int = 64
-    """Places before the tokens, filled with copies of the condition: something to compute on while little is known."""
+    """Number of copies of the condition before the tokens; the encoder computes on them while few tokens are known."""
     positions: Positions = "learned"
-    """How attention knows where tokens are: by learned embeddings that are added to them (paper), or rotary, queries and keys being
-    turned by row and column. What tells the head which position z is for is learned either way."""
+    """Positions of tokens in attention: learned embeddings (paper), or rotary, a rotation of queries and keys by row and column.
+    The embedding of the position that z is for is learned in both cases."""
     attention_dropout: float = 0.1
     """Dropout on attention weights while training."""
     dropout: float = 0.1
     """Dropout after projections and inside the MLP while training."""
     mask_ratio_min: float = 0.7
-    """Lower end of the truncated normal (mean 1, std 0.25, upper end 1) that training draws the masked share from; 0..1."""
+    """Smallest masking ratio. Training draws it from a normal with mean 1 and std 0.25, truncated to this value and 1; 0..1."""
     mask_granularity: int = 1
-    """The masked count is rounded to the nearest multiple of this, so that few shapes occur and compilation pays."""
+    """Round the number of masked tokens to a multiple of this, so that torch.compile and CUDA graphs meet few shapes."""
     max_group: ClassVar[int | None] = None
     masked: ClassVar[bool] = True
 

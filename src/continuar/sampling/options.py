@@ -26,7 +26,7 @@ class SamplingOptions:
     temperature: float = 1.0
     """0 or more; lower is less diverse. Each head documents what it scales."""
     head: HeadOptions | None = None
-    """The head's own options; None: its defaults."""
+    """Options of the head; None: the head's defaults."""
 
     def __post_init__(self) -> None:
         require(self.steps is None or self.steps >= 1, f"steps is {self.steps}; allowed: 1 to the number of tokens")

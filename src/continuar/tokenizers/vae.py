@@ -44,7 +44,7 @@ class LatentConfig:
 
     kind: Literal["latent"] = "latent"
     autoencoder: str = "kl16"
-    """Its name, for people."""
+    """Name of the autoencoder, shown in messages."""
     image_size: int = 256
     """Side of the image in pixels."""
     stride: int = 16
@@ -54,7 +54,7 @@ class LatentConfig:
     patch: int = 1
     """Side of the square of latents that makes one token (KL-8: 2)."""
     scale: float = 0.2325
-    """Multiplies latents to unit std: 1/std over the training set. 0.2325 is that of the paper's KL-16 on ImageNet."""
+    """Factor that gives latents unit std: 1/std over the training set. The paper's KL-16 on ImageNet has 0.2325."""
 
     def __post_init__(self) -> None:
         for name in ("stride", "channels"):
@@ -108,9 +108,9 @@ class VAEConfig:
     patch: int = 1
     """Side of the square of latents that makes one token (paper: 2 for KL-8)."""
     scale: float = 0.0
-    """Multiplies latents to unit std: 1/std over the training set. 0: not measured yet."""
+    """Factor that gives latents unit std: 1/std over the training set. 0: not measured yet."""
     shift: float = 0.0
-    """Subtracted from latents before scaling. The paper has none; some 16-channel autoencoders do."""
+    """Subtracted from latents before scaling. The paper's autoencoders have none; some with 16 channels do."""
 
     def __post_init__(self) -> None:
         check_image_size(self.image_size, self.network.stride, self.patch)

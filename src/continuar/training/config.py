@@ -27,23 +27,23 @@ from continuar.tokenizers.networks import KLNetwork
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where images come from."""
+    """Training images."""
 
     path: str = ""
-    """A folder of class folders, a Parquet file or a folder of them, "digits", or a cache of latents (`continuar cache`), which
-    brings its own tokenizer: the run's ``tokenizer`` is then what that one says."""
+    """Training images: a folder of class folders, a Parquet file or a folder of them, "digits", or a cache of latents (`continuar
+    cache`), whose tokenizer replaces the run's."""
     tokenizer: str = ""
-    """Of a cache: the tokenizer that made it; empty: at the place that the cache remembers."""
+    """For a cache: where the tokenizer is that made it, if it was moved."""
     split: str = "train"
-    """Which part of it, where there are several."""
+    """Part of the data to read, if it has several."""
     classes: int = 0
     """Number of classes, known before the data is read; 0: read from the data."""
     flip: bool = False
     """Mirror images left-right with probability 1/2."""
     crop_padding: int = 0
-    """Shift images by up to this many pixels, edges repeated; 0: not at all."""
+    """Shift images at random by up to this many pixels, with repeated edges; 0: never."""
     max_skipped_share: float = 0.01
-    """The share of unreadable images above which training does not start; 0..1."""
+    """Largest share of unreadable images with which training starts; 0..1."""
 
     def __post_init__(self) -> None:
         require(self.classes >= 0, f"data.classes is {self.classes}; allowed: 0 or more")
@@ -60,17 +60,17 @@ class OptimConfig:
     warmup_images: int = 0
     """Images over which the rate rises linearly from 0. Paper: 100 epochs."""
     decay: Literal["constant", "cosine", "linear"] = "constant"
-    """After warm-up: constant (paper, diffusion loss), or falling to ``final_lr`` at the run's end."""
+    """Learning rate after warm-up: constant (paper, diffusion loss), or falling to final_lr at the end of the run."""
     final_lr: float = 0.0
-    """Where a cosine or linear decay ends, as a fraction of ``lr``; 0..1."""
+    """Learning rate at the end of a cosine or linear decay, as a fraction of lr; 0..1."""
     decay_images: int = 0
-    """For "linear": the last this many images are the decay; 0: everything after warm-up."""
+    """Images over which a linear decay falls, at the end of the run; 0: all after warm-up."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Moment decays."""
+    """Decays of AdamW's first and second moment."""
     weight_decay: float = 0.02
-    """On all but biases, norms and the head."""
+    """Weight decay, of all weights except biases, norms and the head."""
     clip: float = 3.0
-    """Gradients are scaled down to this norm; 0: not clipped."""
+    """Largest norm of the gradient; larger ones are scaled down. 0: no clipping."""
 
     def __post_init__(self) -> None:
         require(0 < self.lr < math.inf, f"optim.lr is {self.lr}; allowed: above 0")
@@ -84,15 +84,15 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class EMAConfig:
-    """The exponential moving average of the weights, which is what samples are made with."""
+    """Exponential moving average of the weights; samples are generated with it."""
 
     decay: float = 0.9999
-    """Per step; 0..1."""
+    """Decay per step; 0..1."""
     warmup: bool = True
-    """Decay at most (1 + step)/(10 + step): without it early samples are made with initial weights (0.9999^steps of them)."""
+    """Limit the decay to (1 + step)/(10 + step). Without it, early averages are mostly initial weights (a share of decay^steps)."""
     snapshot_images: int = 0
-    """Keep averages of power-function profiles beside it, and write them every so many images, so that the length can be chosen
-    after training (`continuar extract`); 0: do not."""
+    """Also keep averages with power-function profiles (EDM2), and write them every so many images; `continuar extract` then makes
+    an average of any length. 0: do not."""
     lengths: tuple[float, ...] = (0.05, 0.1)
     """Lengths of those averages, as a share of the training so far; EDM2: 0.05 and 0.1. Each takes the memory of the weights."""
 
@@ -107,26 +107,25 @@ class EMAConfig:
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """How long, how large, how often."""
+    """Length of the training, batch size, precision, and how often results are written."""
 
     images: int = 1_000_000
     """Training images in all, repetitions counted; rounded up to whole batches."""
     batch_size: int = 64
     """Images per step, over all processes."""
     micro_batch: int = 0
-    """Images per forward and backward, of which gradients are accumulated; divides the batch. 0: what one process has of a batch.
-    It is the unit of randomness: runs of the same micro-batch draw the same numbers on any number of processes."""
+    """Images per forward and backward pass; gradients accumulate over a batch. Divides the batch size; 0: one pass per process.
+    Runs with the same micro-batch draw the same random numbers on any number of processes."""
     label_dropout: float = 0.1
-    """Probability with which a label is replaced by the null condition, for guidance; 0..1."""
+    """Probability of training with the null condition instead of the label, for guidance; 0..1."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """"auto": bfloat16 autocast on CUDA, float32 elsewhere. There is no float16: it gives NaN losses."""
     engine: Literal["eager", "compile", "graphs", "compile-graphs"] = "eager"
-    """How a step is executed: "compile" (torch.compile, after minutes of compilation), "graphs" (CUDA graphs, at once), or both.
-    They work per number of masked tokens: set backbone.mask_granularity to have few of them."""
+    """How a step runs: "compile" (torch.compile; minutes of compilation first), "graphs" (CUDA graphs), or both. Each number of
+    masked tokens is compiled or captured anew; backbone.mask_granularity makes them few."""
     activation_checkpointing: bool = False
-    """Activation checkpointing: forward keeps the input of every transformer block alone, and backward computes the block again.
-    Less memory for more work (`continuar plan` counts both), the same loss and gradients. What the head keeps stays. Not with
-    engines that capture graphs."""
+    """Keep only the input of every transformer block in the forward pass, and compute the block again in the backward pass: less
+    memory, more work, the same gradients (`continuar plan` counts both). The head is not affected. Not with CUDA graphs."""
     log_images: int = 10_000
     """Write metrics every so many images."""
     sample_images: int = 200_000
@@ -134,13 +133,13 @@ class LoopConfig:
     save_images: int = 200_000
     """Write a checkpoint every so many images (and at the end); 0: only at the end."""
     keep: int = 2
-    """Newest checkpoints kept."""
+    """Number of newest checkpoints to keep."""
     milestone_images: int = 0
-    """Write a checkpoint every so many images that is kept for good; 0: none."""
+    """Every so many images, write a checkpoint that is never deleted; 0: never."""
     max_bad_steps: int = 20
-    """Steps in a row with a non-finite loss or gradient (each is skipped) after which the run goes back to its last checkpoint."""
+    """Steps in a row with a non-finite loss or gradient until the run goes back to its last checkpoint. Each is skipped."""
     max_rollbacks: int = 3
-    """How often a run goes back before it stops; 0: it stops at once."""
+    """Number of times that a run goes back before it stops."""
 
     def __post_init__(self) -> None:
         for name in ("images", "batch_size", "log_images", "keep", "max_bad_steps"):
@@ -175,23 +174,22 @@ class LoopConfig:
 
 @dataclass(frozen=True)
 class OnlineConfig:
-    """Scores of generated images while training, of averaged and raw weights, in the metrics. Small: they tell how a run goes."""
+    """Scores of generated images during training, with averaged and raw weights; they are written to the metrics."""
 
     every_images: int = 0
     """Score every so many training images; 0: never."""
     samples: int = 1000
     """Images generated per score, a multiple of the number of classes."""
     batch_size: int = 100
-    """Images generated at once."""
+    """Images generated together."""
     max_share: float = 0.05
-    """The share of all time that scoring may take, above 0 to 1. What is due and would take more is put off until it does not."""
+    """Largest share of the run's time that scoring may take, above 0 to 1; a score that would take more is delayed."""
     network: str = "pixels"
-    """Whose features: pixels (which has no weights), squeezenet, classifier, dinov2 or inception."""
+    """Network whose features are compared: pixels (no network), squeezenet, classifier, dinov2 or inception."""
     weights: str = ""
-    """The network's weights: a file, or a directory."""
+    """Weights of the network: a file, or a directory for classifier and dinov2."""
     reference: str = ""
-    """What to score against: a file of `continuar stats`, or images; empty: the run's own data, measured once per run directory,
-    before the first step."""
+    """Images to score against, or a file of `continuar stats`; empty: the run's own data, measured once before the first step."""
 
     def __post_init__(self) -> None:
         require(self.every_images >= 0, f"online.every_images is {self.every_images}; allowed: 0 or more")
@@ -212,10 +210,10 @@ class BaseRun(ABC):
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     online: OnlineConfig = field(default_factory=OnlineConfig)
     init: str = ""
-    """A run, saved model, checkpoint or official .pth file whose (averaged) weights the run begins with; empty: random ones. Grid,
-    classes, order, dropout and masks may differ from its own: position embeddings are interpolated."""
+    """A run, saved model, checkpoint or official .pth file whose (averaged) weights the run starts from; empty: random weights.
+    Grid, classes, order, dropout and masks may differ; position embeddings are interpolated."""
     seed: int = 0
-    """Of initial weights, the order of images and every draw; 0 or more."""
+    """Seed of the initial weights, the order of images and every random draw; 0 or more."""
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, f"seed is {self.seed}; allowed: 0 or more")
@@ -306,18 +304,18 @@ def run_warnings(run: BaseRun) -> list[str]:
 
 @dataclass(frozen=True)
 class ImagesConfig:
-    """Where images come from; their labels do not matter."""
+    """Training images; labels are not used."""
 
     path: str = ""
     """A folder of class folders, Parquet files, WebDataset tars, or "digits"."""
     split: str = "train"
-    """Which part of it, where there are several."""
+    """Part of the data to read, if it has several."""
     flip: bool = True
     """Mirror images left-right with probability 1/2."""
     max_skipped_share: float = 0.01
-    """The share of unreadable images above which training stops; 0..1."""
+    """Largest share of unreadable images with which training goes on; 0..1."""
     max_memory_gib: float = 16.0
-    """Decoded images are kept in memory if they fit in this; else each batch is decoded when it is needed."""
+    """Memory for decoded images, in GiB. If they do not fit, each batch is decoded when it is needed."""
 
     def __post_init__(self) -> None:
         require(0 <= self.max_skipped_share <= 1, f"data.max_skipped_share is {self.max_skipped_share}; allowed: 0 to 1")
@@ -326,16 +324,17 @@ class ImagesConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """What reconstructions are held to. The L1 distance of pixels in [-1, 1] has weight 1."""
+    """Loss of reconstructions. The L1 distance of pixels in [-1, 1] has weight 1."""
 
     perceptual: Literal["off", "lpips", "squeezenet"] = "off"
-    """Distance of an image network's features: LPIPS (VGG; Zhang et al. 2018), SqueezeNet's, or none."""
+    """Perceptual distance to add: LPIPS (VGG; Zhang et al. 2018), SqueezeNet features, or none."""
     perceptual_weights: str = ""
-    """The file of that network's weights: the state of an LPIPS module (also inside an LDM autoencoder's file), or torchvision's
-    ``squeezenet1_1`` features as safetensors."""
+    """Weights file of the perceptual network: the state of an LPIPS module (also inside an LDM autoencoder's file), or
+    torchvision's squeezenet1_1 features as safetensors."""
     perceptual_weight: float = 1.0
+    """Weight of the perceptual distance."""
     kl_weight: float = 1e-6
-    """Of the KL divergence to N(0, I), both summed over an image (LDM: 1e-6). KL tokenizers only."""
+    """Weight of the KL divergence to N(0, I); losses are sums over an image (LDM: 1e-6). KL tokenizers only."""
 
     def __post_init__(self) -> None:
         for name in ("perceptual_weight", "kl_weight"):
@@ -347,11 +346,11 @@ class DiscriminatorConfig:
     """A discriminator of patches (Isola et al. 2017), trained against the decoder with the hinge loss."""
 
     weight: float = 0.5
-    """Of the adversarial term beside the others, on top of the adaptive weight (Esser et al. 2021); 0: no discriminator."""
+    """Weight of the adversarial loss, times the adaptive weight (Esser et al. 2021); 0: no discriminator."""
     start_images: int = 0
-    """Images before it joins, and begins to train."""
+    """Training images before the discriminator is used and trained."""
     width: int = 64
-    """Channels of its first layer."""
+    """Channels of the first layer."""
     layers: int = 3
     """Layers that halve the resolution."""
 
@@ -370,16 +369,16 @@ class DiscriminatorConfig:
 
 @dataclass(frozen=True)
 class CodebookLearning:
-    """How codes follow the encoder's vectors. VQ tokenizers only."""
+    """Learning of the codebook. VQ tokenizers only."""
 
     update: Literal["ema", "gradient"] = "ema"
     """"ema": codes are moving averages of the vectors that choose them; "gradient": a loss pulls them there."""
     decay: float = 0.99
-    """Of the moving averages, per step."""
+    """Decay of the moving averages per step."""
     commitment: float = 0.25
     """Weight of the loss that keeps vectors near their codes."""
     revive_below: float = 0.03
-    """A code whose average use falls below this share of an even use is moved onto a vector of the batch; 0: never."""
+    """Move a code onto a vector of the batch if its average use falls below this share of even use; 0: never."""
 
     def __post_init__(self) -> None:
         require(0 <= self.decay < 1, f"codebook.decay is {self.decay}; allowed: 0 up to below 1")
@@ -389,18 +388,17 @@ class CodebookLearning:
 
 @dataclass(frozen=True)
 class TokenizerLoopConfig:
-    """How long, how large, how often."""
+    """Length of the training, batch size, precision, and how often results are written."""
 
     images: int = 1_000_000
     """Training images in all, repetitions counted; rounded up to whole batches."""
     batch_size: int = 64
-    """Images per step, of all processes together."""
+    """Images per step, over all processes."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """"auto": bfloat16 autocast on CUDA, float32 elsewhere."""
     engine: Literal["auto", "eager", "compile", "graphs", "compile-graphs"] = "auto"
-    """"compile": the networks' blocks through torch.compile, when training begins and when a discriminator joins; "graphs": all
-    of a step as one CUDA graph, which one process alone can have; "compile-graphs": both; "auto": on CUDA both, or "compile"
-    where several processes train; "eager" elsewhere."""
+    """"compile": torch.compile of the blocks. "graphs": the whole step as one CUDA graph, in a single process only.
+    "compile-graphs": both. "auto": both on CUDA, "compile" with several processes, "eager" without CUDA."""
     log_images: int = 10_000
     """Write metrics every so many images."""
     sample_images: int = 200_000
@@ -408,11 +406,11 @@ class TokenizerLoopConfig:
     save_images: int = 200_000
     """Write a checkpoint every so many images (and at the end); 0: only at the end."""
     keep: int = 2
-    """Newest checkpoints kept."""
+    """Number of newest checkpoints to keep."""
     max_bad_steps: int = 20
-    """Steps in a row with a non-finite loss or gradient (each is skipped) after which the run stops."""
+    """Steps in a row with a non-finite loss or gradient until the run stops. Each is skipped."""
     measure_images: int = 50_000
-    """Images on which the scale of a KL tokenizer is measured at the end."""
+    """Images for measuring the scale of a KL tokenizer at the end."""
 
     def __post_init__(self) -> None:
         for name in ("images", "batch_size", "log_images", "keep", "max_bad_steps", "measure_images"):
@@ -436,10 +434,10 @@ class TokenizerRun:
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     codebook: CodebookLearning = field(default_factory=CodebookLearning)
     optim: OptimConfig = field(default_factory=OptimConfig)
-    """Of the autoencoder and, alike, of the discriminator."""
+    """Optimizer of the autoencoder, and of the discriminator."""
     train: TokenizerLoopConfig = field(default_factory=TokenizerLoopConfig)
     seed: int = 0
-    """Of initial weights, the order of images and every draw; 0 or more."""
+    """Seed of the initial weights, the order of images and every random draw; 0 or more."""
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, f"seed is {self.seed}; allowed: 0 or more")

@@ -279,16 +279,16 @@ HEADROOM = 0.92
 
 @dataclass(frozen=True)
 class Machine:
-    """The GPUs a run is planned for."""
+    """GPUs of the planned run."""
 
     gpus: int = 1
-    """How many."""
+    """Number of GPUs."""
     gpu_memory: float = 80.0
-    """GiB of each."""
+    """Memory of each GPU in GiB."""
     tflops: float = 989.0
-    """Its peak in bfloat16, 10^12 per second; 989 is an H100's or H200's."""
+    """Peak of each GPU in bfloat16, TFLOP/s; an H100 or H200 has 989."""
     utilisation: float = 0.4
-    """The share of it that training reaches, 0 to 1: measure it, `benchmarks/training.py`."""
+    """Share of the peak that training reaches, above 0 to 1; `benchmarks/training.py` measures it."""
 
     def __post_init__(self) -> None:
         require(self.gpus >= 1, f"gpus is {self.gpus}; allowed: 1 or more")
