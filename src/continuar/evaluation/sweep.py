@@ -21,6 +21,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -193,18 +194,11 @@ class Sweep:
         """
         self._check(axes)
         found = [(point, str(point.get("weights", self.weights))) for point in points(axes)]
-        pipes = {found[0][1]: load(found[0][1])}
+        load = lru_cache(maxsize=1)(load)  # one pipeline at a time in memory
         for point, _ in found:  # whatever the model cannot take is refused before the work begins
-            self._samples(pipes[found[0][1]], model, found[0][1], point)
-
-        def work() -> Iterator[tuple[Point, GeneratedSamples]]:
-            nonlocal pipes
-            for point, weights in found:
-                if weights not in pipes:
-                    pipes = {weights: load(weights)}  # one at a time in memory
-                yield point, self._samples(pipes[weights], model, weights, point)
-
-        rows = self._evaluate(work(), timed=False)
+            self._samples(load(found[0][1]), model, found[0][1], point)
+        work = ((point, self._samples(load(weights), model, weights, point)) for point, weights in found)
+        rows = self._evaluate(work, timed=False)
         if rows:
             save_plot(plot(axes, rows), self.out)
         return rows
