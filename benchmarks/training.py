@@ -87,7 +87,7 @@ def measure(run: Run, device: torch.device, steps: int, profile: bool = False) -
         "peak_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else float("nan"),
         "held_memory_gib": torch.cuda.max_memory_reserved(device) / 2**30 if device.type == "cuda" else float("nan"),
         "warmup_seconds": warmup,
-        "loss": averages.loss,
+        "loss": averages.means["loss"],
         "skipped_steps": averages.skipped,
     }
 

@@ -29,6 +29,28 @@ def _like(index_BK: Tensor, x_BN: Tensor) -> Tensor:
     return index_BK.view(*index_BK.shape, *(1 for _ in x_BN.shape[2:])).expand(*index_BK.shape, *x_BN.shape[2:])
 
 
+@torch.no_grad()
+def lerp_unless_(targets: list[Tensor], sources: list[Tensor], weight: float, skip: Tensor | None = None) -> None:
+    """target += weight (source - target) for all pairs, in place and in a few launches, unless ``skip``, a 0-d bool tensor."""
+    if not targets:
+        return
+    # This is a step of SGD with gradient -source and weight decay 1, whose fused kernel skips by a flag on the device. A lerp
+    # cannot.
+    torch._fused_sgd_(  # pyright: ignore[reportPrivateImportUsage]
+        targets,
+        sources,
+        [],
+        weight_decay=1.0,
+        momentum=0.0,
+        lr=weight,
+        dampening=0.0,
+        nesterov=False,
+        maximize=True,
+        is_first_step=False,
+        found_inf=None if skip is None else skip.float(),
+    )
+
+
 META_AUTOCAST: ContextVar[bool] = ContextVar("META_AUTOCAST", default=False)
 """The meta device, on which costs are counted, has no autocast; this is the switch of those who count as if it had."""
 

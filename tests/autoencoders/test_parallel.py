@@ -22,18 +22,18 @@ from continuar.cli.main import main
 from continuar.distributed import SingleProcess, joined
 from continuar.errors import UserError
 from continuar.recipes.tokenizers import TOKENIZER_RECIPES
-from continuar.training import autoencoder as checkpoints
+from continuar.training import checkpoint as checkpoints
 from continuar.training.autoencoder import (
     MemoryBatches,
     TokenizerStep,
-    newest_checkpoints,
     open_images,
     pick_engine,
     train_tokenizer,
 )
+from continuar.training.checkpoint import run_checkpoints
 from continuar.training.config import CodebookLearning, DiscriminatorConfig, ImagesConfig, OptimConfig, TokenizerRun
 from continuar.training.gan_losses import Perceptual
-from continuar.training.trainer import Interrupted, Report
+from continuar.training.trainer import Report
 from tests.processes import finish, free_port, group, quiet, start
 from tests.tiny import write_images
 from tests.tokenizers.networks import images
@@ -91,10 +91,10 @@ def taken(run: TokenizerRun, parallel: SingleProcess, spoilt: str = "") -> tuple
             batch[-1, 0, 0, 0] = torch.nan if spoilt == "batch" else 100
         trainer.seed(step)
         trainer(step, batch[part.start : part.stop])
-    means, skipped, streak = trainer.meter.read()
+    averages = trainer.meter.read()
     modules = {"tokenizer": trainer.tokenizer, "discriminator": trainer.discriminator, "codebook": trainer.codebook}
     state = {f"{name}.{k}": v for name, m in modules.items() if m is not None for k, v in m.state_dict().items()}
-    measured = means | {"skipped": skipped, "streak": streak}
+    measured = averages.means | {"skipped": averages.skipped, "streak": averages.bad_in_a_row}
     if trainer.codebook is not None:
         measured["codes_used"], measured["perplexity"] = trainer.codebook.read_usage()
     return {k: v.clone() for k, v in state.items()}, measured
@@ -117,9 +117,9 @@ def interrupted(run: TokenizerRun, directory: Path, parallel: SingleProcess) -> 
         if now.step == 3 and parallel.rank == parallel.world - 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(Interrupted, match="step-00000004"):
-        train_tokenizer(run, directory, device=CPU, parallel=parallel, on_report=report)
-    assert [p.name for p in newest_checkpoints(directory)] == ["step-00000004", "step-00000002"]
+    train_tokenizer(run, directory, device=CPU, parallel=parallel, on_report=report)
+    assert not (directory / "tokenizer").exists()
+    assert [p.name for p in run_checkpoints(directory)] == ["step-00000004", "step-00000002"]
     with pytest.MonkeyPatch.context() as patch:
         if not parallel.first:
             checksum = checkpoints.checksum
@@ -217,7 +217,7 @@ def files(run: Path) -> list[str]:
 
 def lines(run: Path) -> list[dict[str, float]]:
     found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in found]
+    return [{k: v for k, v in line.items() if k not in ("images_per_second", "seconds_left")} for line in found]
 
 
 @pytest.mark.parametrize("name", ["kl", "ema-revived"])
@@ -232,7 +232,7 @@ def test_a_run_of_two_processes_writes_what_one_does_once(root: Path, data: Path
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
     pair = [root / f"plain-{name}", tmp_path / "one"]
     for file in ("tokenizer.safetensors", "codebook.safetensors")[: 1 if name == "kl" else 2]:
-        check_same(*(load_file(newest_checkpoints(run)[0] / file) for run in pair))
+        check_same(*(load_file(run_checkpoints(run)[0] / file) for run in pair))
     if name == "kl":
         scale, expected = (load_tokenizer(run).config.scale for run in pair)
         assert scale == pytest.approx(expected, rel=1e-5)
@@ -240,7 +240,7 @@ def test_a_run_of_two_processes_writes_what_one_does_once(root: Path, data: Path
 
 @pytest.mark.parametrize("name", ["kl", "ema-revived"])
 def test_processes_stop_together_and_resume_to_the_same_bits(root: Path, name: str) -> None:
-    whole, torn = (newest_checkpoints(root / f"{kind}-{name}")[0] for kind in ("whole", "torn"))
+    whole, torn = (run_checkpoints(root / f"{kind}-{name}")[0] for kind in ("whole", "torn"))
     assert whole.name == torn.name == "step-00000006"
     for path in whole.glob("*.safetensors"):
         a, b = load_file(path), load_file(torn / path.name)

@@ -28,10 +28,10 @@ from continuar.training.autoencoder import (
     DecodedBatches,
     MemoryBatches,
     TokenizerStep,
-    newest_checkpoints,
     open_images,
     train_tokenizer,
 )
+from continuar.training.checkpoint import run_checkpoints
 from continuar.training.config import CodebookLearning, DiscriminatorConfig, ImagesConfig, LossConfig, OptimConfig, TokenizerRun
 from continuar.training.gan_losses import Perceptual, SqueezeNetPerceptual
 from tests.tiny import write_images
@@ -82,9 +82,9 @@ def test_the_loss_falls_and_every_weight_learns(kind: str, codebook: CodebookLea
     for step in range(60):
         trainer.seed(step)
         trainer(step, batch)
-        means, bad, _ = trainer.meter.read()
-        assert bad == 0
-        seen.append(means)
+        averages = trainer.meter.read()
+        assert averages.skipped == 0
+        seen.append(averages.means)
     assert np.mean([m["l1"] for m in seen[-10:]]) < 0.75 * np.mean([m["l1"] for m in seen[:10]])
     assert [k for k, v in trainer.tokenizer.state_dict().items() if torch.equal(v, before[k])] == []
     assert ("discriminator" in seen[1], "discriminator" in seen[2]) == (False, True)
@@ -107,8 +107,8 @@ def test_the_kl_is_that_of_gaussians_and_is_weighted_per_value() -> None:
 @pytest.mark.parametrize("joined", [False, True])
 def test_gradients_are_those_of_one_sum(kind: str, codebook: CodebookLearning | None, joined: bool) -> None:
     """The loss as LDM writes it, differentiated at once, against the step's way through the images."""
-    judged = DiscriminatorConfig(weight=0.3, start_images=0 if joined else 10**6, width=8, layers=1)
-    run = tiny_run("", kind, codebook=codebook, discriminator=judged, optim=OptimConfig(clip=0.0))
+    discriminator = DiscriminatorConfig(weight=0.3, start_images=0 if joined else 10**6, width=8, layers=1)
+    run = tiny_run("", kind, codebook=codebook, discriminator=discriminator, optim=OptimConfig(clip=0.0))
     perceptual = Flat()
     torch.manual_seed(0)
     trainer, truth = (TokenizerStep(run.tokenizer.build(), run, perceptual) for _ in range(2))
@@ -137,14 +137,14 @@ def test_gradients_are_those_of_one_sum(kind: str, codebook: CodebookLearning | 
 
 @every_variant
 def test_a_compiled_step_equals_the_plain_one(kind: str, codebook: CodebookLearning | None) -> None:
-    judged = DiscriminatorConfig(weight=0.3, start_images=0, width=8, layers=1)
-    run = tiny_run("", kind, codebook=codebook, discriminator=judged)
+    discriminator = DiscriminatorConfig(weight=0.3, start_images=0, width=8, layers=1)
+    run = tiny_run("", kind, codebook=codebook, discriminator=discriminator)
     plain = trainer_of(run)
     compiled = trainer_of(replace(run, train=replace(run.train, engine="compile")))
     for trainer in (plain, compiled):
         trainer.seed(0)
         trainer(0, images(8))
-    assert compiled.meter.read()[0] == pytest.approx(plain.meter.read()[0], rel=1e-3)
+    assert compiled.meter.read().means == pytest.approx(plain.meter.read().means, rel=1e-3)
     for module, other in zip(parts_of(compiled), parts_of(plain), strict=True):
         assert [*module.state_dict()] == [*other.state_dict()]
         for ours, theirs in zip(module.parameters(), other.parameters(), strict=True):
@@ -156,9 +156,9 @@ def test_a_compiled_step_equals_the_plain_one(kind: str, codebook: CodebookLearn
 def test_captured_steps_are_the_plain_ones_while_the_rate_changes_and_a_discriminator_joins(
     kind: str, codebook: CodebookLearning | None
 ) -> None:
-    judged = DiscriminatorConfig(weight=0.3, start_images=8 * 8, width=8, layers=1)
+    discriminator = DiscriminatorConfig(weight=0.3, start_images=8 * 8, width=8, layers=1)
     optim = OptimConfig(lr=3e-3, warmup_images=8 * 10, weight_decay=0.0)
-    run = tiny_run("", kind, codebook=codebook, discriminator=judged, optim=optim, images=8 * 16, precision="float32")
+    run = tiny_run("", kind, codebook=codebook, discriminator=discriminator, optim=optim, images=8 * 16, precision="float32")
     measured, broken = [], 14  # a step that is replayed
     for engine in ("eager", "graphs"):
         torch.manual_seed(0)
@@ -168,12 +168,14 @@ def test_captured_steps_are_the_plain_ones_while_the_rate_changes_and_a_discrimi
             trainer.seed(step)
             before = [p.clone() for p in trainer.tokenizer.parameters()]
             trainer(step, images(8, seed=step).cuda() * (math.nan if step == broken else 1))
-            means, bad, _ = trainer.meter.read()
-            assert bad == (step == broken)
+            averages = trainer.meter.read()
+            means = averages.means
+            assert averages.skipped == (step == broken)
             if step == broken:
                 assert all(torch.equal(p, old) for p, old in zip(trainer.tokenizer.parameters(), before, strict=True))
             else:
                 measured[-1].append(means)
+    assert len(trainer._graphs) == 1  # the capture has not failed
     for plain, captured in zip(*measured, strict=True):
         assert captured == pytest.approx(plain, rel=1e-2, abs=1e-5)
 
@@ -208,9 +210,9 @@ def test_a_step_that_is_not_finite_changes_nothing(kind: str, codebook: Codebook
     bad = images(8)
     bad[0, 0, 0, 0] = float("nan")
     trainer(3, bad)
-    means, skipped, streak = trainer.meter.read()
-    assert (skipped, streak) == (1, 1)
-    assert math.isnan(means["l1"])
+    averages = trainer.meter.read()
+    assert (averages.skipped, averages.bad_in_a_row) == (1, 1)
+    assert math.isnan(averages.means["l1"])
     for module, old in zip(kept, before, strict=True):
         assert [k for k, v in old.items() if not torch.equal(v, module.state_dict()[k])] == []
 
@@ -222,7 +224,7 @@ def test_the_discriminator_learns_and_the_autoencoder_does_not_train_it() -> Non
     for step in range(40):
         trainer.seed(step)
         trainer(step, images(8, seed=step))
-        losses.append(trainer.meter.read()[0]["discriminator"])
+        losses.append(trainer.meter.read().means["discriminator"])
     assert np.mean(losses[-5:]) < 0.9 * losses[0]
     assert losses[0] == pytest.approx(1, abs=0.1)
 
@@ -240,9 +242,9 @@ def test_a_resumed_run_ends_with_the_same_bits(
 
     with pytest.raises(KeyboardInterrupt):
         train_tokenizer(run, tmp_path / "torn", device=CPU, on_report=stop)
-    assert [p.name for p in newest_checkpoints(tmp_path / "torn")] == ["step-00000002"]
+    assert [p.name for p in run_checkpoints(tmp_path / "torn")] == ["step-00000002"]
     train_tokenizer(run, tmp_path / "torn", device=CPU, resume=True)
-    whole, torn = (newest_checkpoints(tmp_path / name)[0] for name in ("whole", "torn"))
+    whole, torn = (run_checkpoints(tmp_path / name)[0] for name in ("whole", "torn"))
     names = sorted(p.name for p in whole.iterdir())
     assert names == sorted(p.name for p in torn.iterdir())
     for name in names:
@@ -251,8 +253,11 @@ def test_a_resumed_run_ends_with_the_same_bits(
             assert a.keys() == b.keys()
             assert [k for k in a if not torch.equal(a[k], b[k])] == []
     assert ("codebook.safetensors" in names) == (kind == "vq")
-    timeless = [{k: v for k, v in m.items() if k != "images_per_second"} for m in metrics_of(tmp_path / "whole")]
-    assert timeless == [{k: v for k, v in m.items() if k != "images_per_second"} for m in metrics_of(tmp_path / "torn")]
+    timeless = [
+        [{k: v for k, v in m.items() if k not in ("images_per_second", "seconds_left")} for m in metrics_of(tmp_path / name)]
+        for name in ("whole", "torn")
+    ]
+    assert timeless[0] == timeless[1]
 
 
 def test_a_finished_kl_run_has_a_scale_that_gives_tokens_of_unit_deviation(root: Path, tmp_path: Path) -> None:
@@ -294,15 +299,15 @@ def test_a_vq_run_reports_the_codebooks_usage(root: Path, tmp_path: Path) -> Non
 def test_damaged_checkpoints_are_passed_over(root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = tiny_run(root)
     train_tokenizer(run, tmp_path / "run", device=CPU)
-    expected = read_tensors(newest_checkpoints(tmp_path / "run")[0] / "tokenizer.safetensors")
-    newest = newest_checkpoints(tmp_path / "run")[0] / "discriminator.safetensors"
+    expected = read_tensors(run_checkpoints(tmp_path / "run")[0] / "tokenizer.safetensors")
+    newest = run_checkpoints(tmp_path / "run")[0] / "discriminator.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1] + b"x")
     with caplog.at_level(logging.WARNING, "continuar"):
         train_tokenizer(run, tmp_path / "run", device=CPU, resume=True)
     assert "is damaged and passed over" in caplog.text
-    again = read_tensors(newest_checkpoints(tmp_path / "run")[0] / "tokenizer.safetensors")
+    again = read_tensors(run_checkpoints(tmp_path / "run")[0] / "tokenizer.safetensors")
     assert all(torch.equal(expected[k], v) for k, v in again.items())
-    for checkpoint in newest_checkpoints(tmp_path / "run"):
+    for checkpoint in run_checkpoints(tmp_path / "run"):
         (checkpoint / "tokenizer.safetensors").unlink()
     with pytest.raises(UserError, match=r"every checkpoint in .* is damaged"):
         train_tokenizer(run, tmp_path / "run", device=CPU, resume=True)
@@ -323,7 +328,7 @@ def test_runs_are_not_mixed(root: Path, tmp_path: Path) -> None:
 
 def test_a_run_that_diverges_stops_with_advice(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MemoryBatches, "batch", lambda self, step: torch.full((8, 3, 8, 8), float("nan")))
-    with pytest.raises(UserError, match=r"2 steps in a row had a non-finite loss or gradient .*there is no checkpoint yet"):
+    with pytest.raises(UserError, match=r"2 steps in a row had a non-finite loss or gradient; .*there is no checkpoint yet"):
         train_tokenizer(tiny_run(root, max_bad_steps=2, save_images=0), tmp_path / "run", device=CPU)
 
 

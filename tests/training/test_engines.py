@@ -17,7 +17,7 @@ from continuar.models.transformer import Block
 from continuar.orders import View
 from continuar.tokenizers import PixelConfig
 from continuar.training.config import LoopConfig, Run
-from continuar.training.engines import MAX_COMPILED, CompiledEngine, EagerEngine, GraphEngine, collect, flat_gradients
+from continuar.training.engines import MAX_COMPILED, CompiledEngine, EagerEngine, GraphEngine, collect_gradients, flat_gradients
 from continuar.training.step import TrainStep
 from tests.processes import group
 
@@ -150,6 +150,7 @@ def test_graph_engine_equals_the_one_it_captures_for_several_masked_counts(engin
         assert torch.allclose(results[0][0], results[1][0], rtol=1e-3 if bf16 else 1e-5)
         for plain, fast in zip(results[0][1], results[1][1], strict=True):
             assert (plain - fast).abs().max() <= (2e-2 if bf16 else 1e-4) * plain.abs().max() + 1e-7
+    assert len(graphs._graphs) == len(model.num_masked_distribution())  # none failed and fell back
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA device")
@@ -169,6 +170,26 @@ def test_graph_engine_accumulates_the_gradients_of_micro_batches_as_the_eager_on
             assert (plain - fast).abs().max() <= 1e-4 * plain.abs().max() + 1e-7
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA device")
+def test_graph_engine_captures_a_masked_count_that_was_not_announced(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = tiny_run().model_config(3).build().train().to("cuda")
+    counts = model.num_masked_distribution()
+    surprise = max(counts)
+    monkeypatch.setattr(model, "num_masked_distribution", lambda: {k: v for k, v in counts.items() if k != surprise})
+    tokens, labels = torch.randn(4, 16, 12, device="cuda"), torch.tensor([0, 1, 2, 0], device="cuda")
+    eager, graphs = EagerEngine(model, 0.1, False), GraphEngine(model, 0.1, False)
+    for seed in range(3):
+        gradients = []
+        for engine in (eager, graphs):
+            torch.manual_seed(seed)
+            engine(tokens, labels, model.training_view(4, torch.device("cuda"), surprise))
+            gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        for plain, fast in zip(*gradients, strict=True):
+            assert (plain - fast).abs().max() <= 1e-4 * plain.abs().max() + 1e-7
+    assert len(graphs._graphs) == len(counts)
+
+
 def test_flat_gradients_are_what_backward_adds_to() -> None:
     model = tiny_run().model_config(3).build().train()
     flat, parts = flat_gradients(model)
@@ -186,9 +207,9 @@ def test_flat_gradients_are_what_backward_adds_to() -> None:
 def test_gradients_are_collected_into_or_onto_their_places_whatever_their_type() -> None:
     places = [torch.full((2, 3), 5.0) for _ in range(4)]
     found = [torch.full((2, 3), 2.0), None, torch.full((2, 3), 3.0, dtype=torch.bfloat16), torch.full((2, 3), 4.0)]
-    collect(places, found, fresh=True)
+    collect_gradients(places, found, replace=True)
     assert [p.unique().item() for p in places] == [2, 0, 3, 4]
-    collect(places, found, fresh=False)
+    collect_gradients(places, found, replace=False)
     assert [p.unique().item() for p in places] == [4, 0, 6, 8]
     assert {p.dtype for p in places} == {torch.float32}
 

@@ -140,7 +140,7 @@ def test_sigterm_saves_and_exits_well(images: Path, tmp_path: Path, world: int) 
     assert finish(started) == [0] * world
     step = int(newest_checkpoints(run)[0].name.removeprefix("step-"))
     said = " ".join((tmp_path / f"{ranks[0]}").read_text().split())
-    assert f"stopped when asked to at step {step:,} of 12,500" in said
+    assert f"stopped on request at step {step:,} of 12,500" in said
     assert "Traceback" not in said
 
 

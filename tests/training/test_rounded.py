@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from continuar.training.engines import Bf16WeightCopies, Objective
+from continuar.training.engines import Bf16WeightCopies, MeanLoss
 from tests.training.test_engines import tiny_run
 
 
@@ -18,7 +18,7 @@ def test_the_same_loss_and_gradients_as_autocast_gives(backbone: dict[str, str])
     with torch.no_grad():
         for parameter in model.head.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
-    objective, tokens, labels = Objective(model, 0.1), torch.randn(4, 16, 12), torch.tensor([0, 1, 2, 0])
+    objective, tokens, labels = MeanLoss(model, 0.1), torch.randn(4, 16, 12), torch.tensor([0, 1, 2, 0])
     rounded = Bf16WeightCopies(objective, bf16=True)
     with torch.no_grad():
         model.backbone.encoder[0].mlp[0].weight.mul_(1.5)  # as a step of training would: the copies follow
@@ -40,7 +40,7 @@ def test_the_same_loss_and_gradients_as_autocast_gives(backbone: dict[str, str])
 
 
 def test_without_autocast_there_are_no_copies() -> None:
-    objective = Objective(tiny_run().model_config(3).build(), 0.1)
+    objective = MeanLoss(tiny_run().model_config(3).build(), 0.1)
     rounded = Bf16WeightCopies(objective, bf16=False)
     rounded.round()
     assert all(a is b for a, b in zip(rounded.leaves, objective.parameters(), strict=True))

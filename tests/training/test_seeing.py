@@ -1,6 +1,7 @@
 """What a run shows of itself: losses by time and by masked share, samples, trackers."""
 
 import json
+import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,43 +20,49 @@ from tests.tiny import tiny_run, write_images
 CPU = torch.device("cpu")
 
 
+def parts(meter: Meter, group: str) -> dict[str, float]:
+    """The meter's means of one group, by what stands behind its name."""
+    return {name.split("/")[1]: value for name, value in meter.read().means.items() if name.startswith(group)}
+
+
 @pytest.mark.parametrize("head", [DiffusionHead(5, 7, 16, 1), FlowHeadConfig(16, 1).build(5, 7)])
 def test_losses_by_time_are_parts_of_the_loss(head: Any) -> None:
     torch.manual_seed(0)
-    meter = Meter(head, CPU, SingleProcess())
+    meter = Meter(CPU, SingleProcess(), head)
     losses = [head(torch.randn(300, 7), torch.randn(300, 5)) for _ in range(3)]
     sums, counts = head.time_losses.clone()
     assert counts.sum() == 3 * 300 * head.diffusion_batch_mul
     assert ((counts / counts.sum() - 0.25).abs() < 0.05).all()
     torch.testing.assert_close(sums.sum() / counts.sum(), torch.stack(losses).mean())
-    found = meter.read().loss_by_time
+    found = parts(meter, "loss_by_time")
     assert list(found) == ["0.00-0.25", "0.25-0.50", "0.50-0.75", "0.75-1.00"]
     torch.testing.assert_close(torch.tensor(list(found.values())), sums / counts)
-    assert meter.read().loss_by_time == {}
+    assert parts(meter, "loss_by_time") == {}
 
 
 def test_times_are_sorted_into_their_quarters_and_what_is_no_number_counts_as_nothing() -> None:
     head = DiffusionHead(5, 7, 16, 1)
     head.record_loss_by_timestep(torch.tensor([0.1]), torch.tensor([1.0]))  # nobody watches
     assert head.time_losses is None
-    meter = Meter(head, CPU, SingleProcess())
+    meter = Meter(CPU, SingleProcess(), head)
     time = torch.tensor([[0.0, 0.2499, 0.25], [0.5, 0.999, 0.75]])
     head.record_loss_by_timestep(time, torch.tensor([[1.0, 3.0, 5.0], [7.0, torch.nan, 4.0]]))
-    assert meter.read().loss_by_time == {"0.00-0.25": 2.0, "0.25-0.50": 5.0, "0.50-0.75": 7.0, "0.75-1.00": 2.0}
+    assert parts(meter, "loss_by_time") == {"0.00-0.25": 2.0, "0.25-0.50": 5.0, "0.50-0.75": 7.0, "0.75-1.00": 2.0}
 
 
 def test_heads_without_times_and_steps_without_loss_show_none() -> None:
     head = RegressionHeadConfig(16, 1).build(5, 7)
-    meter = Meter(head, CPU, SingleProcess())
+    meter = Meter(CPU, SingleProcess(), head)
     head(torch.randn(3, 7), torch.randn(3, 5))
     one, good, bad = torch.tensor(1.0), torch.tensor(False), torch.tensor(True)
     for loss, flag, masked in ((2.0, good, 7), (4.0, good, 7), (torch.nan, bad, 7), (8.0, good, 10), (torch.inf, bad, 9)):
-        meter.add(torch.tensor(loss), one, one, flag, masked)
+        meter.add(flag, {"loss": torch.tensor(loss), "norm": one}, {f"loss_by_masked/{masked}": torch.tensor(loss)})
     averages = meter.read()
-    assert averages.loss_by_time == {}
-    assert averages.loss_by_masked == {"0.7": 3.0, "1.0": 8.0}
-    assert (averages.loss, averages.steps, averages.skipped) == (pytest.approx(14 / 3), 5, 2)
-    assert meter.read().loss_by_masked == {}
+    assert averages.means == {"loss": pytest.approx(14 / 3), "norm": 1.0, "loss_by_masked/7": 3.0, "loss_by_masked/10": 8.0}
+    assert (averages.steps, averages.skipped, averages.bad_in_a_row) == (5, 2, 1)
+    assert meter.read().means == {}
+    meter.add(bad, {"loss": one})
+    assert math.isnan(meter.read().means["loss"])
 
 
 def test_metrics_tell_time_left_parts_of_the_loss_and_the_largest_sample(tmp_path: Path) -> None:

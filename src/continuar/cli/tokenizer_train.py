@@ -13,6 +13,7 @@ from continuar.distributed import joined
 from continuar.recipes import TOKENIZER_RECIPES
 from continuar.training.autoencoder import train_tokenizer
 from continuar.training.config import TokenizerRun
+from continuar.training.trainer import Report
 
 
 @dataclass(frozen=True)
@@ -35,20 +36,29 @@ def run(options: Options) -> None:
         print(dry_run(options.run), end="")
         return
     device = options.process_device()
+    done = steps = 0
     with joined("ddp", device) as parallel, progress_bars(parallel.first) as bar:
         on_step = bar("training")
+
+        def on_report(report: Report) -> None:
+            nonlocal done, steps
+            done, steps = report.step, report.steps
+            on_step(done, steps)
+
         train_tokenizer(
             options.run,
             options.directory,
             device=device,
             resume=options.resume,
             force=options.force,
-            on_report=lambda report: on_step(report.step, report.steps),
+            on_report=on_report,
             on_read=bar("reading images"),
             parallel=parallel,
         )
     kept = options.directory / "tokenizer"
-    if parallel.first:
+    if parallel.first and done < steps:
+        print(f"stopped on request at step {done:,} of {steps:,}: {options.directory}  (--resume continues it)")
+    elif parallel.first:
         print(f"trained: {kept}  (continuar tokenizer evaluate {kept} DATA; continuar cache DATA {kept} DST)")
 
 

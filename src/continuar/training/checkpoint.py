@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,14 +31,18 @@ from continuar.checkpoints.store import (
 from continuar.distributed import SingleProcess, gathered_state, like, raise_on_all_ranks
 from continuar.errors import RemoteRankError, UserError, require
 from continuar.io import atomic_directory, checksum, read_json, read_tensors, temporary_path, write_json, write_tensors
-from continuar.pipeline import newest_checkpoints
 from continuar.tokenizers import Tokenizer
-from continuar.training.config import LoopConfig
+from continuar.training.config import LoopConfig, TokenizerLoopConfig
 from continuar.training.step import TrainStep
 
 OPTIMIZER, AVERAGES, STATE = "optimizer.safetensors", "averages.safetensors", "state.json"
 _OTHERS = {"averages": AVERAGES, "optimizer": OPTIMIZER}
 _LOG = logging.getLogger("continuar")
+
+
+def run_checkpoints(run_directory: Path) -> list[Path]:
+    """The complete checkpoints of a run of any kind, newest first; one that is being written has a hidden name."""
+    return sorted((run_directory / "checkpoints").glob("step-*"), reverse=True)
 
 
 def save_checkpoint(run_directory: Path, file: PipelineConfig, tokenizer: Tokenizer, trainer: TrainStep, step: int) -> Path:
@@ -67,24 +71,30 @@ def save_checkpoint(run_directory: Path, file: PipelineConfig, tokenizer: Tokeni
                     for group, name in _OTHERS.items():
                         if tensors := _state(trainer)[group]:
                             write_tensors(temporary / name, tensors)
-                sums = _sums(p for p in sorted(temporary.iterdir()) if p.is_file())
-                counts = {"step": step, "rollbacks": trainer.rollbacks, "processes": parallel.world}
-                write_json(temporary / STATE, {**counts, "checksums": sums})
+                write_state(temporary, step, trainer.rollbacks, parallel.world)
     if parallel.first:
-        _drop_old(run_directory, loop)
+        drop_old(run_directory, loop)
     return destination
 
 
-def load_newest(run_directory: Path, trainer: TrainStep, skip: int = 0) -> int:
-    """Restores the newest intact checkpoint and returns its step; a damaged one is said loudly and passed over.
+def write_state(checkpoint: Path, step: int, rollbacks: int, processes: int) -> None:
+    """Writes ``state.json``: the counts of a run, and the checksums of the files that are there."""
+    sums = _sums(p for p in sorted(checkpoint.iterdir()) if p.is_file())
+    write_json(checkpoint / STATE, {"step": step, "rollbacks": rollbacks, "processes": processes, "checksums": sums})
+
+
+def load_newest(run_directory: Path, trainer: Any, skip: int = 0, load: Callable[[Path, Any], None] | None = None) -> int:
+    """Restores the newest intact checkpoint and returns its step; a damaged one is logged as an error and passed over.
 
     Args:
+        trainer: gets the number of rollbacks; a `TrainStep` if ``load`` is not given.
         skip: leave out so many of the newest.
+        load: called with (checkpoint, trainer) to restore everything else.
 
     Raises:
         UserError: there are checkpoints, and every one is damaged.
     """
-    found = newest_checkpoints(run_directory)
+    found = run_checkpoints(run_directory)
     for checkpoint in found[skip:]:
         try:
             with raise_on_all_ranks(trainer.parallel):
@@ -94,16 +104,16 @@ def load_newest(run_directory: Path, trainer: TrainStep, skip: int = 0) -> int:
         except (UserError, OSError) as problem:
             _LOG.error("checkpoint %s is damaged and passed over: %s", checkpoint, problem)
         else:
-            _load(checkpoint, trainer)
+            (load or _load)(checkpoint, trainer)
             trainer.rollbacks = int(state.get("rollbacks", 0))
             return int(state["step"])
     require(not found, f"every checkpoint in {run_directory / 'checkpoints'} is damaged")
     return 0
 
 
-def _drop_old(run_directory: Path, loop: LoopConfig) -> None:
+def drop_old(run_directory: Path, loop: LoopConfig | TokenizerLoopConfig) -> None:
     """Leaves the newest checkpoints, the milestones, and nothing of a process that was killed while it wrote."""
-    for old in newest_checkpoints(run_directory)[loop.keep :]:
+    for old in run_checkpoints(run_directory)[loop.keep :]:
         if not loop.due(int(old.name.removeprefix("step-")), loop.milestone_images):
             shutil.rmtree(old)
     for torn in (run_directory / "checkpoints").glob(".step-*"):

@@ -408,20 +408,28 @@ class TokenizerLoopConfig:
     keep: int = 2
     """Number of newest checkpoints to keep."""
     max_bad_steps: int = 20
-    """Steps in a row with a non-finite loss or gradient until the run stops. Each is skipped."""
+    """Steps in a row with a non-finite loss or gradient until the run goes back to its last checkpoint. Each is skipped."""
+    max_rollbacks: int = 3
+    """Number of times that a run goes back before it stops."""
+    milestone_images: int = 0
+    """Every so many images, write a checkpoint that is never deleted; 0: never."""
     measure_images: int = 50_000
     """Images for measuring the scale of a KL tokenizer at the end."""
 
     def __post_init__(self) -> None:
         for name in ("images", "batch_size", "log_images", "keep", "max_bad_steps", "measure_images"):
             require(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}; allowed: 1 or more")
-        for name in ("sample_images", "save_images"):
+        for name in ("sample_images", "save_images", "milestone_images", "max_rollbacks"):
             require(getattr(self, name) >= 0, f"train.{name} is {getattr(self, name)}; allowed: 0 or more")
 
     @property
     def steps(self) -> int:
         """Optimizer steps in all."""
         return -(-self.images // self.batch_size)
+
+    def due(self, done: int, every_images: int) -> bool:
+        """Whether step ``done`` is the first to reach another multiple of ``every_images``; never for 0."""
+        return every_images > 0 and done * self.batch_size // every_images > (done - 1) * self.batch_size // every_images
 
 
 @dataclass(frozen=True)

@@ -1,46 +1,207 @@
-"""bfloat16 copies of the blocks' matrices, made once per step.
+"""How forward and backward of one micro-batch are executed.
 
-Autocast rounds a weight where it is used: compiled parts do so in kernels of their own, and turn its gradient back into float32 in
-others before anything reads it. With copies, one launch rounds all matrices, and gradients are widened where they are collected
-anyway. The numbers are the same.
-
-How forward and backward of one micro-batch are executed. Each engine leaves gradients in ``parameter.grad``, each micro-batch's
-share added to those of the step before it, and returns the micro-batch's mean loss.
+Each engine leaves gradients in ``parameter.grad``: the first micro-batch of a step replaces what was there, the others add to it.
+All engines return the micro-batch's mean loss.
 
 * `EagerEngine`: as written.
-* `CompiledEngine`: torch.compile of the parts that repeat, transformer block and head, per number of masked tokens: blocks
-  of equal shape share one compilation, where compiling the whole model would compile each of them again.
-* `GraphEngine`: forward and backward captured once per number of masked tokens and replayed as one launch; no compilation. It pays
-  where a step is many small kernels. Random numbers stay functions of the generator's seed: a replay reads the state it finds.
-  Matrices are rounded to bfloat16 once per step (`Bf16WeightCopies`).
-* `CompiledGraphEngine`: both, the compiled step captured.
+* `CompiledEngine`: torch.compile of the parts that repeat, transformer blocks and head, per number of masked tokens. Blocks of
+  equal shape share one compilation; compiling the whole model would compile each of them again.
+* `GraphEngine`: forward and backward captured as a CUDA graph per number of masked tokens, without compilation. It pays where a
+  step is many small kernels. A replay draws from the generator's state at that moment, so random numbers stay functions of the
+  seed.
+* `CompiledGraphEngine`: the compiled step, captured.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from continuar.cuda_graphs import GraphPool, Graphs, kept_generator
 from continuar.distributed import SingleProcess
-from continuar.errors import UserError, require
+from continuar.errors import require
 from continuar.models.base import TokenModel
 from continuar.models.transformer import Block
 from continuar.orders import View
 
+MAX_COMPILED = 7
+"""Masked counts that can be compiled. torch.compile keeps 8 shapes of one function; the decoder's blocks use one of them."""
+WARMUP_STEPS = 3
+"""Eager steps before a capture, in which libraries allocate what they will reuse."""
 
-class Bf16WeightCopies:
-    """A module that computes with such copies where bfloat16 autocast would make them.
+
+class MeanLoss(nn.Module):
+    """A model's mean loss as a module's forward, which parallel wrappers need."""
+
+    def __init__(self, model: TokenModel, label_dropout: float) -> None:
+        super().__init__()
+        self.model, self.label_dropout = model, label_dropout
+
+    def forward(self, tokens: Tensor, labels_B: Tensor, view: View) -> Tensor:
+        return self.model.loss(tokens, labels_B, view, self.label_dropout).mean()
+
+
+class EagerEngine:
+    """Runs forward and backward as they are written.
 
     Args:
-        module: whatever contains the blocks.
+        model: trains; its weights are sharded from here on where ``parallel`` shards.
+        label_dropout: see `TokenModel.loss`.
+        bf16: run under bfloat16 autocast.
+        parallel: the processes that train together.
+        micro_batches: how many of them this process has in a step; their gradients are averaged.
+
+    Raises:
+        UserError: more numbers of masked tokens than torch.compile keeps graphs for.
+    """
+
+    compiled: ClassVar[bool] = False
+
+    def __init__(
+        self, model: TokenModel, label_dropout: float, bf16: bool, parallel: SingleProcess | None = None, micro_batches: int = 1
+    ) -> None:
+        self._parallel = parallel or SingleProcess()
+        self._model, self._bf16, self._last = model, bf16, micro_batches - 1
+        self._device = next(model.parameters()).device
+        self._objective = self._parallel.wrap(MeanLoss(model, label_dropout), bf16)
+        self._compute: Callable[..., Tensor] = self._objective
+        self._share = torch.full((), 1 / micro_batches, device=self._device)
+        if self.compiled:
+            _compile(model)
+
+    def __call__(self, tokens: Tensor, labels_B: Tensor, view: View, number: int = 0) -> Tensor:
+        """The mean loss of micro-batch ``number`` of a step, detached."""
+        if number == 0:
+            self._model.zero_grad(set_to_none=True)
+        with self._parallel.syncing(self._objective, number == self._last):
+            loss = self._forward(tokens, labels_B, view)
+            loss.backward(self._share)
+        return loss.detach()
+
+    def _forward(self, tokens: Tensor, labels_B: Tensor, view: View) -> Tensor:
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
+            return self._compute(tokens, labels_B, view)
+
+
+class CompiledEngine(EagerEngine):
+    """Compiles the model's parts in place."""
+
+    compiled = True
+
+
+class GraphEngine(EagerEngine):
+    """Replays CUDA graphs. All graphs share one memory pool, and all gradients one buffer. Where gradients are accumulated, a
+    masked count has two graphs: one that replaces gradients and one that adds to them.
+
+    Several processes average the buffer after the replay of the last micro-batch, in one piece. So sending does not overlap with
+    backward; that costs little while a step is long beside sending 4 bytes per parameter.
+
+    Raises:
+        UserError: the device is not a CUDA device, or the weights are sharded.
+    """
+
+    def __init__(
+        self, model: TokenModel, label_dropout: float, bf16: bool, parallel: SingleProcess | None = None, micro_batches: int = 1
+    ) -> None:
+        device, parallel = next(model.parameters()).device, parallel or SingleProcess()
+        captures = "train.engine captures CUDA graphs, which"
+        require(device.type == "cuda", f"{captures} a {device.type} device does not have; allowed: eager, compile")
+        require(not parallel.sharded, f"{captures} have no sharded weights; allowed: --parallel ddp")
+        super().__init__(model, label_dropout, bf16, None, micro_batches)  # a graph holds no communication
+        self._processes = parallel
+        parallel.share([*(p.detach() for p in model.parameters()), *model.buffers()])
+        self._flat, self._gradients = flat_gradients(model)
+        self._compute = self._copies = Bf16WeightCopies(self._objective, bf16)
+        self._pool = GraphPool(device)
+        self._graphs = Graphs(self._pool, parameters=model.parameters())
+        self._inputs: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def __call__(self, tokens: Tensor, labels_B: Tensor, view: View, number: int = 0) -> Tensor:
+        if number == 0:
+            self._copies.round()
+        for parameter, gradient in zip(self._model.parameters(), self._gradients, strict=True):
+            parameter.grad = gradient
+        given, first = (tokens, labels_B, view.order_BN), self._inputs is None
+        if self._inputs is None:
+            self._inputs = tokens.clone(), labels_B.clone(), view.order_BN.clone()
+        for static, new in zip(self._inputs, given, strict=True):
+            static.copy_(new)
+        if first:
+            self._capture_all()
+        # A count that the model did not announce is captured when it comes.
+        replace = number == 0
+        loss = self._graphs.run((view.known, replace), partial(self._forward_backward, view.known, replace))
+        if number == self._last:
+            self._processes.average(self._flat)
+        return loss
+
+    def _capture_all(self) -> None:
+        """Warms up all masked counts and then captures them all. So there is one set of activations at any time: that of the step
+        that warms up, whose memory is given back, and then the pool's."""
+        counts = [self._model.order.seq_len - masked for masked in self._model.num_masked_distribution()]
+        # Warming up draws numbers and adds to gradients and metrics, which the step must find as they were.
+        added_to = [x for x in (self._flat, self._model.loss_by_timestep.time_losses) if x is not None]
+        before = [x.clone() for x in added_to]
+        with kept_generator(self._device):
+            memory = {known: self._pool.run(partial(self._warm_up, known)) for known in counts}
+        for x, value in zip(added_to, before, strict=True):
+            x.copy_(value)
+        # The memory that the largest graph leaves in the pool suffices for the others.
+        for known in sorted(counts, key=memory.__getitem__, reverse=True):
+            for replace in (True, False) if self._last else (True,):
+                self._graphs.capture((known, replace), partial(self._forward_backward, known, replace))
+
+    def _warm_up(self, known: int) -> int:
+        """Runs some steps with ``known`` known tokens and gives their memory back; bytes that forward keeps for backward."""
+        held = 0
+        for _ in range(WARMUP_STEPS):
+            before = torch.cuda.memory_allocated(self._device)
+            loss = self._forward(*self._static(known))
+            held = torch.cuda.memory_allocated(self._device) - before
+            self._backward(loss, replace=False)
+        torch.cuda.empty_cache()
+        return held
+
+    def _forward_backward(self, known: int, replace: bool) -> Tensor:
+        loss = self._forward(*self._static(known))
+        self._backward(loss, replace)
+        return loss.detach()
+
+    def _backward(self, loss: Tensor, replace: bool) -> None:
+        found = torch.autograd.grad(loss, self._copies.leaves, self._share, allow_unused=True)
+        collect_gradients(self._gradients, found, replace)
+
+    def _static(self, known: int) -> tuple[Tensor, Tensor, View]:
+        assert self._inputs is not None
+        tokens, labels_B, order_BN = self._inputs
+        return tokens, labels_B, View(order_BN, known)
+
+
+class CompiledGraphEngine(GraphEngine):
+    """Captures the compiled step. Compilation happens while the masked counts warm up."""
+
+    compiled = True
+
+
+class Bf16WeightCopies:
+    """A module that computes with bfloat16 copies of the blocks' matrices, made once per step.
+
+    Autocast would round a weight at every use, and compiled parts by kernels of their own that also turn its gradient back into
+    float32. With copies one launch rounds all matrices, and gradients are widened where they are collected anyway. The numbers are
+    the same.
+
+    Args:
+        module: contains the blocks.
         bf16: whether autocast is on; without it there are no copies.
 
     Attributes:
-        leaves: what to differentiate by, in the order of the module's parameters: a copy where there is one. A copy's gradient, in
+        leaves: tensors to differentiate by, in the order of the module's parameters: a copy where there is one. A copy's gradient,
+        in
             bfloat16, is the parameter's.
     """
 
@@ -60,198 +221,13 @@ class Bf16WeightCopies:
 
     @torch.no_grad()
     def round(self) -> None:
-        """Makes the copies those of the present weights."""
+        """Copies the present weights."""
         if self._copies:
             torch._foreach_copy_([*self._copies.values()], [*self._sources.values()])  # pyright: ignore[reportPrivateImportUsage]
 
     def __call__(self, *given: object) -> Tensor:
         """The module's forward."""
         return functional_call(self._module, self._copies, given)
-
-
-MAX_COMPILED = 7
-"""Masked counts that can be compiled. torch.compile keeps 8 shapes of one function; the decoder's blocks use one of them."""
-WARMUP_STEPS = 3
-"""Eager steps before a capture, in which libraries allocate what they will reuse."""
-
-
-class Objective(nn.Module):
-    """A model's mean loss as a module's forward, which is what parallel wrappers take hold of."""
-
-    def __init__(self, model: TokenModel, label_dropout: float) -> None:
-        super().__init__()
-        self.model, self.label_dropout = model, label_dropout
-
-    def forward(self, tokens: Tensor, labels_B: Tensor, view: View) -> Tensor:
-        return self.model.loss(tokens, labels_B, view, self.label_dropout).mean()
-
-
-class Engine(Protocol):
-    """Forward and backward of one micro-batch."""
-
-    def __call__(self, tokens: Tensor, labels_B: Tensor, view: View, number: int = 0) -> Tensor:
-        """The mean loss, detached. Micro-batch ``number`` 0 of a step replaces what was in ``parameter.grad``, others add to it."""
-        ...
-
-
-class EagerEngine:
-    """See the module's docstring.
-
-    Args:
-        model: what trains; its weights are sharded from here on where ``parallel`` shards.
-        label_dropout: see `TokenModel.loss`.
-        bf16: run under bfloat16 autocast.
-        parallel: the processes that train together.
-        micro_batches: how many of them this process has in a step; their gradients are averaged.
-    """
-
-    def __init__(
-        self, model: TokenModel, label_dropout: float, bf16: bool, parallel: SingleProcess | None = None, micro_batches: int = 1
-    ) -> None:
-        self._parallel = parallel or SingleProcess()
-        self._model, self._bf16, self._last = model, bf16, micro_batches - 1
-        device = next(model.parameters()).device
-        self._device_type = device.type
-        self._objective = self._parallel.wrap(Objective(model, label_dropout), bf16)
-        self._compute: Callable[..., Tensor] = self._objective
-        self._share = torch.full((), 1 / micro_batches, device=device)
-
-    def __call__(self, tokens: Tensor, labels_B: Tensor, view: View, number: int = 0) -> Tensor:
-        if number == 0:
-            self._model.zero_grad(set_to_none=True)
-        with self._parallel.syncing(self._objective, number == self._last):
-            loss = self._forward(tokens, labels_B, view)
-            loss.backward(self._share)
-        return loss.detach()
-
-    def _forward(self, tokens: Tensor, labels_B: Tensor, view: View) -> Tensor:
-        with torch.autocast(self._device_type, torch.bfloat16, enabled=self._bf16):
-            return self._compute(tokens, labels_B, view)
-
-
-class CompiledEngine(EagerEngine):
-    """See the module's docstring.
-
-    Raises:
-        UserError: more numbers of masked tokens than torch.compile keeps graphs for.
-    """
-
-    def __init__(
-        self, model: TokenModel, label_dropout: float, bf16: bool, parallel: SingleProcess | None = None, micro_batches: int = 1
-    ) -> None:
-        super().__init__(model, label_dropout, bf16, parallel, micro_batches)
-        _compile(model)
-
-
-class GraphEngine(EagerEngine):
-    """See the module's docstring. All graphs share one memory pool, and all gradients one buffer. Where gradients are accumulated,
-    a masked count has two graphs: one that begins with zeros and one that adds.
-
-    The first call warms up all of the model's masked counts and then captures them all, so that there is one set of activations at
-    any time: that of the step that warms up, whose memory is given back, and then the pool's.
-
-    Several processes average that buffer after the replay of the last micro-batch, in one piece: nothing of it overlaps with
-    backward, which costs little while a step is long beside sending 4 bytes per parameter.
-
-    Raises:
-        UserError: the device is not a CUDA device, or the weights are sharded.
-    """
-
-    def __init__(
-        self, model: TokenModel, label_dropout: float, bf16: bool, parallel: SingleProcess | None = None, micro_batches: int = 1
-    ) -> None:
-        super().__init__(model, label_dropout, bf16, None, micro_batches)  # what is captured talks to no other process
-        if self._device_type != "cuda":
-            raise UserError(
-                f"train.engine captures CUDA graphs, which a {self._device_type} device does not have; allowed: eager, compile"
-            )
-        self._together = parallel or SingleProcess()
-        require(
-            not self._together.sharded, "train.engine captures CUDA graphs, which have no sharded weights; allowed: --parallel ddp"
-        )
-        self._together.share([*(p.detach() for p in model.parameters()), *model.buffers()])
-        self._flat, self._gradients = flat_gradients(model)
-        self._compute = self._rounded = Bf16WeightCopies(self._objective, bf16)
-        self._inputs: tuple[Tensor, Tensor, Tensor] | None = None
-        self._captured: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self._flat.device)
-
-    def __call__(self, tokens: Tensor, labels_B: Tensor, view: View, number: int = 0) -> Tensor:
-        if number == 0:
-            self._rounded.round()
-        if self._inputs is None:
-            self._inputs = tokens.clone(), labels_B.clone(), view.order_BN.clone()
-        for static, given in zip(self._inputs, (tokens, labels_B, view.order_BN), strict=True):
-            static.copy_(given)
-        for parameter, gradient in zip(self._model.parameters(), self._gradients, strict=True):
-            parameter.grad = gradient
-        if not self._captured:
-            self._capture_all()
-        graph, loss = self._captured[view.known, number == 0]
-        graph.replay()
-        if number == self._last:
-            self._together.average(self._flat)
-        return loss
-
-    def _capture_all(self) -> None:
-        device = self._flat.device
-        state = torch.cuda.get_rng_state(device)  # capturing draws nothing, but warming up does: leave it as this step found it
-        needs = self._warm_up()
-        # What the largest leaves in the pool has room for the others.
-        for known in sorted(needs, key=lambda known: needs[known], reverse=True):
-            for fresh in (True, False) if self._last else (True,):
-                self._captured[known, fresh] = self._capture(known, fresh)
-        torch.cuda.set_rng_state(state, device)
-
-    def _warm_up(self) -> dict[int, int]:
-        """Runs some steps of every number of known tokens and gives their memory back; bytes that each leaves for backward."""
-        counts = [self._model.order.seq_len - queried for queried in self._model.num_masked_distribution()]
-        added_to = [x for x in (self._flat, self._model.loss_by_timestep.time_losses) if x is not None]
-        kept = [x.clone() for x in added_to]
-        needs: dict[int, int] = {}
-        self._stream.wait_stream(torch.cuda.current_stream(self._flat.device))
-        with torch.cuda.stream(self._stream):
-            for known in counts:
-                for _ in range(WARMUP_STEPS):
-                    needs[known] = self._warm_up_once(known)
-                torch.cuda.empty_cache()
-        torch.cuda.current_stream(self._flat.device).wait_stream(self._stream)
-        for x, found in zip(added_to, kept, strict=True):
-            x.copy_(found)
-        return needs
-
-    def _warm_up_once(self, known: int) -> int:
-        before = torch.cuda.memory_allocated(self._flat.device)
-        loss = self._forward(*self._given(known))
-        held = torch.cuda.memory_allocated(self._flat.device) - before
-        self._backward(loss, fresh=False)
-        return held
-
-    def _capture(self, known: int, fresh: bool) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        graph = torch.cuda.CUDAGraph()
-        # Left to itself torch captures on a stream of the current device, which need not be this one.
-        with torch.cuda.device(self._flat.device), torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-            loss = self._forward(*self._given(known))
-            self._backward(loss, fresh)
-        return graph, loss.detach()
-
-    def _backward(self, loss: Tensor, fresh: bool) -> None:
-        collect(self._gradients, torch.autograd.grad(loss, self._rounded.leaves, self._share, allow_unused=True), fresh)
-
-    def _given(self, known: int) -> tuple[Tensor, Tensor, View]:
-        assert self._inputs is not None
-        tokens, labels_B, order_BN = self._inputs
-        return tokens, labels_B, View(order_BN, known)
-
-
-class CompiledGraphEngine(GraphEngine):
-    """See the module's docstring. Compilation happens while the masked counts warm up."""
-
-    def __init__(
-        self, model: TokenModel, label_dropout: float, bf16: bool, parallel: SingleProcess | None = None, micro_batches: int = 1
-    ) -> None:
-        super().__init__(model, label_dropout, bf16, parallel, micro_batches)
-        _compile(model)
 
 
 def flat_gradients(model: TokenModel) -> tuple[Tensor, list[Tensor]]:
@@ -262,21 +238,23 @@ def flat_gradients(model: TokenModel) -> tuple[Tensor, list[Tensor]]:
     return flat, [part[: p.numel()].view_as(p) for p, part in zip(parameters, flat.split(sizes), strict=True)]
 
 
-def collect(places: Sequence[Tensor], found: Sequence[Tensor | None], fresh: bool) -> None:
-    """Gradients into their places by a few launches for all, or onto what is there (one launch per matrix whose gradient is of
-    another type). Autograd would add each to zeros by a launch of its own."""
+def collect_gradients(places: Sequence[Tensor], found: Sequence[Tensor | None], replace: bool) -> None:
+    """Writes gradients to their places, or adds them to what is there; a missing gradient is zero.
+
+    Takes a few launches for all. Autograd would add each gradient by a launch of its own.
+    """
     pairs = list(zip(places, found, strict=True))
-    if fresh:
+    if replace:
         for place in (place for place, gradient in pairs if gradient is None):
             place.zero_()
-    put = torch._foreach_copy_ if fresh else torch._foreach_add_  # pyright: ignore[reportPrivateImportUsage]
+    put = torch._foreach_copy_ if replace else torch._foreach_add_  # pyright: ignore[reportPrivateImportUsage]
     for dtype in {gradient.dtype for gradient in found if gradient is not None}:  # one type per launch
         to, gradients = zip(*((place, g) for place, g in pairs if g is not None and g.dtype == dtype), strict=True)
         put(to, gradients)
 
 
 def _compile(model: TokenModel) -> None:
-    """Compiles the model's parts in place; parameters, state dict and results stay what they were."""
+    """Compiles the model's parts in place; parameters, state dict and results stay the same."""
     counts = len(model.num_masked_distribution())
     require(
         counts <= MAX_COMPILED,

@@ -18,12 +18,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from continuar.distributed import SingleProcess, gathered, local
 from continuar.errors import require
 from continuar.io import read_tensors, write_tensors
 from continuar.models.base import TokenModel
+from continuar.tensors import lerp_unless_
 from continuar.training.config import EMAConfig
 
 Numbers = float | np.ndarray
@@ -73,13 +73,12 @@ class PowerAverages:
         averages = [[local(self.tensors[f"{s}/{name}"]) for name in self._parameters] for s in self._lengths]
         return averages, [local(p.detach()) for p in self._parameters.values()]
 
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Follows the weights after optimizer step ``step`` (0-based)."""
+    def update(self, step: int, bad: Tensor | None = None) -> None:
+        """Follows the weights after optimizer step ``step`` (0-based), unless ``bad``, a bool tensor."""
         averages, source = self._parts
         for gamma, average in zip(self._gammas, averages, strict=True):
             beta = (1 - 1 / (step + 1)) ** (gamma + 1)
-            get_ema_multi_avg_fn(beta)(average, source, step)
+            lerp_unless_(average, source, 1 - beta, bad)
 
     def write(self, run_directory: Path, done: int, parallel: SingleProcess) -> None:
         """Adds ``averages/step-NNNNNNNN.safetensors`` to the run; all processes together, and the first writes."""
