@@ -1,7 +1,7 @@
 """Scores of image features: Frechet distance, inception score, kernel distance, precision and recall, nearest neighbours.
 
-Everything but the neighbours is float64. torchmetrics and torch-fidelity have no functions for these that take features block by
-block or keep the settings of the papers, so the scores are written out here; the tests compare them with torchmetrics' classes.
+Everything but the neighbours is float64. The scores are written out here, because torchmetrics' classes take images instead of
+features, and torch-fidelity cannot be imported without torchvision. The tests compare them with torchmetrics.
 """
 
 from __future__ import annotations

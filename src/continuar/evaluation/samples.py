@@ -122,18 +122,12 @@ def _is_image(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
 
 
-class FlatFolder(Source):
+class FlatFolder(FolderSource):
     """ROOT/IMAGE, sorted by name, without classes."""
 
     def __init__(self, root: Path) -> None:
-        self.paths = sorted(p for p in root.iterdir() if _is_image(p) and p.is_file())
-        self.classes, self.labels = ("",), np.zeros(len(self.paths), np.int64)
-
-    def read(self, index: int) -> bytes:
-        return self.paths[index].read_bytes()
-
-    def name(self, index: int) -> str:
-        return str(self.paths[index])
+        self._paths = sorted(p for p in root.iterdir() if _is_image(p) and p.is_file())
+        self.classes, self.labels = ("",), np.zeros(len(self._paths), np.int64)
 
 
 class EncodedImages(Images):
@@ -148,7 +142,7 @@ class EncodedImages(Images):
         height, width = self._decode(0, None).shape[:2]
         self.size = (height, width) if size is None else (size, size)
         names = [source.name(i) for i in range(len(source))]
-        self._files = names if isinstance(source, FolderSource | FlatFolder) else _archives(path)
+        self._files = names if isinstance(source, FolderSource) else _archives(path)
         lossy = {Path(name).suffix.lower() for name in names} & LOSSY
         if lossy:
             self.notes = (f"{path} holds {', '.join(sorted(lossy))} files: lossy compression changes features",)
