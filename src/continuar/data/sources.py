@@ -103,7 +103,7 @@ class FolderSource(Source):
 
     def __init__(self, root: Path) -> None:
         folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-        found = [(folder.name, path) for folder in folders for path in sorted(folder.rglob("*")) if _is_image(path)]
+        found = [(folder.name, path) for folder in folders for path in sorted(folder.rglob("*")) if is_image(path)]
         loose = sum(p.suffix.lower() in SUFFIXES for p in root.iterdir())
         problem = f"no class folders with images ({loose} images lie loose in it)" if loose else "no images"
         require(bool(found), f"{root} has {problem}; allowed: {root}/CLASS/IMAGE.png")
@@ -117,7 +117,8 @@ class FolderSource(Source):
         return str(self._paths[index])
 
 
-def _is_image(path: Path) -> bool:
+def is_image(path: Path) -> bool:
+    """True for a visible file whose name ends as an image's."""
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 

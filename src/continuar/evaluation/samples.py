@@ -20,7 +20,7 @@ import numpy as np
 from continuar.config import to_json
 from continuar.data.decode import Unusable, decode
 from continuar.data.loader import DIGITS, load_images
-from continuar.data.sources import SUFFIXES, FolderSource, Source, find_source
+from continuar.data.sources import FolderSource, Source, find_source, is_image
 from continuar.errors import UserError, require
 from continuar.evaluation.networks import sha256_of_state
 from continuar.pipeline import EngineName, Pipeline, resolve_engine
@@ -114,19 +114,15 @@ def open_images(path: str | Path, *, size: int | None = None, split: str = "trai
         )
         return found
     # Generated images lie loose in one folder; training data never does.
-    loose = path.is_dir() and any(_is_image(p) for p in path.iterdir())
+    loose = path.is_dir() and any(is_image(p) for p in path.iterdir())
     return EncodedImages(path, FlatFolder(path) if loose else find_source(path, split), size)
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
 
 
 class FlatFolder(FolderSource):
     """ROOT/IMAGE, sorted by name, without classes."""
 
     def __init__(self, root: Path) -> None:
-        self._paths = sorted(p for p in root.iterdir() if _is_image(p) and p.is_file())
+        self._paths = sorted(p for p in root.iterdir() if is_image(p))
         self.classes, self.labels = ("",), np.zeros(len(self._paths), np.int64)
 
 
