@@ -2,14 +2,14 @@
 
     python examples/audio_frames.py [--out out/audio_frames] [--steps 1150]
 
-Tones are made by frequency modulation (Chowning 1973): a sine of the pitch whose phase is bent by a second sine, both dying away.
-The label says the pitch alone; phases, timbre and decay are drawn anew for each tone. A token is a frame of 64 samples:
+Tones are made by frequency modulation (Chowning 1973): the phase of a sine at the pitch is bent by a second sine, and both decay.
+The label is the pitch; phases, timbre and decay are random for each tone. A token is a frame of 64 samples:
 
 1. Draw tones; their frames are the tokens [B, 32, 64]. No spectrogram, no codec: the wave itself.
 2. Train a causal model in raster order, the pitch as class label.
-3. Generate half a second of every pitch. The first frame is free, the others must go on with its phase: a jump would be heard.
-4. Compare with data: the pitch read from the wave by its autocorrelation, the mean spectrum, and how rough the wave is where frames
-   meet. Writes spectrograms of data beside samples, and tones.wav: a scale of data, then the same scale of samples.
+3. Generate half a second of every pitch. The first frame is free; the others must continue its phase, or a jump would be heard.
+4. Compare with data: the pitch, read from the wave by its autocorrelation; the mean spectrum; the roughness where frames meet. The
+   script writes spectrograms of data beside samples, and tones.wav: a scale of data, then the same scale of samples.
 
 A few minutes of one core's time on a CPU. Needs matplotlib (pip install 'continuar[demo]').
 """
@@ -55,28 +55,28 @@ def draw_tones(labels_B: Tensor, frames: int = FRAMES) -> Tensor:
 
 
 def autocorrelation(waves_BT: Tensor, lag_seconds: Tensor) -> Tensor:
-    """Of each wave at each lag, relative to lag 0: [B, lags]. Lags need not be whole samples: it is a sum of cosines."""
-    length = 2 * waves_BT.shape[1]  # padded, so that the end does not meet the beginning
+    """Autocorrelation of each wave at each lag, relative to lag 0: [B, lags]. Lags need not be whole samples."""
+    length = 2 * waves_BT.shape[1]  # zeros keep the end of a wave from meeting its beginning
     power = torch.fft.rfft(waves_BT, n=length).abs().square()
-    power[:, 1:-1] *= 2  # these frequencies stand for their negatives too
+    power[:, 1:-1] *= 2  # each of these frequencies also stands for its negative
     cosines = (2 * math.pi * RATE / length * torch.arange(power.shape[1]).unsqueeze(1) * lag_seconds).cos()
     return power @ cosines / power.sum(1, keepdim=True)
 
 
 def read_pitch(waves_BT: Tensor) -> Tensor:
-    """The label of each wave: the highest pitch after whose period the wave is about as much like itself as after any."""
+    """The label of each wave: the highest pitch whose period gives at least 0.9 of the largest autocorrelation."""
     alike = autocorrelation(waves_BT, 1 / torch.tensor(PITCHES))
     return (alike > 0.9 * alike.amax(1, keepdim=True)).long().mul(torch.arange(len(PITCHES)) + 1).argmax(1)
 
 
 def spectrum(waves_BT: Tensor) -> Tensor:
-    """Mean power in decibels by frequency."""
+    """Mean power of waves in decibels, by frequency."""
     power = torch.fft.rfft(waves_BT * torch.hann_window(waves_BT.shape[1])).abs().square().mean(0)
     return 10 * (power + 1e-3).log10()
 
 
 def roughness(tones_BNT: Tensor) -> float:
-    """Second differences across the borders of frames over those inside, root mean square: 1 if borders cannot be told."""
+    """RMS of second differences across frame borders over that inside frames; 1 if borders cannot be heard."""
     bend = tones_BNT.flatten(1).diff(n=2)
     border = torch.zeros(bend.shape[1], dtype=torch.bool)
     border[FRAME - 2 :: FRAME], border[FRAME - 1 :: FRAME] = True, True
@@ -84,7 +84,7 @@ def roughness(tones_BNT: Tensor) -> float:
 
 
 def build(frames: int = FRAMES, width: int = 96) -> Model:
-    """A causal model over frames, told the pitch."""
+    """A causal model over frames, with the pitch as class."""
     return ModelConfig(
         TokenSpec((1, frames), FRAME),
         len(PITCHES),
@@ -95,7 +95,7 @@ def build(frames: int = FRAMES, width: int = 96) -> Model:
 
 
 def train(model: Model, steps: int, std: Tensor, batch: int = 64) -> Model:
-    """Fresh tones at every step; tokens are divided by ``std``, for the head expects about unit standard deviation."""
+    """Trains on new tones at every step. Tokens are divided by ``std``: the head expects about unit standard deviation."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.1)
     frames = model.config.tokens.seq_len
@@ -120,7 +120,7 @@ def sample(model: Model, labels_B: Tensor, std: Tensor, guidance: float = 1.0, d
 
 
 def report(name: str, tones: Tensor, labels: Tensor, reference: Tensor) -> None:
-    """Statistics of tones; ``reference`` are tones of data with the same labels."""
+    """Prints statistics of tones; ``reference`` are tones of data with the same labels."""
     waves = tones.flatten(1)
     right = (read_pitch(waves) == labels).float().mean()
     off = [(spectrum(waves[labels == c]) - spectrum(reference.flatten(1)[labels == c])).abs().mean() for c in labels.unique()]

@@ -2,13 +2,13 @@
 
     python examples/digits_from_attributes.py [--out out/digits_from_attributes] [--images 50000]
 
-No label is given. The model is told six vectors: the letters of "seven" one by one, and how much ink and slant to use compared with
-other sevens. Whatever makes such vectors can take the place of the spelling here:
+There are no labels. The condition of an image is six vectors: the letters of "seven" one by one, and how much ink and slant to use
+compared with other sevens. A text encoder could make these vectors instead of the spelling:
 
 1. Measure ink and slant of scikit-learn's digits; make each image's sequence [6, 28] of them and of its name.
 2. Train MAR with a condition of six vectors; one in ten sequences is dropped, for guidance.
 3. Generate: every word at growing ink, and at growing slant, from the same seeds.
-4. Compare: what a support vector machine reads, and how ink and slant as measured follow those asked for.
+4. Compare: the word that a support vector machine reads with the requested word, and measured with requested ink and slant.
 
 A few minutes of one core's time on a CPU. Needs scikit-learn and matplotlib (pip install 'continuar[demo]').
 """
@@ -39,7 +39,7 @@ CONDITION = VectorsConfig(dim=len(LETTERS) + 2, count=PLACES + 1)
 
 
 def describe(digits_B: Tensor, attributes_B2: Tensor) -> Tensor:
-    """The sequence [B, 6, 28] for each digit: its letters, zeros behind a short word, then a vector with ink and slant."""
+    """The sequence [B, 6, 28] for each digit: its letters, zeros after a short word, then a vector with ink and slant."""
     spelled = torch.zeros(len(WORDS), PLACES, len(LETTERS))
     for number, word in enumerate(WORDS):
         for place, letter in enumerate(word):
@@ -51,7 +51,7 @@ def describe(digits_B: Tensor, attributes_B2: Tensor) -> Tensor:
 
 
 def measure(images_BHW: Tensor) -> Tensor:
-    """(ink, slant) [B, 2] of images in [0, 1]: the mean, and how far strokes move to the right per row upwards."""
+    """(ink, slant) [B, 2] of images in [0, 1]: the mean, and the shift of strokes to the right per row upwards."""
     ink = images_BHW.mean((1, 2))
     mass = images_BHW / images_BHW.sum((1, 2), keepdim=True).clamp_min(1e-6)
     rows, columns = torch.arange(8.0).view(-1, 1), torch.arange(8.0)
@@ -62,7 +62,7 @@ def measure(images_BHW: Tensor) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Digits:
-    """Images in [0, 1], and what each is told: its digit, and its attributes compared with those of the same digit."""
+    """Images in [0, 1], their digits, and the mean and std of the attributes of each digit."""
 
     images_BHW: Tensor
     digits_B: Tensor
@@ -70,7 +70,7 @@ class Digits:
     std_of_digit: Tensor
 
     def relative(self, attributes_B2: Tensor, digits_B: Tensor) -> Tensor:
-        """Attributes as measured -> in standard deviations from the mean of that digit."""
+        """Measured attributes in standard deviations from the mean of their digit."""
         return (attributes_B2 - self.mean_of_digit[digits_B]) / self.std_of_digit[digits_B]
 
 
@@ -83,25 +83,27 @@ def load() -> Digits:
 
 
 def build(std: float, width: int = 96, depth: int = 2) -> tuple[Model, PixelTokenizer]:
-    """A MAR over 16 tokens of 2x2 pixels that is told a sequence of vectors, and its tokenizer."""
+    """A MAR over 16 tokens of 2x2 pixels with a sequence of vectors as condition, and its tokenizer."""
     tokenizer = PixelConfig(image_size=8, patch=2, channels=1, std=std).build()
     sizes = {"width": width, "encoder_depth": depth, "heads": 4, "decoder_depth": depth}
-    # As many places in the buffer as condition vectors: each stands there once.
+    # The buffer holds the condition; with as many places as vectors, each vector stands there once.
     backbone = MAEConfig(**sizes, buffer=CONDITION.count, attention_dropout=0.0, dropout=0.0)
     head = DiffusionHeadConfig(width=128, depth=3, prediction="v_prediction")
     return ModelConfig(tokenizer.spec, backbone=backbone, head=head, condition=CONDITION).build(), tokenizer
 
 
 def train(model: Model, tokenizer: PixelTokenizer, data: Digits, images: int, batch: int = 64) -> Model:
-    """``images`` training images, repetitions counted."""
+    """Trains on this many images, repetitions counted."""
     tokens = tokenizer.tokenize(tokenizer.encode((data.images_BHW * 2 - 1)[:, None].expand(-1, 3, -1, -1)))
-    told = describe(data.digits_B, data.relative(measure(data.images_BHW), data.digits_B))
+    conditions = describe(data.digits_B, data.relative(measure(data.images_BHW), data.digits_B))
     steps = -(-images // batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.1)
     for step in range(steps):
         chosen = torch.randint(len(tokens), (batch,))
-        loss = model.loss(tokens[chosen], told[chosen], model.training_view(batch, tokens.device), condition_dropout=0.1).mean()
+        loss = model.loss(
+            tokens[chosen], conditions[chosen], model.training_view(batch, tokens.device), condition_dropout=0.1
+        ).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 3.0)
@@ -112,20 +114,20 @@ def train(model: Model, tokenizer: PixelTokenizer, data: Digits, images: int, ba
     return model.eval()
 
 
-def sample(pipe: Pipeline, told: Tensor, seeds: Tensor) -> Tensor:
-    """One image [8, 8] in [0, 1] per sequence and seed."""
-    tokens = generate(pipe.model, SamplingInput.blank(pipe.model.config.tokens, seeds, told), pipe.defaults)
+def sample(pipe: Pipeline, conditions: Tensor, seeds: Tensor) -> Tensor:
+    """Images [B, 8, 8] in [0, 1], one per condition and seed."""
+    tokens = generate(pipe.model, SamplingInput.blank(pipe.model.config.tokens, seeds, conditions), pipe.defaults)
     return (pipe.tokenizer.decode(tokens)[:, 0] + 1) / 2
 
 
 def report(pipe: Pipeline, data: Digits, count: int) -> None:
-    """What is read from generated images against what was asked for."""
+    """Prints how often the word that was asked for is read, and how measured ink and slant follow the requested ones."""
     from sklearn.svm import SVC
 
-    judge = SVC(gamma="scale").fit(data.images_BHW.flatten(1).numpy(), data.digits_B.numpy())
+    reader = SVC(gamma="scale").fit(data.images_BHW.flatten(1).numpy(), data.digits_B.numpy())
     digits, asked = torch.arange(count) % 10, torch.randn(count, 2).clamp(-2, 2)
     drawn = sample(pipe, describe(digits, asked), torch.arange(count))
-    right = (torch.from_numpy(judge.predict(drawn.flatten(1).numpy())) == digits).float().mean()
+    right = (torch.from_numpy(reader.predict(drawn.flatten(1).numpy())) == digits).float().mean()
     got = data.relative(measure(drawn), digits)
     ink, slant = (torch.corrcoef(torch.stack((asked[:, i], got[:, i])))[0, 1] for i in range(2))
     print(f"{count} images: read as the word {right:.3f}; correlation of asked and measured ink {ink:.3f}, slant {slant:.3f}")

@@ -1,10 +1,10 @@
-"""The diffusion head alone: a 2-D distribution whose shape depends on a condition.
+"""The diffusion head without a transformer: a 2-D distribution whose shape depends on a condition.
 
     python examples/head_on_2d.py [--out out/head_on_2d.png] [--steps 1200]
 
-For an angle c the points lie on a ring with a gap at c, a shape that no Gaussian and no regression describes. Trains in under
-a minute on a CPU, plots samples beside data, and prints the energy distance between them (0 if the distributions are equal; that
-between two draws of the data is printed for comparison). Needs matplotlib (pip install 'continuar[demo]').
+For an angle c the points lie on a ring with a gap at c, a shape that no Gaussian and no regression describes. The script trains in
+less than a minute on a CPU, plots samples beside data, and prints the energy distance between them. It is 0 if the distributions
+are equal; the distance between two draws of the data is printed for comparison. Needs matplotlib (pip install 'continuar[demo]').
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from continuar import DiffusionHead
 
 
 def draw_data(angle: Tensor) -> Tensor:
-    """One point [M, 2] per angle [M]: on a ring of radius 1, anywhere but within 60 degrees of the angle."""
+    """One point [M, 2] per angle [M]: on a ring of radius 1, at least 60 degrees away from the angle."""
     theta = angle + math.pi / 3 + torch.rand_like(angle) * (4 * math.pi / 3)
     radius = 1 + 0.08 * torch.randn_like(angle)
     return torch.stack((radius * theta.cos(), radius * theta.sin()), -1)
 
 
 def condition(angle: Tensor) -> Tensor:
-    """What the head is told: (cos, sin) [M, 2]. Any vectors would do: a backbone's output, features, an embedding."""
+    """The condition of the head: (cos, sin) [M, 2]. Any vectors would do: a backbone's output, features, an embedding."""
     return torch.stack((angle.cos(), angle.sin()), -1)
 
 

@@ -2,9 +2,9 @@
 
     python examples/inpaint_digits.py [RUN] [--out out/inpaint_digits.png]
 
-RUN is a run of the recipe `digits`; without it one is trained into out/digits, or continued there (2.5 minutes on two
-free cores; needs scikit-learn, pip install 'continuar[demo]'). A row shows a real digit, the part that the model sees,
-and ten samples with different seeds. The last row shows the upper half of a digit completed as each class. Given pixels come back
+RUN is a run of the recipe `digits`. Without it, the script trains one in out/digits, or continues it there (2.5 minutes on two free
+cores; needs scikit-learn, pip install 'continuar[demo]'). A row shows a real digit, the part that the model sees, and ten samples
+with different seeds. The last row shows the upper half of a digit completed as each class. Given pixels come back
 unchanged.
 """
 

@@ -2,15 +2,15 @@
 
     python examples/time_series.py [--out out/time_series.png] [--steps 1200]
 
-The series has three channels and a hidden regime that switches now and then: channels 1 and 2 turn slowly with little noise, or
-fast with much; channel 3 follows channel 1, or its opposite. Nothing tells the model which regime it is, so the next value has a
-distribution of two modes. A token is the three values of one moment:
+The series has three channels and a hidden regime that switches at random: channels 1 and 2 rotate slowly with little noise, or fast
+with much noise; channel 3 follows channel 1, or its negative. The model does not see the regime, so the next value has a
+distribution with two modes. A token is the three values of one moment:
 
-1. Draw series from the process; tokens [B, N, 3], nothing else is needed: no image, no tokenizer, no condition.
-2. Train a causal model in random order: it learns every conditional p(x_t | any other moments), not only that of the future.
-3. Generate series from nothing, and several fillings of a gap for series that are known elsewhere.
+1. Draw series from the process as tokens [B, N, 3]. No image, tokenizer or condition is needed.
+2. Train a causal model in random order. It learns every conditional p(x_t | any other moments), not only that of the future.
+3. Generate series from nothing, and fill a gap in a known series several times.
 4. Compare with data: standard deviation and autocorrelation of each channel, and the exact log-likelihood per step, which a filter
-   over the hidden regime gives: too noisy series would have less of it than data, too tame ones more.
+   over the hidden regime gives. It would be lower than that of data for too noisy series, and higher for too smooth ones.
 
 A few minutes of one core's time on a CPU. Needs matplotlib (pip install 'continuar[demo]').
 """
@@ -38,13 +38,13 @@ STAY = 15 / 16
 """The probability that the regime of the next moment is that of this one."""
 
 
-def _turn(period: float, radius: float, pull: float) -> Tensor:
-    """The matrix of one regime: channels 1 and 2 turn once in ``period`` steps, channel 3 is pulled by channel 1."""
+def _rotation(period: float, radius: float, pull: float) -> Tensor:
+    """The matrix of one regime: channels 1 and 2 rotate once in ``period`` steps, channel 3 is pulled by channel 1."""
     c, s = radius * math.cos(2 * math.pi / period), radius * math.sin(2 * math.pi / period)
     return torch.tensor([[c, -s, 0.0], [s, c, 0.0], [pull, 0.0, 0.6]])
 
 
-MATRICES = torch.stack((_turn(24, 0.98, 0.4), _turn(6, 0.9, -0.4)))
+MATRICES = torch.stack((_rotation(24, 0.98, 0.4), _rotation(6, 0.9, -0.4)))
 NOISE = torch.tensor([[0.12, 0.12, 0.1], [0.4, 0.4, 0.3]])
 """Standard deviation of the noise by regime and channel."""
 
@@ -76,7 +76,7 @@ def log_likelihood(x_BND: Tensor) -> Tensor:
 
 
 def autocorrelation(x_BND: Tensor, lags: int) -> Tensor:
-    """Of each channel at lags 0..lags-1: [lags, 3]."""
+    """Autocorrelation of each channel at lags 0..lags-1: [lags, 3]."""
     x = x_BND - x_BND.mean((0, 1))
     products = [(x[:, : x.shape[1] - lag] * x[:, lag:]).mean((0, 1)) for lag in range(lags)]
     return torch.stack(products) / products[0]
@@ -93,7 +93,7 @@ def build(length: int = LENGTH, width: int = 64) -> Model:
 
 
 def train(model: Model, steps: int, std: Tensor, batch: int = 64) -> Model:
-    """Fresh series at every step; tokens are divided by ``std``, for the head expects about unit standard deviation."""
+    """Trains on new series at every step. Tokens are divided by ``std``: the head expects about unit standard deviation."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.1)
     length = model.config.tokens.seq_len
@@ -111,13 +111,13 @@ def train(model: Model, steps: int, std: Tensor, batch: int = 64) -> Model:
 
 
 def sample(model: Model, count: int, std: Tensor, diffusion_steps: int = 50) -> Tensor:
-    """Series [count, N, 3] from nothing, one moment after the other in an order drawn from each seed."""
+    """Series [count, N, 3] from nothing, one moment after another in a random order for each seed."""
     options = SamplingOptions(head=DiffusionOptions(diffusion_steps=diffusion_steps))
     return generate(model, SamplingInput.blank(model.config.tokens, torch.arange(count)), options) * std
 
 
 def fill(model: Model, series_ND: Tensor, gap: slice, count: int, std: Tensor, diffusion_steps: int = 50) -> Tensor:
-    """``count`` versions [count, N, 3] of a series, different within the gap."""
+    """Versions [count, N, 3] of a series that differ within the gap."""
     known = torch.ones(count, len(series_ND), dtype=torch.bool)
     known[:, gap] = False
     start = SamplingInput(None, torch.arange(count), series_ND.expand(count, -1, -1) / std, known)
@@ -125,7 +125,7 @@ def fill(model: Model, series_ND: Tensor, gap: slice, count: int, std: Tensor, d
 
 
 def report(data: Tensor, again: Tensor, drawn: Tensor) -> None:
-    """Statistics of the samples beside those of two draws of the data."""
+    """Prints statistics of the samples beside those of two draws of the data."""
     names = ("data", "data again", "samples")
     lags = data.shape[1] // 2
     reference = autocorrelation(data, lags)
@@ -136,7 +136,7 @@ def report(data: Tensor, again: Tensor, drawn: Tensor) -> None:
 
 
 def plot(data: Tensor, drawn: Tensor, fillings: Tensor, truth: Tensor, gap: slice, out: Path) -> None:
-    """Series, spectra, autocorrelations, the likelihood's distribution, and the gap."""
+    """Plots series, spectra, autocorrelations, the distribution of the likelihood, and the gap."""
     import matplotlib
 
     matplotlib.use("Agg")
