@@ -11,7 +11,7 @@ import torch
 import tyro
 
 from continuar.checkpoints.store import PipelineConfig
-from continuar.cli.common import Autoencoder, Device, RunningSettings, add_tokenizer, at_least, load_pipeline
+from continuar.cli.common import Autoencoder, Device, SamplingSettings, add_tokenizer, at_least, load_pipeline
 from continuar.devices import pick_device
 from continuar.errors import unknown_name
 from continuar.pipeline import Pipeline, shipped_models
@@ -36,7 +36,7 @@ class Options:
     ]
     batch: tuple[int, ...] = (1, 8)
     """Batch sizes to measure; each gives one row."""
-    settings: Annotated[RunningSettings, tyro.conf.arg(name="")] = field(default_factory=RunningSettings)
+    settings: Annotated[SamplingSettings, tyro.conf.arg(name="")] = field(default_factory=SamplingSettings)
     tokenizer: Autoencoder = None
     repeats: int = 2
     """Timed generations per batch size, after one that warms up."""

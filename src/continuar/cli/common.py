@@ -152,6 +152,7 @@ Model = Annotated[
         help=f"A run directory, a saved model, a shipped one ({', '.join(shipped_models())}), or an official MAR checkpoint file.",
     ),
 ]
+Destination = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DST")]
 Device = Annotated[str, tyro.conf.arg(help="auto, cpu, cuda, cuda:N or mps.")]
 RunWeights = Annotated[Weights, tyro.conf.arg(help="Weights of a training run to use: averaged (ema) or raw.")]
 Autoencoder = Annotated[
@@ -188,9 +189,8 @@ class RecipeOptions:
 def list_recipes(recipes: Recipes) -> str:
     """One line per recipe: its name and the first line of its docstring."""
     width = max(map(len, recipes))
-    return "recipes:\n" + "\n".join(
-        f"  {n:<{width}}  {(inspect.getdoc(r) or '').partition(chr(10))[0]}" for n, r in recipes.items()
-    )
+    first = {name: (inspect.getdoc(recipe) or "").partition("\n")[0] for name, recipe in recipes.items()}
+    return "recipes:\n" + "\n".join(f"  {name:<{width}}  {line}" for name, line in first.items())
 
 
 @dataclass(frozen=True)
@@ -267,7 +267,7 @@ class NetworkOptions:
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """Sampling settings; the model has its own for those that are not given."""
+    """Sampling settings, and the engine that computes. The model has its own settings for those that are not given."""
 
     steps: Annotated[int | None, _MODEL_DEFAULT] = None
     """Autoregressive steps, 1 to the number of tokens."""
@@ -280,6 +280,10 @@ class SamplingSettings:
     temperature: Annotated[float | None, _MODEL_DEFAULT] = None
     """Sampling temperature, 0 or more; lower is less diverse."""
     head: Annotated[AnyHeadOptions, tyro.conf.arg(name="")] = field(default_factory=AnyHeadOptions)
+    engine: EngineName = "auto"
+    """eager: the readable loop. fast: equal to it, and faster. auto: fast where it can run the model."""
+    precision: Precision = "float32"
+    """Precision of matrix products. bfloat16 needs the fast engine and is faster on a GPU; images differ slightly."""
 
     def given(self) -> dict[str, Any]:
         """The settings that were given, by name, as `Pipeline.__call__` takes them."""
@@ -287,23 +291,13 @@ class SamplingSettings:
         settings = {name: getattr(self, name) for name in names} | dataclasses.asdict(typing.cast(Any, self.head))
         return {name: value for name, value in settings.items() if value is not None}
 
-
-@dataclass(frozen=True)
-class RunningSettings(SamplingSettings):
-    """Sampling settings, and the engine that computes."""
-
-    engine: EngineName = "auto"
-    """eager: the readable loop. fast: equal to it, and faster. auto: fast where it can run the model."""
-    precision: Precision = "float32"
-    """Precision of matrix products. bfloat16 needs the fast engine and is faster on a GPU; images differ slightly."""
-
     def running(self) -> dict[str, Any]:
-        """How to compute, by name, as `Pipeline.__call__` takes it."""
+        """Engine and precision, by name, as `Pipeline.__call__` takes them."""
         return {"engine": self.engine, "precision": self.precision}
 
 
 @dataclass(frozen=True)
-class Settings(RunningSettings):
+class Settings(SamplingSettings):
     """Sampling settings, the engine, and the model's weights, autoencoder and device."""
 
     batch_size: int = 64
@@ -322,7 +316,7 @@ class Settings(RunningSettings):
         return load_pipeline(model, self.tokenizer, weights=self.weights, device=self.device)
 
     def running(self) -> dict[str, Any]:
-        """How to compute, by name, as `Pipeline.__call__` takes it."""
+        """Batch size, engine and precision, by name, as `Pipeline.__call__` takes them."""
         return {"batch_size": self.batch_size, **super().running()}
 
     def options(self, pipe: Pipeline) -> SamplingOptions:

@@ -12,8 +12,8 @@ from continuar.cli.common import (
     Autoencoder,
     Device,
     NetworkOptions,
-    RunningSettings,
     RunWeights,
+    SamplingSettings,
     load_pipeline,
     local_device,
     progress_bars,
@@ -36,7 +36,7 @@ class ScoringOptions:
     """Seed of the first image."""
     weights: RunWeights = "ema"
     tokenizer: Autoencoder = None
-    settings: Annotated[RunningSettings, tyro.conf.arg(name="")] = field(default_factory=RunningSettings)
+    settings: Annotated[SamplingSettings, tyro.conf.arg(name="")] = field(default_factory=SamplingSettings)
     device: Device = "auto"
 
     def load(self, model: str, weights: Weights) -> Pipeline:
@@ -79,7 +79,7 @@ def _samples(options: Options) -> Samples:
     given = options.settings.given()
     if options.images_from is not None:
         require(not options.model, f"--images-from is given, and the model '{options.model}'; allowed: one of them")
-        running, usual = options.settings.running(), RunningSettings().running()
+        running, usual = options.settings.running(), SamplingSettings().running()
         named = [*given, *(name for name, value in running.items() if value != usual[name])]
         require(not named, f"--images-from is given, and sampling settings ({', '.join(named)}); those are for a model")
         return open_images(options.images_from)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 import tyro
 
 from continuar.checkpoints.store import is_replaceable, load_state
+from continuar.cli.common import Destination, RunWeights
 from continuar.errors import require
 from continuar.pipeline import Pipeline
 from continuar.training.power_ema import reconstruct
@@ -21,10 +22,9 @@ class Options:
 
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """A run directory, or one of its checkpoints."""
-    dst: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DST")]
+    dst: Destination
     """A new or empty directory, or a saved model to replace."""
-    weights: Literal["ema", "raw"] = "ema"
-    """Averaged weights (ema) or raw weights."""
+    weights: RunWeights = "ema"
     length: float | None = None
     """Instead: an average of this length, as a share of the training before it; above 0 to below 0.28."""
     step: int | None = None

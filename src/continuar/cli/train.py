@@ -33,8 +33,8 @@ class Options(TrainingOptions):
     max_minutes: float = 0.0
     """Stop after this many minutes, with a checkpoint from which --resume continues; 0: run to the end."""
     parallel: Kind = "ddp"
-    """How the processes that torchrun starts share the work. ddp: each holds all weights. fsdp: each holds its share of weights,
-    gradients, moments and averages."""
+    """Division of the work among the processes that torchrun starts. ddp: each holds all weights. fsdp: each holds its share of
+    weights, gradients, moments and averages."""
     track: TrackerName | None = None
     """Send metrics to Weights & Biases or trackio as well; it must be installed."""
 
