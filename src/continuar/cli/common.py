@@ -23,6 +23,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
+import numpy as np
 import torch
 import tyro
 from rich.console import Console
@@ -37,6 +38,8 @@ from continuar.devices import pick_device
 from continuar.errors import UserError, require
 from continuar.evaluation.networks import FeatureNetwork, load_network
 from continuar.heads import HeadOptions, option_names
+from continuar.io import write_json
+from continuar.pictures import save_png
 from continuar.pipeline import EngineName, Pipeline, Weights, load, shipped_models
 from continuar.recipes import Recipes, find_recipe
 from continuar.sampling.fast.weights import Precision
@@ -319,6 +322,10 @@ class Settings(SamplingSettings):
         """Batch size, engine and precision, by name, as `Pipeline.__call__` takes them."""
         return {"batch_size": self.batch_size, **super().running()}
 
+    def record(self, model: str) -> dict[str, Any]:
+        """The model and the settings of its weights, for samples.json."""
+        return {"model": model, "weights": self.weights, "precision": self.precision}
+
     def options(self, pipe: Pipeline) -> SamplingOptions:
         """The model's own options, overridden by those that were given.
 
@@ -421,3 +428,17 @@ def make_writable(directory: Path) -> None:
             if re.fullmatch(r"\d{5}\.png|grid\.(png|gif)", path.name):
                 path.unlink()
         listed.unlink()
+
+
+def write_samples(directory: Path, images: np.ndarray, entries: Sequence[dict[str, Any]], shared: dict[str, Any]) -> None:
+    """Writes images as 00000.png, 00001.png, ..., and samples.json, which holds one entry per image.
+
+    Args:
+        images: uint8 [B, H, W, 3].
+        entries: what belongs to one image, such as its seed.
+        shared: what every entry holds.
+    """
+    files = [f"{i:05d}.png" for i in range(len(images))]
+    for file, pixels in zip(files, images, strict=True):
+        save_png(pixels, directory / file)
+    write_json(directory / "samples.json", [{"file": f, **entry, **shared} for f, entry in zip(files, entries, strict=True)])

@@ -11,10 +11,9 @@ import numpy as np
 import torch
 import tyro
 
-from continuar.cli.common import Settings, make_writable, progress_bars
+from continuar.cli.common import Settings, make_writable, progress_bars, write_samples
 from continuar.errors import UserError, require
 from continuar.inpainting import edit, read_picture, tokenize_picture
-from continuar.io import write_json
 from continuar.models.dit import DiTConfig
 from continuar.pictures import grid, save_png
 
@@ -81,17 +80,10 @@ def run(options: Options) -> None:
         "dilation": options.dilation,
         "tokens_generated": generated,
         **settings.to_dict(),
-        "model": options.model,
-        "weights": options.settings.weights,
-        "precision": options.settings.precision,
+        **options.settings.record(options.model),
     }
-    entries = []
-    for i, pixels in enumerate(images):
-        file = f"{i:05d}.png"
-        save_png(pixels, options.out / file)
-        entries.append({"file": file, "seed": seeds[i], **shared})
+    write_samples(options.out, images, [{"seed": seed} for seed in seeds], shared)
     shown = np.concatenate((picture.image_HW3[None], picture.masked()[None], images))
     captions = ["image", "masked", *(f"seed {s}" for s in seeds)]
     save_png(grid(shown, captions, columns=min(_COLUMNS, len(shown))), options.out / "grid.png")
-    write_json(options.out / "samples.json", entries)
     print(f"{len(images)} samples, {generated} of {canvas.known_hw.size} tokens generated: {options.out / 'grid.png'}")

@@ -8,9 +8,8 @@ from typing import Annotated
 
 import tyro
 
-from continuar.cli.common import Model, Settings, at_least, make_writable, progress_bars
+from continuar.cli.common import Model, Settings, at_least, make_writable, progress_bars, write_samples
 from continuar.errors import require
-from continuar.io import write_json
 from continuar.pictures import MAX_FRAMES, grid, save_gif, save_png, thinned
 from continuar.pipeline import Pipeline
 from continuar.sampling.known_tokens import Snapshot
@@ -55,18 +54,14 @@ def run(options: Options) -> None:
         else:
             images = pipe(labels, seeds, on_progress=on_progress, **running, **settings.to_dict())
     names = [pipe.classes[i] for i in labels] if labels else None
-    entries = []
-    for i, pixels in enumerate(images):
-        file = f"{i:05d}.png"
-        save_png(pixels, options.out / file)
-        entry = {"file": file, "label": labels[i] if labels else None, "class_name": names[i] if names else None}
-        model = {"model": options.model, "weights": options.settings.weights, "precision": options.settings.precision}
-        entries.append({**entry, "seed": seeds[i], **settings.to_dict(), **model})
+    entries = [
+        {"label": labels[i] if labels else None, "class_name": names[i] if names else None, "seed": seeds[i]} for i in range(count)
+    ]
+    write_samples(options.out, images, entries, {**settings.to_dict(), **options.settings.record(options.model)})
     columns = options.per_class if labels else 0
     save_png(grid(images, names, columns), options.out / "grid.png")
     if snapshots:
         save_gif([grid(kept.image(), names, columns) for kept in thinned(snapshots, MAX_FRAMES)], options.out / "grid.gif")
-    write_json(options.out / "samples.json", entries)
     print(f"{len(images)} images: {options.out / ('grid.gif' if snapshots else 'grid.png')}")
 
 
