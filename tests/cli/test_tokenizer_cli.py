@@ -16,8 +16,8 @@ from continuar.cli.main import main
 from continuar.data.latent_cache import LatentCache
 from continuar.evaluation.networks import SqueezeNet
 from continuar.recipes.tokenizers import TOKENIZER_RECIPES
-from tests.autoencoders.tiny import tiny_run
 from tests.tiny import write_images
+from tests.training.tiny_tokenizers import tiny_run
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from continuar.errors import UserError
 from continuar.pipeline import newest_checkpoints
-from continuar.training.config import LoopConfig
+from continuar.training.config import EMAConfig, LoopConfig, OptimConfig
 from continuar.training.step import TrainStep
 from continuar.training.trainer import Interrupted, Report, train
 from tests.tiny import model_configs, shaken, tiny_run, write_images
@@ -185,6 +185,31 @@ def test_a_non_finite_step_changes_nothing_and_is_counted(value: float) -> None:
     step(3, lambda *_: (tokens, labels))
     assert any(not torch.equal(v, weights[k]) for k, v in step.model.state_dict().items())
     assert step.meter.read().skipped == 0
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_skipped_step_moves_no_average(device: str) -> None:
+    config = model_configs()[0]
+    run = dataclasses.replace(
+        tiny_run("unused"), train=LoopConfig(batch_size=4), ema=EMAConfig(decay=0.9, snapshot_images=4), optim=OptimConfig(lr=0.1)
+    )
+    step = TrainStep(shaken(config).to(device), run)
+    tokens, labels = torch.randn(4, 16, config.tokens.dim, device=device), torch.tensor([0, 1, 2, 0], device=device)
+    for number in range(2):
+        step(number, lambda *_: (tokens, labels))
+
+    def averages() -> list[torch.Tensor]:
+        return [x.detach().clone() for x in (*step.ema.model.parameters(), *step.averages.tensors.values())]
+
+    before = averages()
+    assert not torch.equal(next(step.model.parameters()), before[0])  # the averages have some way to go
+    step(2, lambda *_: (tokens * torch.nan, labels))
+    assert all(torch.equal(x, y) for x, y in zip(before, averages(), strict=True))
+    step(3, lambda *_: (tokens, labels))
+    assert not any(torch.equal(x, y) for x, y in zip(before, averages(), strict=True) if x.numel() > 1 and x.std() > 0)
 
 
 def test_too_many_bad_steps_in_a_row_stop_with_advice(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,10 +36,10 @@ from continuar.training.autoencoder import (
 from continuar.training.checkpoint import run_checkpoints
 from continuar.training.config import CodebookLearning, DiscriminatorConfig, ImagesConfig, LossConfig, OptimConfig, TokenizerRun
 from continuar.training.gan_losses import Perceptual, SqueezeNetPerceptual
+from continuar.training.trainer import Interrupted, Report
 from tests.tiny import write_images
 from tests.tokenizers.networks import TINY, images
-
-from .tiny import TOKENIZERS, tiny_run
+from tests.training.tiny_tokenizers import TOKENIZERS, tiny_run
 
 CPU = torch.device("cpu")
 GRADIENT = CodebookLearning(update="gradient")
@@ -330,6 +332,103 @@ def test_a_run_that_diverges_stops_with_advice(root: Path, tmp_path: Path, monke
     monkeypatch.setattr(MemoryBatches, "batch", lambda self, step: torch.full((8, 3, 8, 8), float("nan")))
     with pytest.raises(UserError, match=r"2 steps in a row had a non-finite loss or gradient; .*there is no checkpoint yet"):
         train_tokenizer(tiny_run(root, max_bad_steps=2, save_images=0), tmp_path / "run", device=CPU)
+
+
+def test_bad_steps_in_a_row_go_back_to_a_checkpoint_with_other_draws(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, batch, broken = tiny_run(root, log_images=8, max_bad_steps=2), MemoryBatches.batch, [4, 5]
+
+    def batch_of(self: MemoryBatches, step: int) -> Tensor:
+        if broken and step == broken[0]:
+            return torch.full_like(batch(self, step), math.nan * broken.pop(0))
+        return batch(self, step)
+
+    monkeypatch.setattr(MemoryBatches, "batch", batch_of)
+    train_tokenizer(run, tmp_path / "run", device=CPU)
+    assert "2 steps in a row had a non-finite loss or gradient: back to step 4, with other draws from there (rollback 1 of 3)" in (
+        caplog.text
+    )
+    assert [line["step"] for line in metrics_of(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+    newest = run_checkpoints(tmp_path / "run")[0]
+    assert json.loads((newest / "state.json").read_text())["rollbacks"] == 1
+    train_tokenizer(run, tmp_path / "plain", device=CPU)
+    a, b = (read_tensors(run_checkpoints(tmp_path / name)[0] / "tokenizer.safetensors") for name in ("run", "plain"))
+    assert not all(torch.equal(a[k], b[k]) for k in a)
+    # The way it took is kept: a resumed run takes it, too.
+    shutil.rmtree(newest)
+    (tmp_path / "run" / "checkpoints" / "step-00000004" / "state.json").write_text(
+        (tmp_path / "run" / "checkpoints" / "step-00000004" / "state.json").read_text().replace('"rollbacks": 0', '"rollbacks": 1')
+    )
+    train_tokenizer(run, tmp_path / "run", device=CPU, resume=True)
+    again = read_tensors(run_checkpoints(tmp_path / "run")[0] / "tokenizer.safetensors")
+    assert all(torch.equal(a[k], again[k]) for k in a)
+
+
+def test_weights_that_are_not_finite_are_never_saved(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    take, poisoned = TokenizerStep.__call__, []
+
+    def step(self: TokenizerStep, number: int, batch: Tensor) -> None:
+        take(self, number, batch)
+        if number == 3 and not poisoned:
+            poisoned.append(number)
+            with torch.no_grad():
+                next(self.tokenizer.parameters()).view(-1)[3] = torch.nan
+
+    monkeypatch.setattr(TokenizerStep, "__call__", step)
+    train_tokenizer(tiny_run(root), tmp_path / "run", device=CPU)
+    assert [p.name for p in run_checkpoints(tmp_path / "run")] == ["step-00000006", "step-00000004"]
+    for checkpoint in run_checkpoints(tmp_path / "run"):
+        assert all(v.isfinite().all() for v in read_tensors(checkpoint / "tokenizer.safetensors").values())
+
+
+def test_milestones_are_kept_beside_the_newest(root: Path, tmp_path: Path) -> None:
+    train_tokenizer(tiny_run(root, keep=1, milestone_images=24), tmp_path / "run", device=CPU)
+    assert [p.name for p in run_checkpoints(tmp_path / "run")] == ["step-00000006", "step-00000003"]
+
+
+def test_a_stopped_run_returns_without_a_scale_and_resumes_to_the_same_bits(root: Path, tmp_path: Path) -> None:
+    run, calls = tiny_run(root), iter(range(10))
+    stopped = train_tokenizer(run, tmp_path / "run", device=CPU, should_stop=lambda: next(calls) >= 2)
+    assert stopped.config.scale == 0
+    assert [p.name for p in run_checkpoints(tmp_path / "run")] == ["step-00000003", "step-00000002"]
+    assert not (tmp_path / "run" / "tokenizer").exists()
+    finished = train_tokenizer(run, tmp_path / "run", device=CPU, resume=True)
+    expected = train_tokenizer(run, tmp_path / "whole", device=CPU)
+    assert finished.config == expected.config
+    assert all(torch.equal(v, finished.state_dict()[k]) for k, v in expected.state_dict().items())
+
+
+def test_sigint_keeps_a_checkpoint_and_interrupts(root: Path, tmp_path: Path) -> None:
+    def report(now: Report) -> None:
+        if now.step == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(Interrupted, match="step-00000004"):
+        train_tokenizer(tiny_run(root), tmp_path / "run", device=CPU, on_report=report)
+
+
+def test_a_run_of_an_older_version_is_resumed(root: Path, tmp_path: Path) -> None:
+    """Its config lacks the fields that are newer, and its checkpoints hold no rollbacks."""
+    run, directory = tiny_run(root), tmp_path / "run"
+    calls = iter(range(10))
+    train_tokenizer(run, directory, device=CPU, should_stop=lambda: next(calls) >= 3)
+    config = json.loads((directory / "config.json").read_text())
+    del config["train"]["max_rollbacks"], config["train"]["milestone_images"]
+    (directory / "config.json").write_text(json.dumps(config))
+    for checkpoint in run_checkpoints(directory):
+        state = json.loads((checkpoint / "state.json").read_text())
+        (checkpoint / "state.json").write_text(json.dumps({k: state[k] for k in ("step", "checksums")}))
+    finished = train_tokenizer(run, directory, device=CPU, resume=True)
+    expected = train_tokenizer(run, tmp_path / "whole", device=CPU)
+    assert all(torch.equal(v, finished.state_dict()[k]) for k, v in expected.state_dict().items())
+
+
+def test_graphs_are_refused_before_images_are_read(tmp_path: Path) -> None:
+    run = tiny_run("/nothing", engine="graphs")
+    with pytest.raises(UserError, match=r"train\.engine is 'graphs', CUDA graphs, which a cpu device does not have"):
+        train_tokenizer(run, tmp_path / "run", device=CPU)
+    assert not (tmp_path / "run").exists()
 
 
 def test_images_decoded_when_needed_are_those_in_memory(root: Path, tmp_path: Path) -> None:

@@ -34,11 +34,10 @@ from continuar.training.checkpoint import run_checkpoints
 from continuar.training.config import CodebookLearning, DiscriminatorConfig, ImagesConfig, OptimConfig, TokenizerRun
 from continuar.training.gan_losses import Perceptual
 from continuar.training.trainer import Report
-from tests.processes import finish, free_port, group, quiet, start
+from tests.processes import finish, free_port, group, quiet, start, wait_for
 from tests.tiny import write_images
 from tests.tokenizers.networks import images
-
-from .tiny import tiny_run
+from tests.training.tiny_tokenizers import tiny_run
 
 CPU = torch.device("cpu")
 STEPS = 6
@@ -305,3 +304,20 @@ def test_the_command_speaks_once(data: Path, tmp_path: Path, batch: str, code: i
     assert said in first
     assert "training" in first or code
     assert [line for line in other.splitlines() if "tensorboard" not in line.lower()] == []
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_sigterm_saves_and_exits_well(data: Path, tmp_path: Path, world: int) -> None:
+    port, directory, ranks = free_port(), tmp_path / "run", [None] if world == 1 else [0, 1]
+    more = ("--train.images", "800000", "--train.log-images", "8")
+    started = [start(told, data, directory, tmp_path / f"{r}", *more, rank=r, world=world, port=port) for r in ranks]
+    metrics = directory / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 2)
+    # One of the processes gets the signal; all stop at the same step.
+    started[-1].terminate()
+    assert finish(started) == [0] * world
+    step = int(run_checkpoints(directory)[0].name.removeprefix("step-"))
+    output = " ".join((tmp_path / f"{ranks[0]}").read_text().split())
+    assert f"stopped on request at step {step:,} of 100,000" in output
+    assert "Traceback" not in output
+    assert not (directory / "tokenizer").exists()
