@@ -5,19 +5,19 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 WORKERS ?= 2
 
-# Whether the package holds the model that `continuar sample cifar10` generates from.
+# Not empty if the package holds the model that `continuar sample cifar10` needs.
 SHIPPED := $(wildcard src/continuar/shipped/cifar10/config.json)
 
 .PHONY: help house demo digits cifar10 test test-slow test-kernels check format clean
 
 help:
-	@echo "make demo       set up, then as $(if $(SHIPPED),make cifar10,make digits)"
+	@echo "make demo       set up, then $(if $(SHIPPED),make cifar10,make digits)"
 	@echo "make digits     train on handwritten digits, write a grid to out/ (a few minutes on a CPU)"
 	@echo "make test       set up with the test extras, then the test suite"
 	@echo "make test-slow  the tests that train real models"
 	@echo "make test-kernels  the Triton kernels, interpreted on the CPU (Linux; fetches Triton)"
 	@echo "make check      lint, format, types, import layering"
-	@echo "make house      how much code a reader meets, against the goals"
+	@echo "make house      measure how much code a reader meets, and compare with the goals"
 	@echo "make format     apply the formatter"
 	@echo "make clean      remove .venv, out and caches"
 
@@ -52,7 +52,7 @@ test: $(VENV)/dev.stamp
 test-slow: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -m slow -q
 
-# Triton lies apart: a CPU build of PyTorch neither needs it nor should find it elsewhere.
+# Triton gets a directory of its own: a CPU build of PyTorch does not need it, and should not find it in other runs.
 $(VENV)/triton.stamp: $(VENV)/dev.stamp
 	$(PIP) --no-deps --target $(VENV)/triton triton==3.6.0
 	@touch $@

@@ -1,1 +1,1 @@
-"""The command line: thin. Each command is one module with ``main(arguments) -> exit code``."""
+"""The command line: thin. `main.COMMANDS` is the table of commands; each is a function of one dataclass of options."""

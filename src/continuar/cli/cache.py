@@ -84,7 +84,7 @@ def run(options: Options) -> None:
 
 
 def summary(report: CacheReport, directory: Path) -> str:
-    """What was made, one line each."""
+    """The report of a new cache as text."""
     info = report.info
     shape = " x ".join(map(str, info.shape))
     size = info.count * info.row_bytes / 2**30
@@ -115,7 +115,7 @@ def check(options: CheckOptions) -> None:
 
 
 def check_summary(found: CacheCheck) -> str:
-    """What was found, one line each."""
+    """The report of a check as text."""
     lines = [
         f"rows       {found.rows} of {found.info.count} images, {found.info.shards} shards, checksums right",
         f"labels     as in the source, {len(found.info.classes)} classes",
