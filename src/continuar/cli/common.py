@@ -29,6 +29,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from continuar import distributed
 from continuar.checkpoints.mar import model_file, read_official, to_continuar
 from continuar.checkpoints.store import load_state
 from continuar.checkpoints.tokenizers import for_model
@@ -216,9 +217,6 @@ class TrainingOptions(RecipeOptions):
 
     def process_device(self) -> torch.device:
         """The device, or under torchrun this process's own one."""
-        # Imported here, because FSDP takes half a second to import and only training needs it.
-        from continuar import distributed
-
         device = pick_device(self.device)
         return distributed.local_device(device) if distributed.processes() else device
 
