@@ -23,7 +23,7 @@ from torch.nn.utils import convert_conv2d_weight_memory_format
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from continuar.data.loader import load_images
-from continuar.devices import pick_device
+from continuar.distributed import pick_device
 from continuar.evaluation.metrics import class_accuracy
 from continuar.evaluation.networks import Classifier, ClassifierConfig
 from continuar.io import write_json

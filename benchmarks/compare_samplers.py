@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from continuar.data.loader import load_images
-from continuar.devices import pick_device
+from continuar.distributed import pick_device
 from continuar.evaluation.metrics import frechet_distance
 from continuar.evaluation.networks import SqueezeNet, extract
 from continuar.pipeline import Pipeline

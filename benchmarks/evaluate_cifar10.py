@@ -25,8 +25,8 @@ import torch
 
 import continuar
 from continuar.data.loader import ImageSet, load_images
-from continuar.devices import pick_device
 from continuar.diffusion.samplers import SAMPLERS
+from continuar.distributed import pick_device
 from continuar.evaluation.metrics import class_accuracy, frechet_distance, nearest_neighbours, neighbours_picture
 from continuar.evaluation.networks import Classifier, Extracted, SqueezeNet, extract, sha256_of_file
 from continuar.evaluation.reference import REFERENCE_IMAGES, Statistics, reference_indices, score_samples

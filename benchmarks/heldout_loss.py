@@ -17,7 +17,7 @@ from torch import Tensor
 
 import continuar
 from continuar.data.loader import ImageSet, load_images
-from continuar.devices import pick_device
+from continuar.distributed import pick_device
 from continuar.orders import View
 from continuar.pipeline import Pipeline
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from kernel_times import kernel_table
 
-from continuar.devices import pick_device
+from continuar.distributed import pick_device
 from continuar.recipes import TOKENIZER_RECIPES, find_recipe
 from continuar.training.autoencoder import TokenizerStep
 from continuar.training.config import TokenizerRun

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from kernel_times import kernel_table
 
-from continuar.devices import expandable_segments, pick_device
+from continuar.distributed import expandable_segments, pick_device
 from continuar.recipes import RECIPES, find_recipe
 from continuar.sampling.speed import matmul_peak
 from continuar.training.config import Run

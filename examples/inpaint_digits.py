@@ -17,7 +17,7 @@ import numpy as np
 
 import continuar
 from continuar.data.loader import load_digits
-from continuar.devices import pick_device
+from continuar.distributed import pick_device
 from continuar.inpainting import Picture, edit, tokenize_picture
 from continuar.pictures import grid, save_png
 from continuar.recipes.images import digits

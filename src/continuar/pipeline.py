@@ -32,7 +32,7 @@ from continuar.checkpoints.store import (
     read_tokenizer,
     write_tokenizer,
 )
-from continuar.devices import pick_device
+from continuar.distributed import pick_device
 from continuar.errors import UserError, require, unknown_name
 from continuar.io import atomic_directory, read_tensors, write_json, write_tensors
 from continuar.models.autoregressive import Model

@@ -1,5 +1,6 @@
 """Faults, each by really doing it: processes that are killed or told to end, full disks, weights that are not numbers."""
 
+import os
 import random
 import resource
 import shutil
@@ -7,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from safetensors.torch import load_file
 
 from continuar.checkpoints.sharded import read_full
 from continuar.cli.main import main
-from continuar.distributed import Kind, joined
+from continuar.distributed import TIMEOUT_VARIABLE, Kind, joined, raise_on_all_ranks, timeout
 from continuar.errors import UserError
 from continuar.pipeline import newest_checkpoints
 from continuar.training.config import Run
@@ -168,6 +170,94 @@ def test_when_a_process_dies_the_others_stop_and_say_why(images: Path, tmp_path:
     said = (tmp_path / "0").read_text()
     assert "process 0 lost another process of the run" in said
     assert "Traceback" not in said
+
+
+LIMIT = 3.0
+"""Seconds after which collectives fail in the tests below."""
+
+
+def trained_with_a_short_limit(run: Path, images: Path, output: Path, kind: Kind, hangs: int | None) -> int:
+    """Process ``hangs`` stays alive in step 3 for ever, and does not come to the next collective."""
+    quiet(output)
+    os.environ[TIMEOUT_VARIABLE] = str(LIMIT)
+
+    def report(state: Report) -> None:
+        if parallel.rank == hangs and state.step == 3:
+            time.sleep(1000)
+
+    try:
+        with joined(kind, CPU) as parallel:
+            train(tiny_run(images, images=100_000, log_images=8), run, device=CPU, on_report=report, parallel=parallel)
+    except UserError as problem:
+        print(problem)
+        return 2
+    return 0
+
+
+@pytest.mark.parametrize(("kind", "stopped"), [("ddp", 1), ("ddp", 0), ("fsdp", 1)])
+def test_a_stopped_process_ends_the_others_and_they_name_it(images: Path, tmp_path: Path, kind: str, stopped: int) -> None:
+    run, port = tmp_path / "run", free_port()
+    started = [
+        start(trained_with_a_short_limit, run, images, tmp_path / f"{r}", kind, None, rank=r, world=2, port=port) for r in range(2)
+    ]
+    wait_for(lambda: metric_lines(run) >= 2)
+    os.kill(started[stopped].pid or 0, signal.SIGSTOP)
+    codes = finish([started[1 - stopped]])
+    started[stopped].kill()
+    assert codes == [2], (tmp_path / f"{1 - stopped}").read_text()
+    said = (tmp_path / f"{1 - stopped}").read_text()
+    assert f"process {1 - stopped} lost another process of the run: process {stopped}" in said
+    assert "the same command with --resume continues from the last checkpoint (CONTINUAR_TIMEOUT=SECONDS waits longer)" in said
+
+
+def test_a_process_that_lives_but_hangs_ends_the_others_and_they_name_it(images: Path, tmp_path: Path) -> None:
+    run, port = tmp_path / "run", free_port()
+    started = [
+        start(trained_with_a_short_limit, run, images, tmp_path / f"{r}", "ddp", 1, rank=r, world=4, port=port) for r in range(4)
+    ]
+    codes = finish([started[r] for r in (0, 2, 3)])
+    started[1].kill()
+    assert codes == [2] * 3, (tmp_path / "0").read_text()
+    for rank in (0, 2, 3):
+        assert f"process 1 hung: alive, but no answer for {LIMIT:g} s" in (tmp_path / f"{rank}").read_text()
+
+
+def slow_alone(output: Path, ends: str) -> int:
+    """Process 1 works three times as long as a collective may take, before a point where the others wait for it."""
+    quiet(output)
+    os.environ[TIMEOUT_VARIABLE] = str(LIMIT)
+    try:
+        with joined("ddp", CPU) as parallel:
+            with raise_on_all_ranks(parallel):
+                if parallel.rank == 1:
+                    time.sleep(3 * LIMIT if ends == "well" else LIMIT / 3)
+                    if ends == "stopped":
+                        os.kill(os.getpid(), signal.SIGSTOP)
+            assert parallel.share_object([parallel.rank]) == [0]
+    except UserError as problem:
+        print(problem)
+        return 2
+    return 0
+
+
+@pytest.mark.parametrize("ends", ["well", "stopped"])
+def test_long_work_of_one_process_is_waited_for_as_long_as_it_lives(tmp_path: Path, ends: str) -> None:
+    port = free_port()
+    started = [start(slow_alone, tmp_path / f"{r}", ends, rank=r, world=2, port=port) for r in range(2)]
+    if ends == "well":
+        assert finish(started) == [0, 0]
+    else:
+        codes = finish(started[:1])
+        started[1].kill()
+        assert codes == [2]
+        assert "process 1 died, was stopped, or lost its machine" in (tmp_path / "0").read_text()
+
+
+def test_a_limit_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value in ("soon", "0", "nan"):
+        monkeypatch.setenv(TIMEOUT_VARIABLE, value)
+        with pytest.raises(UserError, match=f"{TIMEOUT_VARIABLE} is '{value}'; allowed: seconds, above 0"):
+            timeout()
 
 
 def test_a_port_that_is_taken_is_one_clear_line(images: Path, tmp_path: Path) -> None:

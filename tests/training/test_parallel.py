@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from continuar.checkpoints.sharded import read_full
-from continuar.distributed import FSDP, Kind, SingleProcess, gathered_state, joined, local_device
+from continuar.distributed import DDP, FSDP, Kind, SingleProcess, gathered_state, joined, local_device
 from continuar.errors import UserError
 from continuar.pipeline import Pipeline, newest_checkpoints
 from continuar.training.config import EMAConfig, Run
@@ -56,10 +56,11 @@ def skipping(images: Path, parallel: SingleProcess) -> tuple[dict[str, torch.Ten
 def pair(root: Path, images: Path) -> None:
     """What each of two processes does for all tests below: one group, because starting one is what takes the time."""
     with joined("ddp", CPU) as replicated:
+        assert isinstance(replicated, DDP)
         flat = torch.tensor([1.0, 5.0]) * (1 + 2 * replicated.rank)
         replicated.average(flat)
         assert flat.tolist() == [2.0, 10.0]
-        kinds = {"ddp": replicated, "fsdp": FSDP(CPU)}
+        kinds = {"ddp": replicated, "fsdp": FSDP(CPU, replicated.heartbeat)}
         for kind, parallel in kinds.items():
             for micro_batch in (4, 2):
                 train(run_of(images, micro_batch), root / f"{kind}-{micro_batch}", device=CPU, parallel=parallel)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.autograd.graph import saved_tensors_hooks
 
 from continuar.cli.main import main
-from continuar.devices import GIB
+from continuar.distributed import GIB
 from continuar.errors import UserError
 from continuar.models.autoregressive import Model, ModelConfig
 from continuar.orders import View

@@ -12,7 +12,7 @@ import tyro
 
 from continuar.checkpoints.store import PipelineConfig
 from continuar.cli.common import Autoencoder, Device, SamplingSettings, add_tokenizer, at_least, load_pipeline
-from continuar.devices import pick_device
+from continuar.distributed import pick_device
 from continuar.errors import unknown_name
 from continuar.pipeline import Pipeline, shipped_models
 from continuar.recipes import RECIPES

@@ -34,7 +34,7 @@ from continuar.checkpoints.mar import model_file, read_official, to_continuar
 from continuar.checkpoints.store import load_state
 from continuar.checkpoints.tokenizers import for_model
 from continuar.config import kind_of, members
-from continuar.devices import pick_device
+from continuar.distributed import pick_device
 from continuar.errors import UserError, require
 from continuar.evaluation.networks import FeatureNetwork, load_network
 from continuar.heads import HeadOptions, option_names

@@ -18,7 +18,7 @@ from continuar.cli.common import (
     local_device,
     progress_bars,
 )
-from continuar.distributed import evaluation_processes
+from continuar.distributed import joined
 from continuar.errors import require
 from continuar.evaluation.run import RESULT, EvaluationOptions, evaluate
 from continuar.evaluation.samples import GeneratedSamples, Samples, open_images
@@ -67,7 +67,7 @@ def run(options: Options) -> None:
     The same command continues an interrupted evaluation.
     """
     require(bool(options.reference), "--reference is missing: what should the images be scored against?")
-    with evaluation_processes() as group, progress_bars(shown=group.is_first) as bar:
+    with joined() as group, progress_bars(shown=group.first) as bar:
         network = options.features.load(local_device(options.device))
         samples = _samples(options)
         report = evaluate(samples, options.reference, network, options.out, options=options.options, group=group, bar=bar)

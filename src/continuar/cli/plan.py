@@ -8,8 +8,7 @@ from typing import Annotated
 import tyro
 
 from continuar.cli.common import RecipeOptions, at_least
-from continuar.devices import GIB
-from continuar.distributed import Kind
+from continuar.distributed import GIB, Kind
 from continuar.recipes import RECIPES
 from continuar.training.config import BaseRun
 from continuar.training.estimate import HEADROOM, Machine, Plan, estimate_run

@@ -10,7 +10,7 @@ import tyro
 
 from continuar.cli.common import local_device, progress_bars
 from continuar.cli.evaluate import ScoringOptions
-from continuar.distributed import evaluation_processes
+from continuar.distributed import joined
 from continuar.errors import require
 from continuar.evaluation.reference import REFERENCE_IMAGES
 from continuar.evaluation.run import EvaluationOptions
@@ -55,7 +55,7 @@ def run(options: Options) -> None:
     require(count == 1 or (compared and count > 1), f"{count} models are given; allowed: one, or several for --over {TRADEOFF}")
     require(bool(options.reference), "--reference is missing: what should the images be scored against?")
     evaluation = EvaluationOptions(options.batch_size, options.reference_images, options.split)
-    with evaluation_processes() as group, progress_bars(shown=group.is_first) as bar:
+    with joined() as group, progress_bars(shown=group.first) as bar:
         sweep = Sweep(
             options.reference,
             options.features.load(local_device(options.device)),

@@ -14,7 +14,7 @@ from continuar.checkpoints.tokenizers import Changes, load_tokenizer
 from continuar.cli.common import Device, Ids, ImageSize, Split, at_least, progress_bars
 from continuar.data.loader import check_skipped, image_blocks
 from continuar.data.sources import find_source
-from continuar.devices import pick_device
+from continuar.distributed import pick_device
 from continuar.evaluation.networks import load_network
 from continuar.evaluation.reconstruction import ReconstructionScores
 from continuar.io import write_json

@@ -22,7 +22,7 @@ from continuar.checkpoints.tokenizers import (
 from continuar.cli.common import Device, ImageSize, Split, at_least, progress_bars
 from continuar.data.latent_cache import LatentCache, is_cache
 from continuar.data.sources import find_source
-from continuar.devices import pick_device
+from continuar.distributed import pick_device
 from continuar.errors import UserError, require
 from continuar.tokenizers import VAETokenizer, fingerprint
 

@@ -12,8 +12,7 @@ import torch
 from continuar.cli.common import TrainingOptions, progress_bars, tokens_text
 from continuar.config import to_json
 from continuar.data.loader import class_names
-from continuar.devices import expandable_segments
-from continuar.distributed import Kind, joined
+from continuar.distributed import Kind, expandable_segments, joined
 from continuar.errors import require
 from continuar.models.base import parameter_counts
 from continuar.recipes import RECIPES

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from continuar.devices import pick_device
+from continuar.distributed import pick_device
 from continuar.errors import require
 from continuar.pictures import grid
 from continuar.statistics import Moments

@@ -26,7 +26,7 @@ import torch
 
 from continuar import __version__
 from continuar.config import differences, rename_old_fields, to_json
-from continuar.distributed import EvaluationProcesses
+from continuar.distributed import SingleProcess
 from continuar.errors import UserError, require
 from continuar.evaluation.metrics import NeighbourSearch, neighbours_picture
 from continuar.evaluation.networks import Extracted, FeatureNetwork
@@ -314,7 +314,7 @@ def evaluate(
     out: str | Path,
     *,
     options: EvaluationOptions | None = None,
-    group: EvaluationProcesses | None = None,
+    group: SingleProcess | None = None,
     bar: Bar = no_bar,
 ) -> Report | None:
     """Scores samples and writes OUT/result.json, samples.png and the pictures that the options ask for.
@@ -333,17 +333,17 @@ def evaluate(
     Raises:
         UserError: see `open_reference`, `Shards.check`, `EvaluationOptions`; settings that the model refuses.
     """
-    options, group, out = options or EvaluationOptions(), group or EvaluationProcesses(), Path(out)
+    options, group, out = options or EvaluationOptions(), group or SingleProcess(), Path(out)
     began = time.perf_counter()
     opened, described, shards = None, {}, None
-    if group.is_first:
+    if group.first:
         opened = _open(reference, network, samples, options)
         described, shards = _job(samples, network, out, options)
         shards.check()
-    shards, unfinished = group.share((shards, shards.unfinished() if shards else []))
+    shards, unfinished = group.share_object((shards, shards.unfinished() if shards else []))
     assert shards is not None
     # Strided, not in runs: the processes make the low numbers first, and finish at about the same time.
-    mine = unfinished[group.rank :: group.count]
+    mine = unfinished[group.rank :: group.world]
     _make(samples, network, shards, mine, save_images=options.save_images, on_progress=bar("samples"))
     group.wait()
     if opened is None:
@@ -368,7 +368,7 @@ def evaluate(
         "images_of_precision_and_recall": 0 if statistics.features_RD is None else len(statistics.features_RD),
     }
     rate = made / seconds if made else None
-    speed = Speed(time.perf_counter() - began, rate, made, process_seconds, group.count)
+    speed = Speed(time.perf_counter() - began, rate, made, process_seconds, group.world)
     notes = (*samples.notes, *opened.notes, *scores.notes)
     dimensions = found.features_ND.shape[1]
     report = Report(described, against, network, dimensions, scores, notes, speed, provenance(network.device))

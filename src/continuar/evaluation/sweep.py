@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from continuar.config import members
-from continuar.distributed import EvaluationProcesses
+from continuar.distributed import SingleProcess
 from continuar.errors import UserError, require, unknown_name
 from continuar.evaluation.networks import FeatureNetwork
 from continuar.evaluation.reference import open_reference
@@ -176,7 +176,7 @@ class Sweep:
     engine: EngineName = "auto"
     precision: Precision = "float32"
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
-    group: EvaluationProcesses = field(default_factory=EvaluationProcesses)
+    group: SingleProcess = field(default_factory=SingleProcess)
     bar: Bar = no_bar
 
     def run(self, model: str, load: Callable[[str], Pipeline], axes: Sequence[Axis]) -> list[SweepRow]:
@@ -244,7 +244,7 @@ class Sweep:
         out = self.out
         ours = not out.exists() or (out.is_dir() and (not any(out.iterdir()) or (out / "points").is_dir()))
         # The first process may already have begun when another one looks.
-        require(ours or not self.group.is_first, f"{out} is not an empty directory, nor a sweep's; choose another directory")
+        require(ours or not self.group.first, f"{out} is not an empty directory, nor a sweep's; choose another directory")
 
     def _samples(self, pipe: Pipeline, model: str, weights: str, point: Point) -> GeneratedSamples:
         """Returns the samples of a point, or refuses the point by its name."""
@@ -268,7 +268,7 @@ class Sweep:
         reference: str | Path | None = None
         for point, samples in work:
             if reference is None:
-                reference = self.group.share(self._measured_reference(samples.size) if self.group.is_first else self.reference)
+                reference = self.group.share_object(self._measured_reference(samples.size) if self.group.first else self.reference)
             result = self._evaluate_point(samples, reference, point)
             if result is not None:
                 seconds = self._seconds_per_image(samples, point) if timed else None
@@ -293,8 +293,8 @@ class Sweep:
         """Reads or computes the result of a point; None in processes other than the first."""
         # Features of every point would fill a disk: 20 KB per image with the Inception network.
         place, options = self._place(point), replace(self.evaluation, discard_shards=True)
-        found = finished(samples, reference, self.network, place, options) if self.group.is_first else None
-        if self.group.share(found is not None):
+        found = finished(samples, reference, self.network, place, options) if self.group.first else None
+        if self.group.share_object(found is not None):
             return found
 
         def bar(description: str) -> Callable[[int, int], None]:

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from continuar.heads import HeadOptions
-from continuar.heads.base import LossByTimestep
+from continuar.heads.base import Head, LossByTimestep
+from continuar.models.transformer import Block
 from continuar.orders import Order, View
 from continuar.tokenizers import TokenSpec
 
@@ -97,6 +98,14 @@ class TokenModel(nn.Module, ABC):
     @abstractmethod
     def compiled_parts(self) -> Iterator[nn.Module]:
         """What training compiles: each part by itself, because those of equal shape share one compilation."""
+
+    def shard_units(self) -> Iterator[tuple[list[nn.Module], bool]]:
+        """(modules, low) for each group of modules that FSDP gathers together (`continuar.distributed.Shardable`)."""
+        for module in self.modules():
+            if isinstance(module, Block):
+                yield [module.attention, module.mlp], True
+            elif isinstance(module, Head):
+                yield [module], False
 
     def training_view(self, batch: int, device: torch.device, queried: int | None = None) -> View:
         """A random view from torch's default generators, of ``queried`` predicted tokens; None: a number drawn on the host."""

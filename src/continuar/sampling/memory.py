@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from continuar.devices import GIB
+from continuar.distributed import GIB
 from continuar.errors import UserError
 from continuar.heads.base import Options
 from continuar.heads.diffusion import DiffusionHead, DiffusionOptions

@@ -40,8 +40,7 @@ from continuar.checkpoints.tokenizers import TOKENIZER_CONFIG, TokenizerFile, sa
 from continuar.cuda_graphs import GraphPool, Graphs
 from continuar.data.loader import ImageSet, check_skipped, decode_block, load_images
 from continuar.data.sources import Source, find_source
-from continuar.devices import GIB
-from continuar.distributed import SingleProcess, raise_on_all_ranks
+from continuar.distributed import GIB, SingleProcess, raise_on_all_ranks
 from continuar.errors import require
 from continuar.io import atomic_directory, read_tensors, write_json, write_tensors
 from continuar.pictures import grid

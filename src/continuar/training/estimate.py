@@ -38,8 +38,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from continuar.devices import GIB
-from continuar.distributed import Kind
+from continuar.distributed import GIB, Kind
 from continuar.errors import UserError, require
 from continuar.heads import DiffusionOptions, Head
 from continuar.heads.base import Guidance

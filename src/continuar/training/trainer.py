@@ -34,8 +34,7 @@ from PIL import Image
 
 from continuar.checkpoints.store import PipelineConfig
 from continuar.config import differences, to_json
-from continuar.devices import GIB
-from continuar.distributed import SingleProcess, gathered_model, raise_on_all_ranks
+from continuar.distributed import GIB, SingleProcess, gathered_model, raise_on_all_ranks
 from continuar.errors import UserError, require
 from continuar.io import read_config, read_json, write_json
 from continuar.models.autoregressive import Model
@@ -194,6 +193,8 @@ class Trainer:
                 with self._untimed():
                     if self._due(done, loop.sample_images):
                         self._draw(done)
+                        # Only the first process draws. Without waiting here the others would time out in the next collective.
+                        self.parallel.wait()
                     self.objective.between_steps(done)
                 metrics = self._write_metrics(done, averages) if averages is not None else {}
                 asked = max(signals.stop, Stop.ASKED if self.should_stop() else Stop.NO)
@@ -353,6 +354,7 @@ class ModelObjective(Objective):
         if self.run.ema.snapshot_images and (last or loop.due(done, self.run.ema.snapshot_images)):
             with writing(f"the averages of step {done}", self.directory):
                 self.trainer.averages.write(self.directory, done, self.parallel)
+            self.parallel.wait()
         if not self.run.online.every_images:
             return
         self._scores_due |= last or loop.due(done, self.run.online.every_images)
@@ -364,6 +366,7 @@ class ModelObjective(Objective):
                 pipes = {name: Pipeline(self.file, model, self.tokenizer) for name, model in full.items() if model is not None}
                 self._of_samples |= {**self.online.score(pipes), "online/images": done * loop.batch_size}
             self.trainer.model.train()
+            self.parallel.wait()
 
     def save(self, done: int) -> Path:
         return save_checkpoint(self.directory, self.file, self.tokenizer, self.trainer, done)

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from continuar.devices import expandable_segments
+from continuar.distributed import expandable_segments
 
 
 @pytest.mark.parametrize("name", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
