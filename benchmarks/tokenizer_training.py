@@ -29,10 +29,14 @@ PROFILED = 3
 """Steps over which --profile looks."""
 
 
-def measure(run: TokenizerRun, device: torch.device, steps: int, judged: bool, profile: bool) -> dict[str, float | bool | None]:
+def measure(
+    run: TokenizerRun, device: torch.device, steps: int, with_discriminator: bool, profile: bool
+) -> dict[str, float | bool | None]:
     """Warm-up, then ``steps`` timed steps in two halves."""
     cuda = device.type == "cuda"
-    run = dataclasses.replace(run, discriminator=dataclasses.replace(run.discriminator, start_images=0 if judged else 10**12))
+    run = dataclasses.replace(
+        run, discriminator=dataclasses.replace(run.discriminator, start_images=0 if with_discriminator else 10**12)
+    )
     torch.compiler.reset()
     torch.manual_seed(0)
     trainer = TokenizerStep(run.tokenizer.build().to(device), run, build_perceptual(run.loss, device))
@@ -58,7 +62,7 @@ def measure(run: TokenizerRun, device: torch.device, steps: int, judged: bool, p
         print(kernel_table(lambda: take(PROFILED), PROFILED, "step"))
     seconds = sum(halves) / 2
     return {
-        "judged": judged,
+        "judged": with_discriminator,
         "batch_size": batch,
         "images_per_second": batch / seconds,
         "milliseconds_per_step": 1e3 * seconds,
@@ -89,11 +93,13 @@ def main() -> None:
         loss = dataclasses.replace(run.loss, perceptual_weights=weights, **({} if weights else {"perceptual": "off"}))
         for engine in options.engines.split(","):
             train = dataclasses.replace(run.train, batch_size=options.batch_size or run.train.batch_size, engine=engine)
-            for judged in (False, True):
-                result = measure(dataclasses.replace(run, loss=loss, train=train), device, options.steps, judged, options.profile)
+            for with_discriminator in (False, True):
+                result = measure(
+                    dataclasses.replace(run, loss=loss, train=train), device, options.steps, with_discriminator, options.profile
+                )
                 results.append({"recipe": recipe, "engine": engine, "perceptual": bool(weights), **result})
                 print(
-                    f"{recipe:<20} {engine:<15} {'with' if judged else 'without'} discriminator "
+                    f"{recipe:<20} {engine:<15} {'with' if with_discriminator else 'without'} discriminator "
                     f"{result['images_per_second']:>8,.0f} images/s {result['milliseconds_per_step']:8.2f} ms/step "
                     f"±{result['spread']:.1%}  {result['held_memory_gib'] or 0:.2f} GiB  warm-up {result['warmup_seconds']:.0f} s",
                     flush=True,

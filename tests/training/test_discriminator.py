@@ -11,21 +11,21 @@ from continuar.training.gan_losses import PatchDiscriminator, adaptive_weight, h
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
-def test_patches_are_judged_down_to_the_smallest_image(layers: int) -> None:
+def test_patches_are_rated_down_to_the_smallest_image(layers: int) -> None:
     config = DiscriminatorConfig(width=8, layers=layers)
-    judge, size = PatchDiscriminator(config), config.smallest_image
-    assert judge(torch.zeros(2, 3, size, size)).shape == (2, 1, 1, 1)
-    assert judge(torch.zeros(2, 3, 2 * size, 2 * size)).shape[2] > 1
+    discriminator, size = PatchDiscriminator(config), config.smallest_image
+    assert discriminator(torch.zeros(2, 3, size, size)).shape == (2, 1, 1, 1)
+    assert discriminator(torch.zeros(2, 3, 2 * size, 2 * size)).shape[2] > 1
     with pytest.raises(RuntimeError):
-        judge(torch.zeros(2, 3, size - 2**layers, size - 2**layers))
+        discriminator(torch.zeros(2, 3, size - 2**layers, size - 2**layers))
 
 
-def test_an_image_is_judged_without_its_neighbours() -> None:
+def test_an_image_is_rated_without_its_neighbours() -> None:
     torch.manual_seed(0)
-    judge, images = PatchDiscriminator(DiscriminatorConfig(width=8, layers=2)), torch.randn(3, 3, 16, 16)
-    together = judge(images)
+    discriminator, images = PatchDiscriminator(DiscriminatorConfig(width=8, layers=2)), torch.randn(3, 3, 16, 16)
+    together = discriminator(images)
     assert together.std() > 0
-    torch.testing.assert_close(together[1:2], judge(images[1:2]), atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(together[1:2], discriminator(images[1:2]), atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

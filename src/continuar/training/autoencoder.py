@@ -402,7 +402,7 @@ class TokenizerStep:
         return Errors(l1, perceptual, squared)
 
     def finite(self) -> bool:
-        """Whether the weights of all processes are finite numbers; waits for the device."""
+        """True if the weights are finite in all processes; waits for the device."""
         return all_finite([p.detach() for module in self.modules().values() for p in module.parameters()], self.parallel)
 
     def load(self, checkpoint: Path) -> None:

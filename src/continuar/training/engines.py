@@ -1,4 +1,4 @@
-"""How forward and backward of one micro-batch are executed.
+"""Engines that execute forward and backward of one micro-batch.
 
 Each engine leaves gradients in ``parameter.grad``: the first micro-batch of a step replaces what was there, the others add to it.
 All engines return the micro-batch's mean loss.

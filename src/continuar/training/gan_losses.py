@@ -70,7 +70,7 @@ def hinge(real: Tensor, fake: Tensor) -> Tensor:
 def adaptive_weight(
     images_B3HW: Tensor, others_B3HW: Tensor, adversarial_B3HW: Tensor, last_layer: Tensor, parallel: SingleProcess | None = None
 ) -> Tensor:
-    """What makes the adversarial term pull the decoder's last layer as hard as the other terms do: a ratio of gradient norms.
+    """The weight with which the adversarial term pulls the decoder's last layer as hard as the others: a ratio of gradient norms.
 
     Args:
         images_B3HW: what the decoder made, with its graph.
@@ -88,7 +88,7 @@ _SMALLEST = 64
 """Smaller images are enlarged: the networks' deep layers would see nothing of them."""
 _MEANS_BGR = (103.939, 116.779, 123.68)
 _PREFIX = "loss.perceptual_loss."
-"""Where an LDM autoencoder's file keeps its LPIPS."""
+"""Prefix of the LPIPS weights in the file of an LDM autoencoder."""
 
 
 class Perceptual(nn.Module, ABC):

@@ -29,7 +29,7 @@ from continuar.training.config import EMAConfig
 Numbers = float | np.ndarray
 FOLDER = "averages"
 _STORED = torch.float16
-"""Of files, as in EDM2: weights are far from its limits, and combining rounds less than bfloat16 would."""
+"""Type of the files, as in EDM2: weights are far from its limits, and combining rounds less than bfloat16 would."""
 
 
 def exponent(length: float) -> float:

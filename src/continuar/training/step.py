@@ -40,7 +40,7 @@ def seed_draws(seed: int, step: int, part: int | None = None, rollbacks: int = 0
 
 
 def uses_bf16(precision: str, device: torch.device) -> bool:
-    """Whether a run of that ``train.precision`` uses bfloat16 autocast on the device."""
+    """True if a run of this ``train.precision`` uses bfloat16 autocast on the device."""
     return precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
 
 
@@ -91,7 +91,7 @@ def update_weights(
 
 
 def all_finite(tensors: list[Tensor], parallel: SingleProcess) -> bool:
-    """Whether these tensors are finite in all processes; waits for the device."""
+    """True if these tensors are finite in all processes; waits for the device."""
     return not parallel.any(not torch.nn.utils.get_total_norm(tensors).isfinite())
 
 
@@ -271,5 +271,5 @@ class TrainStep:
         self.meter.add(bad, values, {f"loss_by_masked/{tenths / 10:.1f}": loss})
 
     def finite(self) -> bool:
-        """Whether the weights and averages of all processes are finite numbers; waits for the device."""
+        """True if weights and averages are finite in all processes; waits for the device."""
         return all_finite([local(p.detach()) for model in (self.model, self.ema.model) for p in model.parameters()], self.parallel)
