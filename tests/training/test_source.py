@@ -87,7 +87,7 @@ def test_a_model_of_cached_latents_makes_images_by_the_cache_s_tokenizer(
     kept = from_json(Run, json.loads((directory / "config.json").read_text()))
     assert kept.tokenizer == own.config == read_pipeline_config(newest_checkpoints(directory)[0]).tokenizer
     loaded = Pipeline.from_pretrained(directory, device="cpu")
-    assert loaded.file.classes == ("ant", "bee")
+    assert loaded.config.classes == ("ant", "bee")
     assert all(torch.equal(v, own.state_dict()[k]) for k, v in loaded.tokenizer.state_dict().items())
     images = loaded(["bee", "ant"], [3, 4])
     assert images.shape == (2, 8, 8, 3)
@@ -116,7 +116,7 @@ def test_a_resumed_run_keeps_the_tokenizer_of_its_checkpoint(tmp_path: Path) -> 
     set_scale(tmp_path / "t", 3.0, 0.0)
     assert training_data(mar_run(cache)).tokenizer.config.scale == 3.0
     trained = train(mar_run(cache), tmp_path / "r", device=CPU, resume=True)
-    assert trained.tokenizer.config.scale == trained.file.tokenizer.scale == 0.5
+    assert trained.tokenizer.config.scale == trained.config.tokenizer.scale == 0.5
     shutil.rmtree(tmp_path / "t")
     assert training_data(mar_run(cache), resumed=tmp_path / "r").run.tokenizer == VAE
 
