@@ -25,7 +25,8 @@ from continuar.heads import (
     option_names,
 )
 from continuar.models import BackboneConfig, CausalConfig, MAEConfig
-from continuar.models.autoregressive import Model, ModelConfig, check_parts
+from continuar.models.autoregressive import Model, ModelConfig
+from continuar.models.compatibility import check_parts
 from continuar.orders import OrderConfig
 from continuar.pipeline import Pipeline
 from continuar.sampling.options import SamplingOptions

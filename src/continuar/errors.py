@@ -1,4 +1,4 @@
-"""The one exception that means "what you asked for cannot be done", as opposed to a bug."""
+"""`UserError`: what was asked for cannot be done, as opposed to a bug, which keeps its traceback."""
 
 from __future__ import annotations
 
@@ -14,13 +14,24 @@ class UserError(ValueError):
 
 
 class RemoteRankError(UserError):
-    """Something went wrong in another process of the run, which says what."""
+    """Another process of the run failed and has printed the reason."""
 
 
 def require(condition: bool, message: str) -> None:
     """Raise ``UserError(message)`` unless ``condition`` holds."""
     if not condition:
         raise UserError(message)
+
+
+def check_scale(name: str, value: float) -> None:
+    """Refuses a guidance scale or temperature that is negative, infinite or NaN."""
+    require(0 <= value < float("inf"), f"{name} is {value}; allowed: 0 or more, finite")
+
+
+def check_sizes(prefix: str = "", **sizes: int) -> None:
+    """Refuses sizes below 1; the message names them as ``prefix`` + name."""
+    for name, value in sizes.items():
+        require(value >= 1, f"{prefix}{name} is {value}; allowed: 1 or more")
 
 
 def unknown_name(what: str, name: str, allowed: Iterable[str], shown: int = 12) -> UserError:

@@ -1,17 +1,17 @@
-"""Randomness that belongs to an image, not to a batch.
+"""Random numbers that belong to an image, not to a batch.
 
-Every draw is a pure function of (image seed, position, purpose, step): Philox4x32-10, the counter-based generator of Salmon et al.,
-"Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011), written in integer tensor operations. So the same seed gives the same
-image at any batch size, in any batch order, on any rank and any device.
+Every draw is a pure function of (image seed, position, purpose, step), by Philox4x32-10 (Salmon et al., "Parallel Random Numbers:
+As Easy as 1, 2, 3", SC 2011) written in integer tensor operations. The same seed therefore gives the same image at any batch size,
+in any batch order, on any rank and any device.
 
-Counter words: (position, step + 2^16 round, purpose, block); key words: the seed's low and high 32 bits. A round is one of several
-times that a token is drawn, where an order draws tokens that it may not keep.
+1. The counter is (position, step + 2^16 round, purpose, block), the key the seed's low and high 32 bits. A block is four words. The
+   round counts how often a token was drawn, for orders that draw tokens they may not keep.
+2. Words become uniforms in (0, 1], and pairs of uniforms two normals (Box-Muller).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from enum import IntEnum
 from typing import Protocol
 
@@ -22,7 +22,7 @@ _MASK = 0xFFFFFFFF
 
 
 class Purpose(IntEnum):
-    """What a draw is for. Values are part of the format: changing one changes every seeded image."""
+    """The use of a draw. Values are part of the format: changing one changes every seeded image."""
 
     ORDER = 0  # the permutation of positions
     INITIAL = 1  # x_T of a token
@@ -32,7 +32,7 @@ class Purpose(IntEnum):
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Philox4x32 with 10 rounds. Words are int64 tensors holding 0..2^32-1, broadcast together; returns four such tensors."""
+    """Philox4x32 with 10 rounds. Words are int64 tensors holding 0..2^32-1, broadcast together; returns four of them."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for i in range(10):
@@ -47,7 +47,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Te
 
 
 def _uniform(word: Tensor) -> Tensor:
-    """A 32-bit word as float32 in (0, 1]: the half offset keeps the logarithm below finite."""
+    """A 32-bit word as float32 in (0, 1]: the half offset excludes 0, which keeps Box-Muller's logarithm finite."""
     return (word.to(torch.float32) + 0.5) * 2.0**-32
 
 
@@ -64,61 +64,56 @@ class RowNoise(Protocol):
 
 
 class KeyedNoise:
-    """Noise of M rows, each with its image's seed and its position.
+    """Noise of M rows, each keyed by its image's seed and its position.
 
     Args:
         seeds: [M] int64, any value; two's complement for negative ones.
         positions: [M] int64, 0..2^32-1.
-        round: 0..2^16-1; see the module's docstring.
+        round: 0..2^16-1, how often these tokens were drawn before.
     """
 
     def __init__(self, seeds: Tensor, positions: Tensor, round: int = 0) -> None:
         self.seeds, self.positions, self.round = seeds, positions, round
-        self._step = round << 16
-        self._key = (seeds & _MASK).unsqueeze(-1), ((seeds >> 32) & _MASK).unsqueeze(-1)
-        self._positions = positions.unsqueeze(-1)
 
     def _words(self, purpose: Purpose, step: int | Tensor, blocks: int) -> tuple[Tensor, ...]:
-        block = torch.arange(blocks, device=self._positions.device)
+        """Four tensors of words [M, blocks]; [S, M, blocks] for steps [S, 1, 1]."""
+        block = torch.arange(blocks, device=self.positions.device)
         like = torch.zeros_like(block)
-        return philox((self._positions, like + (self._step + step), like + int(purpose), block), self._key)
+        counter = self.positions.unsqueeze(-1), like + ((self.round << 16) + step), like + int(purpose), block
+        return philox(counter, ((self.seeds & _MASK).unsqueeze(-1), ((self.seeds >> 32) & _MASK).unsqueeze(-1)))
 
-    def normal(self, purpose: Purpose, step: int, dim: int) -> Tensor:
-        return self._normal(purpose, step, dim)
+    def words(self, purpose: Purpose, step: int, dim: int) -> Tensor:
+        """Random integers 0..2^32-1, int64 [M, dim]."""
+        return torch.stack(self._words(purpose, step, -(-dim // 4)), -1).flatten(-2)[..., :dim]
 
-    def normals(self, purpose: Purpose, steps: int, dim: int) -> Tensor:
-        """`normal` of steps 0 to ``steps`` - 1 at once, [steps, M, dim]: the same bits in few large operations."""
-        return self._normal(purpose, torch.arange(steps, device=self._positions.device).view(-1, 1, 1), dim)
+    def uniform(self, purpose: Purpose, step: int, dim: int) -> Tensor:
+        return _uniform(self.words(purpose, step, dim))
 
-    def _normal(self, purpose: Purpose, step: int | Tensor, dim: int) -> Tensor:
-        u0, u1, u2, u3 = (_uniform(w) for w in self._words(purpose, step, -(-dim // 4)))
-        # Box-Muller: two uniforms make two independent normals.
+    def normal(self, purpose: Purpose, step: int | Tensor, dim: int) -> Tensor:
+        # The words stay four contiguous tensors: on strided ones a CPU takes other code for log and cos, which rounds differently.
+        u0, u1, u2, u3 = (_uniform(word) for word in self._words(purpose, step, -(-dim // 4)))
         r0, r1 = (-2 * u0.log()).sqrt(), (-2 * u2.log()).sqrt()
         a0, a1 = 2 * math.pi * u1, 2 * math.pi * u3
         return torch.stack((r0 * a0.cos(), r0 * a0.sin(), r1 * a1.cos(), r1 * a1.sin()), -1).flatten(-2)[..., :dim]
 
-    def uniform(self, purpose: Purpose, step: int, dim: int) -> Tensor:
-        words = self._words(purpose, step, -(-dim // 4))
-        return torch.stack([_uniform(w) for w in words], -1).flatten(-2)[..., :dim]
+    def normals(self, purpose: Purpose, steps: int, dim: int) -> Tensor:
+        """`normal` of steps 0 to ``steps`` - 1, [steps, M, dim]: the same bits in few large operations."""
+        return self.normal(purpose, torch.arange(steps, device=self.positions.device).view(-1, 1, 1), dim)
 
 
 class GeneratorNoise:
-    """Plain noise for M rows from torch's own generators, for users of a head alone."""
+    """Noise of M rows from a torch generator, for heads that are used without images and seeds."""
 
     def __init__(self, rows: int, device: torch.device, generator: torch.Generator | None = None) -> None:
         self._rows, self._device, self._generator = rows, device, generator
 
-    def _draw(self, draw: Callable[..., Tensor], dim: int) -> Tensor:
-        return draw(self._rows, dim, device=self._device, generator=self._generator)
-
     def normal(self, purpose: Purpose, step: int, dim: int) -> Tensor:
-        return self._draw(torch.randn, dim)
+        return torch.randn(self._rows, dim, device=self._device, generator=self._generator)
 
     def uniform(self, purpose: Purpose, step: int, dim: int) -> Tensor:
-        return 1 - self._draw(torch.rand, dim)
+        return 1 - torch.rand(self._rows, dim, device=self._device, generator=self._generator)
 
 
-def keyed_permutation(seeds_B: Tensor, positions: int) -> Tensor:
-    """A uniformly random permutation of 0..positions-1 per image: [B, positions] int64, a function of the seed alone."""
-    key = KeyedNoise(seeds_B, torch.zeros_like(seeds_B))._words(Purpose.ORDER, 0, -(-positions // 4))
-    return torch.stack(key, -1).flatten(-2)[:, :positions].argsort(dim=-1, stable=True)
+def keyed_permutation(seeds_B: Tensor, seq_len: int) -> Tensor:
+    """A uniformly random permutation of 0..seq_len-1 per image: [B, seq_len] int64, a function of the seed alone."""
+    return KeyedNoise(seeds_B, torch.zeros_like(seeds_B)).words(Purpose.ORDER, 0, seq_len).argsort(dim=-1, stable=True)

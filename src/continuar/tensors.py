@@ -1,7 +1,4 @@
-"""Rows of each image at its own positions: reading and writing [B, N, ...] tensors by [B, K] indices.
-
-Where autocast must not reach: timestep embeddings, posteriors and outputs run in the dtype of their inputs.
-"""
+"""Indexing [B, N, ...] tensors by [B, K] positions, shape checks, losses by time, and autocast guards."""
 
 from __future__ import annotations
 
@@ -14,17 +11,17 @@ from torch import Tensor
 
 
 def batched_gather(x_BN: Tensor, index_BK: Tensor) -> Tensor:
-    """[B, N, ...], [B, K] -> [B, K, ...]. A batch of one in x is shared by all."""
+    """[B, N, ...], [B, K] -> [B, K, ...]: each image's rows at its own positions. If x has batch 1, all images share it."""
     x_BN = x_BN.expand(index_BK.shape[0], *x_BN.shape[1:])
-    return torch.gather(x_BN, 1, _like(index_BK, x_BN))
+    return torch.gather(x_BN, 1, _expand_index(index_BK, x_BN))
 
 
 def batched_scatter_(x_BN: Tensor, index_BK: Tensor, values_BK: Tensor) -> None:
     """Writes values [B, K, ...] into x [B, N, ...] in place, in x's dtype."""
-    x_BN.scatter_(1, _like(index_BK, x_BN), values_BK.to(x_BN.dtype))
+    x_BN.scatter_(1, _expand_index(index_BK, x_BN), values_BK.to(x_BN.dtype))
 
 
-def _like(index_BK: Tensor, x_BN: Tensor) -> Tensor:
+def _expand_index(index_BK: Tensor, x_BN: Tensor) -> Tensor:
     """The index, repeated over the trailing dimensions of x."""
     return index_BK.view(*index_BK.shape, *(1 for _ in x_BN.shape[2:])).expand(*index_BK.shape, *x_BN.shape[2:])
 
@@ -51,18 +48,36 @@ def lerp_unless_(targets: list[Tensor], sources: list[Tensor], weight: float, sk
     )
 
 
+def check_rows(z: Tensor, target: Tensor, cond_dim: int, token_dim: int) -> None:
+    """Raises ValueError unless z is [..., cond_dim] and target [..., token_dim], with equal leading dimensions."""
+    if z.shape[-1] != cond_dim or target.shape != (*z.shape[:-1], token_dim):
+        raise ValueError(f"z is {tuple(z.shape)} and x {tuple(target.shape)}; allowed: [M, {cond_dim}] and [M, {token_dim}]")
+
+
+def add_loss_by_quarter(sums: Tensor | None, time: Tensor, loss: Tensor) -> None:
+    """Adds losses at times in [0, 1), both of one shape, to ``sums`` [2, 4]: sums and counts by quarter of time.
+
+    Runs on the device, without a host read. Nothing happens if ``sums`` is None.
+    """
+    if sums is not None:
+        quarter = (4 * time).long().view(-1, 1) == torch.arange(4, device=time.device)
+        loss = loss.detach().nan_to_num(0, 0, 0).view(-1, 1)
+        sums += torch.stack((torch.where(quarter, loss, 0).sum(0), quarter.sum(0)))
+
+
 META_AUTOCAST: ContextVar[bool] = ContextVar("META_AUTOCAST", default=False)
-"""The meta device, on which costs are counted, has no autocast; this is the switch of those who count as if it had."""
+"""True while `training.estimate` counts memory on the meta device. That device has no autocast, so the estimate casts by itself and
+reads here where it must not."""
 
 
 def without_autocast(like: Tensor) -> AbstractContextManager[object]:
-    """Turns autocast off for ``like``'s device."""
+    """Turns autocast off for ``like``'s device: operations run in the dtype of their inputs."""
     return meta_autocast(False) if like.is_meta else torch.autocast(like.device.type, enabled=False)
 
 
 @contextmanager
 def meta_autocast(enabled: bool) -> Iterator[None]:
-    """Within the block `META_AUTOCAST` is ``enabled``."""
+    """Sets `META_AUTOCAST` within the block."""
     before = META_AUTOCAST.set(enabled)
     try:
         yield
@@ -72,7 +87,7 @@ def meta_autocast(enabled: bool) -> Iterator[None]:
 
 @contextmanager
 def matmul_precision(level: str) -> Iterator[None]:
-    """Within the block, float32 matrix products are "highest" (float32) or "high" (TF32, on GPUs that have it)."""
+    """Sets the precision of float32 matrix products within the block: "highest" (float32) or "high" (TF32 on GPUs that have it)."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(level)
     try:

@@ -229,7 +229,7 @@ def test_conditions_that_cannot_work_are_refused(make: Any, message: str) -> Non
 def test_values_of_another_shape_or_type_are_refused(kind: type, values: Tensor, message: str) -> None:
     config = next(c for c in CONFIGS if type(c.condition) is kind)
     with pytest.raises(UserError, match=message):
-        shaken(config).condition(values)
+        generate(shaken(config), SamplingInput.blank(config.tokens, torch.tensor([1, 2]), values), options_of(config))
 
 
 def test_the_official_layout_has_no_place_for_vectors() -> None:

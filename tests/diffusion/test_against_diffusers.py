@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from continuar.diffusion.gaussian import TRAIN_STEPS, Schedule, coefficients, cosine_betas, strided, training_schedule
+from continuar.diffusion.gaussian import TRAIN_STEPS, Schedule, coefficients, cosine_betas, training_schedule
 from continuar.diffusion.samplers import SAMPLERS
+from continuar.diffusion.time_grids import strided
 
 diffusers = pytest.importorskip("diffusers", reason="the extra [diffusers] is not installed")
 
@@ -54,7 +55,7 @@ def test_ddim(steps: int) -> None:
     """On an integer stride: their DDIM has no other grid."""
     scheduler = scheduler_of("DDIMScheduler", clip_sample=False, set_alpha_to_one=True)
     scheduler.set_timesteps(steps)
-    schedule = training_schedule().respace(strided(TRAIN_STEPS, steps))
+    schedule = training_schedule().respace(strided(steps))
     assert tuple(reversed(scheduler.timesteps.tolist())) == schedule.timesteps
     torch.testing.assert_close(ours("ddim", schedule), theirs(scheduler), rtol=2e-5, atol=2e-5)
 

@@ -1,4 +1,4 @@
-"""Samplers against closed forms: a Gaussian target, whose exact network is affine (see gaussian.py)."""
+"""Samplers against closed forms: a Gaussian target, whose exact network is affine (see gaussian_target.py)."""
 
 import math
 import typing
@@ -7,10 +7,11 @@ from functools import partial
 import pytest
 import torch
 
-from continuar.diffusion.gaussian import Grid, sampling_schedule, training_schedule, uniform_log_snr, uniform_t
-from continuar.diffusion.samplers import LAST, SAMPLERS, SamplerName, check_sampler, check_temperature
+from continuar.diffusion.gaussian import Grid, sampling_schedule, training_schedule, uniform_t
+from continuar.diffusion.samplers import LAST_TIMESTEP, SAMPLERS, SamplerName, check_sampler, check_temperature
+from continuar.diffusion.time_grids import uniform_log_snr
 from continuar.errors import UserError
-from tests.diffusion.gaussian import ABAR, Gaussian, distance, push
+from tests.diffusion.gaussian_target import ABAR, Gaussian, distance, push
 
 CORRELATED = Gaussian(
     torch.tensor([0.5, -0.8, 0.0], dtype=torch.float64),
@@ -32,8 +33,8 @@ def solver_error(name: str, steps: int, grid: Grid) -> float:
     ("name", "grid", "order"),
     [
         ("ddim", uniform_t, 1),
-        ("ddim", partial(uniform_t, last=LAST), 1),
-        ("dpmpp_2m", partial(uniform_t, last=LAST), 2),
+        ("ddim", partial(uniform_t, last=LAST_TIMESTEP), 1),
+        ("dpmpp_2m", partial(uniform_t, last=LAST_TIMESTEP), 2),
         ("dpmpp_2m", SAMPLERS["dpmpp_2m"].grid, 2),
     ],
 )
@@ -142,7 +143,7 @@ def test_dpmpp_without_a_past_is_ddim(steps: int) -> None:
 def test_an_error_of_the_first_eps_is_what_the_docstring_of_dpmpp_says() -> None:
     abar = training_schedule().abar
     assert [round(math.sqrt(1 / abar[t] - 1)) for t in (999, 979)] == [20291, 32]
-    assert round(math.sqrt(abar[LAST]), 3) == 0.031
+    assert round(math.sqrt(abar[LAST_TIMESTEP]), 3) == 0.031
 
     def response(name: str, grid: Grid) -> float:
         schedule = sampling_schedule(20, grid)

@@ -29,11 +29,11 @@ from continuar.diffusion.gaussian import (
     posterior_mean,
     predict_x0,
     sampling_schedule,
-    spaced,
-    strided,
     training_schedule,
+    uniform_t,
 )
 from continuar.diffusion.samplers import ddim, ddpm
+from continuar.diffusion.time_grids import strided
 from continuar.heads import DiffusionHead, DiffusionOptions
 from continuar.models.autoregressive import Model
 from continuar.noise import Purpose
@@ -105,7 +105,7 @@ def check_diffusion(meta: dict, g: dict[str, Tensor]) -> Errors:
             if number == len(training_schedule()):
                 schedule = training_schedule()
             else:
-                schedule = training_schedule().respace((strided if "ddim" in count else spaced)(1000, number))
+                schedule = training_schedule().respace((strided if "ddim" in count else uniform_t)(number))
             ours = torch.tensor(schedule.timesteps) if kind == "steps" else torch.from_numpy(schedule.betas)
             yield name, error(ours, golden)
     for name, golden in g.items():
@@ -114,8 +114,8 @@ def check_diffusion(meta: dict, g: dict[str, Tensor]) -> Errors:
             ours = chain(head, sampling_schedule(int(steps)), x, c, float(temperature), g[f"{name}_noise"])
             yield name, error(ours, golden)
         elif name.startswith("ddim"):
-            schedule = training_schedule().respace(strided(1000, int(name.removeprefix("ddim").split("_")[0])))
-            denoise = head._guided(c, None)
+            schedule = training_schedule().respace(strided(int(name.removeprefix("ddim").split("_")[0])))
+            denoise = head.denoiser(c, None)
             ours = ddim(denoise, x, coefficients(schedule), temperature=torch.tensor(1.0), step_noise=lambda i: x)
             yield name, error(ours, golden)
 
@@ -125,7 +125,7 @@ def chain(head: DiffusionHead, schedule: Schedule, x: Tensor, z: Tensor, tempera
     kept = coefficients(schedule)
     short = Coefficients(**{k: v[: len(noise)] for k, v in vars(kept).items()})
     return ddpm(
-        head._guided(z, None),
+        head.denoiser(z, None),
         x,
         short,
         temperature=torch.tensor(temperature),
@@ -158,7 +158,7 @@ def check_steps(meta: dict, g: dict[str, Tensor]) -> Errors:
 def single_step(head: DiffusionHead, g: dict[str, Tensor], name: str, total: int, i: int) -> Errors:
     k = coefficients(sampling_schedule(total))
     x, noise, z = g[f"{name}.x"], g[f"{name}.noise"], g["c"]
-    eps, v = head._guided(z, None)(x, k.timesteps[i])
+    eps, v = head.denoiser(z, None)(x, k.timesteps[i])
     x0 = predict_x0(k, x, i, eps)
     yield "pred_x0", error(x0, g[f"{name}.pred_x0"])
     yield "mean", error(posterior_mean(k, x0, x, i), g[f"{name}.mean"])
@@ -167,7 +167,7 @@ def single_step(head: DiffusionHead, g: dict[str, Tensor], name: str, total: int
     last = Coefficients(**{n: value[i : i + 1] for n, value in vars(k).items()})
 
     def step(temperature: float, guidance: Callable | None = None) -> Tensor:
-        denoise = guidance or head._guided(z, None)
+        denoise = guidance or head.denoiser(z, None)
         mean = ddpm(denoise, x, last, temperature=torch.tensor(temperature), step_noise=lambda _: noise)
         if i == 0:
             return mean
@@ -184,9 +184,9 @@ def single_step(head: DiffusionHead, g: dict[str, Tensor], name: str, total: int
 
     yield "sample_temp1.0", error(step(1.0), g[f"{name}.sample_temp1.0"])
     yield "sample_temp0.8", error(step(0.8), g[f"{name}.sample_temp0.8"])
-    guided = head._guided(z, Guidance(g["c_uncond"], torch.tensor(2.5)))
+    guided = head.denoiser(z, Guidance(g["c_uncond"], torch.tensor(2.5)))
     yield "guided2.5_temp0.9", error(step(0.9, guided), g[f"{name}.guided2.5_temp0.9"])
-    ours = ddim(head._guided(z, None), x, last, temperature=torch.tensor(1.0), step_noise=lambda _: noise)
+    ours = ddim(head.denoiser(z, None), x, last, temperature=torch.tensor(1.0), step_noise=lambda _: noise)
     yield "ddim_eta0", error(ours, g[f"{name}.ddim_eta0"])
 
 

@@ -102,7 +102,7 @@ def test_checker_notices_an_ignored_temperature(monkeypatch: pytest.MonkeyPatch)
 def test_checker_notices_the_variance_from_the_wrong_half(monkeypatch: pytest.MonkeyPatch) -> None:
     from continuar.heads.diffusion import DiffusionHead
 
-    real = DiffusionHead._guided
+    real = DiffusionHead.denoiser
 
     def wrong(self, z, guidance):
         right = real(self, z, guidance)
@@ -111,7 +111,7 @@ def test_checker_notices_the_variance_from_the_wrong_half(monkeypatch: pytest.Mo
         unconditional = real(self, guidance.z_uncond, None)
         return lambda x, t: (right(x, t)[0], unconditional(x, t)[1])
 
-    monkeypatch.setattr(DiffusionHead, "_guided", wrong)
+    monkeypatch.setattr(DiffusionHead, "denoiser", wrong)
     assert worst("diffusion_steps.safetensors") > check.TOLERANCE
 
 

@@ -135,7 +135,7 @@ def test_sample_refuses_bad_options(options: dict, message: str) -> None:
 
 def test_shapes_that_do_not_fit_are_named() -> None:
     head = shaken_head()
-    with pytest.raises(UserError, match=r"z is \(2, 4\) and x \(2, 3\); allowed: \[M, 5\] and \[M, 3\]"):
+    with pytest.raises(ValueError, match=r"z is \(2, 4\) and x \(2, 3\); allowed: \[M, 5\] and \[M, 3\]"):
         head.loss(torch.zeros(2, 4), torch.zeros(2, 3))
     with pytest.raises(UserError, match=r"z is \(2, 4\); allowed: \[M, 5\]"):
         head.sample(torch.zeros(2, 4))

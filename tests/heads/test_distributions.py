@@ -175,7 +175,7 @@ def test_flow_solvers_follow_a_known_field_at_their_order(monkeypatch: pytest.Mo
 
         return velocity
 
-    monkeypatch.setattr(head, "_guided", field)
+    monkeypatch.setattr(head, "velocity", field)
     z = torch.ones(200, 1)
     limit = head.sample(z, flow_steps=1000, solver="heun", generator=generator())
     errors = {}

@@ -12,7 +12,7 @@ import torch
 
 from continuar.cli.train import dry_run
 from continuar.heads import FlowHeadConfig, RegressionHeadConfig
-from continuar.models.autoregressive import config_warnings
+from continuar.models.compatibility import config_warnings
 from continuar.recipes import RECIPES
 from continuar.sampling.options import SamplingOptions
 from continuar.tokenizers import LatentConfig, PixelConfig, TokenizerConfig

@@ -76,8 +76,8 @@ def test_recomputed_blocks_give_the_same_loss_and_gradients_with_dropout(positio
             for parameter in model.head.parameters():
                 parameter.add_(0.02 * torch.randn_like(parameter))
         trainer = TrainStep(model, dataclasses.replace(run, train=train))
-        assert {m.recomputed for m in model.modules() if isinstance(m, Block)} == {train.activation_checkpointing}
-        assert not any(m.recomputed for m in trainer.ema.model.modules() if isinstance(m, Block))
+        assert {m.activation_checkpointing for m in model.modules() if isinstance(m, Block)} == {train.activation_checkpointing}
+        assert not any(m.activation_checkpointing for m in trainer.ema.model.modules() if isinstance(m, Block))
         torch.manual_seed(7)
         loss = EagerEngine(model, 0.1, bf16)(
             torch.randn(4, 16, 12), torch.tensor([0, 1, 2, 0]), View(torch.rand(4, 16).argsort(1), 4)
@@ -110,7 +110,7 @@ def test_no_shape_of_as_many_masked_counts_as_are_allowed_falls_back_to_eager(
     model = run.model_config(3).build().train()
     assert len(model.num_masked_distribution()) == MAX_COMPILED
     for block in (m for m in model.modules() if isinstance(m, Block)):
-        block.recomputed = activation_checkpointing
+        block.activation_checkpointing = activation_checkpointing
     engine = CompiledEngine(model, 0.1, False)
     with dynamo.patch(fail_on_recompile_limit_hit=True):
         for queried in model.num_masked_distribution():

@@ -19,7 +19,7 @@ from continuar.checkpoints.ldm import read_ldm
 from continuar.checkpoints.store import CONFIG, TOKENIZER, load_state, read_pipeline_config, read_tokenizer
 from continuar.errors import UserError, require
 from continuar.io import atomic_directory, read_config, write_json, write_tensors
-from continuar.models.autoregressive import token_warnings
+from continuar.models.compatibility import token_warnings
 from continuar.tokenizers import LatentConfig, Tokenizer, TokenizerConfig, VAEConfig, VAETokenizer, VQConfig
 from continuar.tokenizers.diffusers_files import load_diffusers
 from continuar.tokenizers.networks import VQNetwork

@@ -1,1 +1,1 @@
-"""The per-token diffusion process: schedule, losses, posterior and samplers, as pure functions on tensors."""
+"""The diffusion process of one token and its samplers, as pure functions on tensors."""

@@ -1,9 +1,6 @@
-"""What every head's sampling options share. Each head's file declares its own, with a literal ``kind``.
+"""Interfaces of heads: `Head` models one token's distribution given its condition vector z; `Options` say how to draw from it.
 
-What a head is: the model of one token's distribution given its condition vector z.
-
-A head's config says what it makes (``token_kind``), whether it knows the probability of what it drew (``has_log_prob``), and its
-default ``options``.
+Each head's file declares its own options and its config, both with a literal ``kind``. The config derives from `HeadTraits`.
 """
 
 from __future__ import annotations
@@ -11,28 +8,39 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from continuar.errors import UserError, require
+from continuar.errors import UserError, check_scale, require
 from continuar.noise import GeneratorNoise, RowNoise
 
 T = TypeVar("T", bound="Options")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Options:
-    """How to draw a token, besides temperature and guidance: those are tensors beside it, because a captured graph would bake in
-    a number."""
+    """Settings of drawing a token.
+
+    Temperature and guidance are not among them: they are tensors, because a captured CUDA graph would bake in a number.
+    """
 
     def check_temperature(self, temperature: float) -> None:
-        """Refuses a temperature that the head cannot apply."""
-        check_scale("temperature", temperature)
+        """Refuses a temperature >= 0 that the head cannot apply."""
 
     def check_tokens(self, size: int) -> None:
         """Refuses options that do not fit tokens of ``size`` dimensions, or ids of that many."""
+
+
+@dataclass(frozen=True)
+class HeadTraits:
+    """What a head gives to the other parts, so that parts that cannot work together are refused before anything is built."""
+
+    token_kind: ClassVar[Literal["vector", "id"]] = "vector"
+    """The kind of tokens it makes."""
+    has_log_prob: ClassVar[bool] = False
+    """True if it knows the probability of the token it drew."""
 
 
 def option_names(kind: type[Options]) -> list[str]:
@@ -58,7 +66,7 @@ def with_values(options: T, values: dict[str, Any]) -> T:
 
 @dataclass(frozen=True)
 class HeadSample:
-    """Drawn tokens [M, D] (or ids [M]) and, from heads that have one, their log-probability (or log-density) [M]."""
+    """Drawn tokens [M, D] (or ids [M]) and, from heads with ``has_log_prob``, their log-probability (or log-density) [M]."""
 
     tokens: Tensor
     log_prob: Tensor | None = None
@@ -66,7 +74,7 @@ class HeadSample:
 
 @dataclass(frozen=True)
 class Guidance:
-    """What a head needs to guide: the unconditional condition vectors [M, Z] and the scale, a 0-d tensor on their device.
+    """Inputs of classifier-free guidance: the unconditional condition vectors [M, Z] and the scale, a 0-d tensor on their device.
 
     The scale is a tensor because it changes at every step: as a Python float it would be baked into a captured graph.
     """
@@ -75,27 +83,15 @@ class Guidance:
     scale: Tensor
 
 
-def check_scale(name: str, value: float) -> None:
-    """Refuses a guidance scale or temperature that is negative, infinite or NaN."""
-    require(0 <= value < float("inf"), f"{name} is {value}; allowed: 0 or more, finite")
-
-
 class LossByTimestep(nn.Module):
-    """A module whose loss may be at random times.
+    """A module whose loss is taken at random times, and may be logged by time.
 
     Attributes:
-        time_losses: [2, 4] sums and counts of losses by quarter of time, where someone who watches training has put a tensor;
-            modules that draw times add to it.
+        time_losses: [2, 4] sums and counts of losses by quarter of time (`add_loss_by_quarter`), or None. Training puts a tensor
+            here to watch them.
     """
 
     time_losses: Tensor | None = None
-
-    def record_loss_by_timestep(self, time: Tensor, loss: Tensor) -> None:
-        """Adds losses at times in [0, 1), both of one shape, to ``time_losses``; on the device, and none if nobody watches."""
-        if self.time_losses is not None:
-            quarter = (4 * time).long().view(-1, 1) == torch.arange(4, device=time.device)
-            loss = loss.detach().nan_to_num(0, 0, 0).view(-1, 1)
-            self.time_losses += torch.stack((torch.where(quarter, loss, 0).sum(0), quarter.sum(0)))
 
 
 class Head(LossByTimestep, ABC):
@@ -110,13 +106,13 @@ class Head(LossByTimestep, ABC):
     token_size: int
     options_type: ClassVar[type[Options]] = Options
 
-    def forward(self, z: Tensor, target: Tensor) -> Tensor:
-        """The loss: what training calls, so that compilation and parallel wrappers can take hold of the head."""
-        return self.loss(z, target)
-
     @abstractmethod
+    def forward(self, z: Tensor, target: Tensor) -> Tensor:
+        """The loss, one value per row [M], for z [M, Z] and target [M, D] (or ids [M]); differentiable in z and the head."""
+
     def loss(self, z: Tensor, target: Tensor) -> Tensor:
-        """One value per row [M] for z [M, Z] and target [M, D] (or ids [M]); differentiable in z and the head."""
+        """`forward` under the name that says what it returns."""
+        return self(z, target)
 
     @abstractmethod
     def draw(
@@ -128,7 +124,7 @@ class Head(LossByTimestep, ABC):
             options: an ``options_type``.
             temperature: 0-d tensor >= 0.
             noise: the rows' randomness.
-            guidance: the unconditional vectors [M, Z] and the scale, or None.
+            guidance: the unconditional vectors and the scale, or None.
         """
 
     @torch.no_grad()
@@ -142,19 +138,20 @@ class Head(LossByTimestep, ABC):
         generator: torch.Generator | None = None,
         **options: Any,
     ) -> Tensor:
-        """Draws one token, [M, D] or ids [M], for each row of z [M, Z].
+        """Draws one token, [M, D] or ids [M], for each row of z [M, Z]; for heads used without a model.
 
         Args:
             temperature: >= 0; lower is less diverse.
             z_uncond, guidance: unconditional vectors [M, Z] and the scale of classifier-free guidance (1: none).
             generator: torch's default generator if None.
-            options: of this head, by name; the diffusion head has ``diffusion_steps`` and ``sampler``.
+            options: this head's options by name; the diffusion head has ``diffusion_steps`` and ``sampler``.
 
         Raises:
             UserError: a shape, a value or an option that is not allowed.
         """
         require(z.ndim == 2 and z.shape[1] == self.cond_dim, f"z is {tuple(z.shape)}; allowed: [M, {self.cond_dim}]")
         check_scale("guidance", guidance)
+        check_scale("temperature", temperature)
         chosen = with_values(self.options_type(), options)
         chosen.check_temperature(temperature)
         chosen.check_tokens(self.token_size)
@@ -171,17 +168,3 @@ class Head(LossByTimestep, ABC):
             noise=GeneratorNoise(len(z), z.device, generator),
             guidance=guide,
         ).tokens
-
-
-def check_rows(z: Tensor, target: Tensor, cond_dim: int, token_dim: int) -> None:
-    """Refuses z and vector targets whose shapes do not belong together."""
-    require(
-        target.shape == (*z.shape[:-1], token_dim) and z.shape[-1] == cond_dim,
-        f"z is {tuple(z.shape)} and x {tuple(target.shape)}; allowed: [M, {cond_dim}] and [M, {token_dim}]",
-    )
-
-
-def check_sizes(**sizes: int) -> None:
-    """Refuses sizes below 1."""
-    for name, value in sizes.items():
-        require(value >= 1, f"{name} is {value}; allowed: 1 or more")

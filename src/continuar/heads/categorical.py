@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from continuar.errors import require
-from continuar.heads.base import Guidance, Head, HeadSample, Options, check_sizes
+from continuar.errors import check_sizes, require
+from continuar.heads.base import Guidance, Head, HeadSample, HeadTraits, Options
+from continuar.heads.diffusion import guided
 from continuar.noise import Purpose, RowNoise
 from continuar.tensors import without_autocast
 
@@ -28,9 +29,9 @@ class CategoricalOptions(Options):
 
     kind: Literal["categorical"] = "categorical"
     top_k: int = 0
-    """Only the this many most probable ids, 1 to the vocabulary; 0: all."""
+    """Draw from this many most probable ids, 1 to the vocabulary; 0: all."""
     top_p: float = 1.0
-    """Only the most probable ids that together reach this probability, above 0 to 1."""
+    """Draw from the most probable ids that together reach this probability, above 0 to 1."""
 
     def __post_init__(self) -> None:
         require(self.top_k >= 0, f"top_k is {self.top_k}; allowed: 1 to the vocabulary, or 0 for all")
@@ -41,7 +42,7 @@ class CategoricalOptions(Options):
 
 
 @dataclass(frozen=True)
-class CategoricalHeadConfig:
+class CategoricalHeadConfig(HeadTraits):
     """Cross-entropy over ids; needs a tokenizer that gives ids."""
 
     kind: Literal["categorical"] = "categorical"
@@ -55,16 +56,14 @@ class CategoricalHeadConfig:
         require(0 <= value < 1, f"head.label_smoothing is {value}; allowed: 0 up to below 1")
 
     def options(self) -> CategoricalOptions:
-        """The default options."""
         return CategoricalOptions()
 
     def build(self, token_size: int, cond_dim: int) -> CategoricalHead:
-        """The head for ids 0..token_size-1."""
         return CategoricalHead(token_size, cond_dim, label_smoothing=self.label_smoothing)
 
 
 class CategoricalHead(Head):
-    """See the module's docstring.
+    """Cross-entropy and sampling of one id given z.
 
     Args:
         vocabulary: V.
@@ -76,20 +75,19 @@ class CategoricalHead(Head):
 
     def __init__(self, vocabulary: int, cond_dim: int, label_smoothing: float = 0.0) -> None:
         super().__init__()
-        self.token_size = vocabulary
         check_sizes(vocabulary=vocabulary, cond_dim=cond_dim)
         require(0 <= label_smoothing < 1, f"label_smoothing is {label_smoothing}; allowed: 0 up to below 1")
-        self.vocabulary, self.cond_dim, self.label_smoothing = vocabulary, cond_dim, label_smoothing
+        self.token_size = self.vocabulary = vocabulary
+        self.cond_dim, self.label_smoothing = cond_dim, label_smoothing
         self.logits = nn.Linear(cond_dim, vocabulary)
         nn.init.xavier_uniform_(self.logits.weight)
         nn.init.zeros_(self.logits.bias)
 
-    def loss(self, z: Tensor, target: Tensor) -> Tensor:
+    def forward(self, z: Tensor, target: Tensor) -> Tensor:
         """Cross-entropy in nats, [M], for z [M, Z] and ids [M]."""
-        require(
-            target.shape == z.shape[:-1] and z.shape[-1] == self.cond_dim and not target.is_floating_point(),
-            f"z is {tuple(z.shape)} and ids {tuple(target.shape)} of {target.dtype}; allowed: [M, {self.cond_dim}], [M] integers",
-        )
+        if target.shape != z.shape[:-1] or z.shape[-1] != self.cond_dim or target.is_floating_point():
+            given = f"z is {tuple(z.shape)} and ids {tuple(target.shape)} of {target.dtype}"
+            raise ValueError(f"{given}; allowed: [M, {self.cond_dim}], [M] integers")
         logits = self.logits(z)
         with without_autocast(z):
             return F.cross_entropy(logits.float(), target, label_smoothing=self.label_smoothing, reduction="none")
@@ -98,7 +96,7 @@ class CategoricalHead(Head):
         self, z: Tensor, *, options: CategoricalOptions, temperature: Tensor, noise: RowNoise, guidance: Guidance | None = None
     ) -> HeadSample:
         with without_autocast(z):
-            logits = tempered(self.guided_logits(z.float(), guidance), temperature)
+            logits = tempered(self._guided_logits(z.float(), guidance), temperature)
             probabilities, ids = truncate(logits.softmax(-1), options.top_k, options.top_p)
             # Scaling the uniform by the total, instead of dividing every probability by it, leaves no gap at the end.
             cumulative = probabilities.cumsum(-1)
@@ -107,13 +105,10 @@ class CategoricalHead(Head):
             chosen = ids.gather(1, rank)
             return HeadSample(chosen.squeeze(1), logits.log_softmax(-1).gather(1, chosen).squeeze(1))
 
-    def guided_logits(self, z: Tensor, guidance: Guidance | None) -> Tensor:
-        """[M, V]: l_u + w (l_c - l_u)."""
-        conditional = self.logits(z)
-        if guidance is None:
-            return conditional
-        unconditional = self.logits(guidance.z_uncond.float())
-        return unconditional + guidance.scale * (conditional - unconditional)
+    def _guided_logits(self, z: Tensor, guidance: Guidance | None) -> Tensor:
+        """[M, V]."""
+        logits = self.logits(z)
+        return logits if guidance is None else guided(logits, self.logits(guidance.z_uncond.float()), guidance.scale)
 
 
 def tempered(logits: Tensor, temperature: Tensor) -> Tensor:

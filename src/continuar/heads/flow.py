@@ -7,23 +7,23 @@ Drawing, from x_0 = temperature n, for i = 0 .. S-1 with t = i/S:
 1. v = velocity(x, t); guided: v_u + w (v_c - v_u), both halves at the same x.
 2. Euler: x += v/S. Heun: x += (v + velocity(x + v/S, t + 1/S))/(2 S).
 
-An alternative beside the paper's diffusion head, never in its place.
+An alternative to the paper's diffusion head; never the default.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from continuar.errors import require
-from continuar.heads.base import Guidance, Head, HeadSample, Options, check_rows, check_sizes
-from continuar.heads.diffusion import DenoisingMLP
+from continuar.errors import check_sizes, require
+from continuar.heads.base import Guidance, Head, HeadSample, HeadTraits, Options
+from continuar.heads.diffusion import DenoisingMLP, guided
 from continuar.noise import Purpose, RowNoise
-from continuar.tensors import without_autocast
+from continuar.tensors import add_loss_by_quarter, check_rows, without_autocast
 
 Solver = Literal["euler", "heun"]
 TIME_SCALE = 1000.0
@@ -46,7 +46,7 @@ class FlowOptions(Options):
 
 
 @dataclass(frozen=True)
-class FlowHeadConfig:
+class FlowHeadConfig(HeadTraits):
     """Straight-path flow matching with the diffusion head's MLP."""
 
     kind: Literal["flow"] = "flow"
@@ -56,39 +56,34 @@ class FlowHeadConfig:
     """Residual blocks of the MLP."""
     diffusion_batch_mul: int = 4
     """Times drawn per token and training step."""
-    token_kind: ClassVar[Literal["vector", "id"]] = "vector"
-    has_log_prob: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        for name in ("width", "depth", "diffusion_batch_mul"):
-            require(getattr(self, name) >= 1, f"head.{name} is {getattr(self, name)}; allowed: 1 or more")
+        check_sizes("head.", width=self.width, depth=self.depth, diffusion_batch_mul=self.diffusion_batch_mul)
 
     def options(self) -> FlowOptions:
-        """The default options."""
         return FlowOptions()
 
     def build(self, token_size: int, cond_dim: int) -> FlowHead:
-        """The head for tokens of ``token_size`` dimensions."""
         return FlowHead(token_size, cond_dim, self.width, self.depth, self.diffusion_batch_mul)
 
 
 class FlowHead(Head):
-    """See the module's docstring.
+    """Flow-matching loss and sampler for one token given z.
 
     Args:
-        token_dim: D. cond_dim: Z. width, depth: of the MLP. diffusion_batch_mul: draws of (t, n) per row in `loss`.
+        token_dim: D. cond_dim: Z. width, depth: of the MLP. diffusion_batch_mul: draws of (t, n) per row in the loss.
     """
 
     options_type = FlowOptions
 
     def __init__(self, token_dim: int, cond_dim: int, width: int = 1024, depth: int = 3, diffusion_batch_mul: int = 4) -> None:
         super().__init__()
-        self.token_size = token_dim
         check_sizes(token_dim=token_dim, cond_dim=cond_dim, width=width, depth=depth, diffusion_batch_mul=diffusion_batch_mul)
-        self.token_dim, self.cond_dim, self.diffusion_batch_mul = token_dim, cond_dim, diffusion_batch_mul
+        self.token_size = self.token_dim = token_dim
+        self.cond_dim, self.diffusion_batch_mul = cond_dim, diffusion_batch_mul
         self.net = DenoisingMLP(token_dim, cond_dim, width, depth, outputs=1)
 
-    def loss(self, z: Tensor, target: Tensor) -> Tensor:
+    def forward(self, z: Tensor, target: Tensor) -> Tensor:
         """Squared error of the velocity, mean over dimensions and draws: [M] for z [M, Z] and x [M, D] of about unit std."""
         check_rows(z, target, self.cond_dim, self.token_dim)
         k = self.diffusion_batch_mul
@@ -99,14 +94,14 @@ class FlowHead(Head):
             point = torch.lerp(noise, x.expand_as(noise), t.unsqueeze(-1))
         (velocity,) = self.net(point, TIME_SCALE * t, z)
         loss = (velocity.float() - (x - noise)).square().mean(-1)
-        self.record_loss_by_timestep(t, loss)
+        add_loss_by_quarter(self.time_losses, t, loss)
         return loss.mean(0)
 
     def draw(
         self, z: Tensor, *, options: FlowOptions, temperature: Tensor, noise: RowNoise, guidance: Guidance | None = None
     ) -> HeadSample:
         with without_autocast(z):
-            velocity = self._guided(z.float(), guidance)
+            velocity = self.velocity(z.float(), guidance)
             x = temperature * noise.normal(Purpose.INITIAL, 0, self.token_dim)
             size = 1 / options.flow_steps
             times = TIME_SCALE * size * torch.arange(options.flow_steps + 1, device=x.device)
@@ -117,8 +112,8 @@ class FlowHead(Head):
                 x = x + size * v
         return HeadSample(x)
 
-    def _guided(self, z: Tensor, guidance: Guidance | None) -> Callable[[Tensor, Tensor], Tensor]:
-        """velocity(x, TIME_SCALE t), with z's share of the condition computed once."""
+    def velocity(self, z: Tensor, guidance: Guidance | None) -> Callable[[Tensor, Tensor], Tensor]:
+        """velocity(x, TIME_SCALE t) for z, with z's share of the condition computed once."""
         net = self.net
         y = net.condition(z if guidance is None else torch.cat((z, guidance.z_uncond.float())))
 
@@ -128,6 +123,6 @@ class FlowHead(Head):
             if guidance is None:
                 return v
             conditional, unconditional = v.chunk(2)
-            return unconditional + guidance.scale * (conditional - unconditional)
+            return guided(conditional, unconditional, guidance.scale)
 
         return velocity

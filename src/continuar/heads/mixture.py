@@ -6,9 +6,9 @@ p(x) = sum_k pi_k N(x; m_k, diag(s_k^2)), all of them linear in z (s through a s
 2. x = m + temperature s n.
 
 Guidance is GIVT's on densities (its Section 3.4): the target is p_c(x)^w p_u(x)^(1-w), unnormalised. GIVT draws from it by
-rejection; we draw ``candidates`` from p_c, weigh them by (p_c/p_u)^(w-1) and take one by its weight (sampling importance
-resampling, Rubin 1987). It costs the same for every row and needs no loop, and its samples stay near p_c: it approaches the target
-as the candidates grow, slowly where w is large.
+rejection. This head draws ``candidates`` from p_c, weighs them by (p_c/p_u)^(w-1) and takes one by its weight (sampling importance
+resampling, Rubin 1987), which costs the same for every row and needs no loop. Its samples stay near p_c: they approach the target
+as the number of candidates grows, slowly if w is large.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from continuar.errors import require
-from continuar.heads.base import Guidance, Head, HeadSample, Options, check_rows, check_sizes
+from continuar.errors import check_sizes, require
+from continuar.heads.base import Guidance, Head, HeadSample, HeadTraits, Options
 from continuar.noise import Purpose, RowNoise
-from continuar.tensors import without_autocast
+from continuar.tensors import check_rows, without_autocast
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class MixtureOptions(Options):
 
 
 @dataclass(frozen=True)
-class MixtureHeadConfig:
+class MixtureHeadConfig(HeadTraits):
     """A mixture of Gaussians with diagonal covariance; its loss is the negative log-likelihood."""
 
     kind: Literal["mixture"] = "mixture"
@@ -49,19 +49,16 @@ class MixtureHeadConfig:
     min_std: float = 0.01
     """Floor of a component's standard deviation, in units of the tokens' (1): without one the likelihood of repeated values, such
     as a plain background, has no bound. Above 0."""
-    token_kind: ClassVar[Literal["vector", "id"]] = "vector"
     has_log_prob: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        require(self.components >= 1, f"head.components is {self.components}; allowed: 1 or more")
+        check_sizes("head.", components=self.components)
         require(0 < self.min_std < math.inf, f"head.min_std is {self.min_std}; allowed: above 0")
 
     def options(self) -> MixtureOptions:
-        """The default options."""
         return MixtureOptions()
 
     def build(self, token_size: int, cond_dim: int) -> MixtureHead:
-        """The head for tokens of ``token_size`` dimensions."""
         return MixtureHead(token_size, cond_dim, components=self.components, min_std=self.min_std)
 
 
@@ -80,7 +77,7 @@ class Mixture(NamedTuple):
 
 
 class MixtureHead(Head):
-    """See the module's docstring.
+    """Negative log-likelihood and sampling of one token given z.
 
     Args:
         token_dim: D. cond_dim: Z. components: K. min_std: floor of the standard deviations.
@@ -90,9 +87,9 @@ class MixtureHead(Head):
 
     def __init__(self, token_dim: int, cond_dim: int, components: int = 16, min_std: float = 0.01) -> None:
         super().__init__()
-        self.token_size = token_dim
         check_sizes(token_dim=token_dim, cond_dim=cond_dim, components=components)
-        self.token_dim, self.cond_dim, self.components, self.min_std = token_dim, cond_dim, components, min_std
+        self.token_size = self.token_dim = token_dim
+        self.cond_dim, self.components, self.min_std = cond_dim, components, min_std
         self.parameters_of_z = nn.Linear(cond_dim, components * (1 + 2 * token_dim))
         nn.init.xavier_uniform_(self.parameters_of_z.weight)
         nn.init.zeros_(self.parameters_of_z.bias)
@@ -107,7 +104,7 @@ class MixtureHead(Head):
             std = F.softplus(std.unflatten(-1, (k, d)) + 0.5413) + self.min_std
             return Mixture(weight.log_softmax(-1), mean.unflatten(-1, (k, d)), std)
 
-    def loss(self, z: Tensor, target: Tensor) -> Tensor:
+    def forward(self, z: Tensor, target: Tensor) -> Tensor:
         """Negative log-likelihood in nats per dimension, [M], for z [M, Z] and x [M, D]."""
         check_rows(z, target, self.cond_dim, self.token_dim)
         mixture = self.mixture(z)

@@ -7,19 +7,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor, nn
 
-from continuar.errors import require
-from continuar.heads.base import Guidance, Head, HeadSample, Options, check_rows, check_sizes
+from continuar.errors import check_sizes, require
+from continuar.heads.base import Guidance, Head, HeadSample, HeadTraits, Options
+from continuar.heads.diffusion import guided
 from continuar.noise import RowNoise
-from continuar.tensors import without_autocast
+from continuar.tensors import check_rows, without_autocast
 
 
 @dataclass(frozen=True)
 class RegressionOptions(Options):
-    """There is nothing to choose."""
+    """No options: the regression head draws nothing."""
 
     kind: Literal["regression"] = "regression"
 
@@ -28,7 +29,7 @@ class RegressionOptions(Options):
 
 
 @dataclass(frozen=True)
-class RegressionHeadConfig:
+class RegressionHeadConfig(HeadTraits):
     """Plain L2, by an MLP of the diffusion head's default size."""
 
     kind: Literal["regression"] = "regression"
@@ -36,24 +37,19 @@ class RegressionHeadConfig:
     """Width of the hidden layers."""
     depth: int = 3
     """Hidden layers."""
-    token_kind: ClassVar[Literal["vector", "id"]] = "vector"
-    has_log_prob: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        for name in ("width", "depth"):
-            require(getattr(self, name) >= 1, f"head.{name} is {getattr(self, name)}; allowed: 1 or more")
+        check_sizes("head.", width=self.width, depth=self.depth)
 
     def options(self) -> RegressionOptions:
-        """The default options."""
         return RegressionOptions()
 
     def build(self, token_size: int, cond_dim: int) -> RegressionHead:
-        """The head for tokens of ``token_size`` dimensions."""
         return RegressionHead(token_size, cond_dim, width=self.width, depth=self.depth)
 
 
 class RegressionHead(Head):
-    """See the module's docstring.
+    """Squared error, and the mean as the drawn token.
 
     Args:
         token_dim: D. cond_dim: Z. width, depth: of the MLP.
@@ -63,9 +59,9 @@ class RegressionHead(Head):
 
     def __init__(self, token_dim: int, cond_dim: int, width: int = 1024, depth: int = 3) -> None:
         super().__init__()
-        self.token_size = token_dim
         check_sizes(token_dim=token_dim, cond_dim=cond_dim, width=width, depth=depth)
-        self.token_dim, self.cond_dim = token_dim, cond_dim
+        self.token_size = self.token_dim = token_dim
+        self.cond_dim = cond_dim
         sizes = [cond_dim, *[width] * depth]
         hidden = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.SiLU())]
         self.net = nn.Sequential(*hidden, nn.Linear(width, token_dim))
@@ -74,7 +70,7 @@ class RegressionHead(Head):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
 
-    def loss(self, z: Tensor, target: Tensor) -> Tensor:
+    def forward(self, z: Tensor, target: Tensor) -> Tensor:
         """Squared error, mean over dimensions: [M] for z [M, Z] and x [M, D]."""
         check_rows(z, target, self.cond_dim, self.token_dim)
         return (self.net(z).float() - target.float()).square().mean(-1)
@@ -85,6 +81,5 @@ class RegressionHead(Head):
         with without_autocast(z):
             mean = self.net(z.float())
             if guidance is not None:
-                unconditional = self.net(guidance.z_uncond.float())
-                mean = unconditional + guidance.scale * (mean - unconditional)
+                mean = guided(mean, self.net(guidance.z_uncond.float()), guidance.scale)
             return HeadSample(mean)

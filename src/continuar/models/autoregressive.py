@@ -1,7 +1,12 @@
-"""Which orders, backbones, heads and tokens go together. What cannot work is refused when a config is made, with the reason; what
-works and is known to disappoint is said, with a better choice.
+"""The autoregressive model: joins token embedding, condition, order, backbone and head.
 
-The model: token embedding and condition, joined to an order, a backbone and a head.
+Training (`Model.loss`):
+
+1. The condition becomes condition tokens, null with some probability; all tokens are embedded.
+2. The backbone gives z for every queried position of the view.
+3. The head gives the loss of every queried token given its z.
+
+Generation calls the same parts step by step (`sampling.generate`).
 """
 
 from __future__ import annotations
@@ -12,144 +17,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from continuar.config import kind_of, members
 from continuar.errors import require
 from continuar.heads import DiffusionHeadConfig, Head, HeadConfig, HeadOptions
 from continuar.heads.base import LossByTimestep
 from continuar.models import Backbone, BackboneConfig, MAEConfig
 from continuar.models.base import TokenModel
+from continuar.models.compatibility import check_condition, check_parts
 from continuar.models.conditions import Condition, ConditionConfig, LabelsConfig
 from continuar.models.transformer import Block
 from continuar.orders import MAROrderConfig, Order, OrderConfig, View
 from continuar.tensors import batched_gather
 from continuar.tokenizers import TokenSpec
-
-ORDERS, BACKBONES, HEADS = members(OrderConfig), members(BackboneConfig), members(HeadConfig)
-
-
-def check_parts(tokens: TokenSpec, order: Any, backbone: Any, head: Any) -> None:
-    """Refuses parts that cannot work together.
-
-    Args:
-        tokens: what the tokenizer gives.
-        order, backbone, head: configs, or their classes: what decides is declared on the class.
-
-    Raises:
-        UserError: the reason and what is allowed instead.
-    """
-    require(
-        backbone.max_group is None or order.max_group is not None,
-        f"order '{_kind(order)}' predicts groups of tokens, a {_kind(backbone)} backbone one at a time; allowed orders: "
-        + _listed(o for o in ORDERS if o.max_group is not None),
-    )
-    require(
-        not (backbone.masked and order.fixed),
-        f"a {_kind(backbone)} backbone learns from random masks and would hardly ever see the prefixes of order '{_kind(order)}'; "
-        "allowed orders: " + _listed(o for o in ORDERS if not o.fixed),
-    )
-    require(
-        not order.needs_log_prob or head.has_log_prob,
-        f"order '{_kind(order)}' goes by the probability of what was drawn, which a {_kind(head)} head does not know; "
-        "allowed heads: " + _listed(h for h in HEADS if h.has_log_prob),
-    )
-    what = f"ids of a vocabulary of {tokens.vocabulary}" if tokens.kind == "id" else f"vectors of dim {tokens.dim}"
-    require(
-        head.token_kind == tokens.kind,
-        f"the tokenizer gives {what}, a {_kind(head)} head makes {'ids' if head.token_kind == 'id' else 'vectors'}; allowed heads: "
-        + _listed(h for h in HEADS if h.token_kind == tokens.kind),
-    )
-
-
-def check_condition(condition: Any, classes: int, backbone: Any) -> None:
-    """Refuses a condition that the data or the backbone does not suit.
-
-    Args:
-        condition, backbone: configs.
-        classes: the number of class labels.
-
-    Raises:
-        UserError: the reason and what is allowed instead.
-    """
-    require(
-        condition.labelled or classes == 0,
-        f"classes is {classes} with a condition of {_kind(condition)}, which has no classes; allowed: 0",
-    )
-    limit = backbone.max_condition
-    require(
-        limit is None or condition.count <= limit,
-        f"a condition of {condition.count} tokens does not fit into the buffer of {limit}; allowed: 1 to {limit}, "
-        "or a larger backbone.buffer",
-    )
-
-
-FEW, MANY, COARSE, WIDE_PATCH = 64, 1024, 16, 8
-"""Tokens per image that are few with a coarse stride, and many; a coarse stride in pixels; the widest patch of pixels that keeps
-detail."""
-
-
-def config_warnings(tokenizer: Any, head: Any) -> list[str]:
-    """What others have tried and found poor, one line each: the combination, then what is better.
-
-    Args:
-        tokenizer, head: configs.
-    """
-    return [*token_warnings(tokenizer), *_head_warnings(tokenizer.spec, head)]
-
-
-def token_warnings(tokenizer: Any, name: str = "") -> list[str]:
-    """See `config_warnings`.
-
-    Args:
-        tokenizer: a config.
-        name: the tokenizer's, if it has one.
-    """
-    size, count, square = tokenizer.image_size, tokenizer.spec.seq_len, f"{tokenizer.image_size}x{tokenizer.image_size} images"
-    stride = getattr(tokenizer, "stride", None) or getattr(getattr(tokenizer, "network", None), "stride", None)
-    slow = f"{count:,} tokens, and more than {MANY:,} are slow"
-    if stride is None:
-        return _patch_warnings(tokenizer, square, slow)
-    if count < FEW and stride >= COARSE:
-        better = max((s for s in (8, 4, 2) if (size // s) ** 2 >= FEW), default=1)
-        through = f"{name} (stride {stride})" if name else f"a stride of {stride}"
-        few = f"{square} through {through} are only {count} tokens, which is known to look poor"
-        return [f"{few}; better: a tokenizer of stride {better}"]
-    if count > MANY:
-        side = size // stride
-        patch = next(p for p in range(1, side + 1) if side % p == 0 and (side // p) ** 2 <= MANY)
-        merged = f"--tokenizer.patch {patch}" if hasattr(tokenizer, "patch") else f"a tokenizer of stride {stride * patch}"
-        return [f"{square} through a stride of {stride} are {slow}; better: {merged}"]
-    return []
-
-
-def _patch_warnings(tokenizer: Any, square: str, slow: str) -> list[str]:
-    """Of pixels."""
-    size, patch, latents = tokenizer.image_size, tokenizer.patch, "latents of an autoencoder (docs/tokenizers.md)"
-    patches = f"{square} in patches of {patch}x{patch} pixels"
-    allowed = [p for p in range(1, WIDE_PATCH + 1) if size % p == 0]
-    if tokenizer.spec.seq_len > MANY:
-        wider = [f"--tokenizer.patch {p}" for p in allowed if (size // p) ** 2 <= MANY]
-        return [f"{patches} are {slow}; better: {' or '.join([latents, *wider[:1]])}"]
-    if patch > WIDE_PATCH:
-        return [f"{patches} are known to lose detail; better: --tokenizer.patch {allowed[-1]} or {latents}"]
-    return []
-
-
-def _head_warnings(tokens: TokenSpec, head: Any) -> list[str]:
-    kind = _kind(head)
-    if kind == "regression":
-        return ["a regression head draws the mean of what is plausible: the paper's control, FID above 100; better: diffusion"]
-    if kind in ("diffusion", "flow") and head.width < tokens.dim:
-        narrow = f"a {kind} head of width {head.width} is narrower than tokens of dim {tokens.dim}"
-        return [f"{narrow}, which it squeezes; better: --head.width {tokens.dim} or more"]
-    return []
-
-
-def _kind(config: Any) -> str:
-    return kind_of(config if isinstance(config, type) else type(config))
-
-
-def _listed(classes: Any) -> str:
-    return ", ".join(kind_of(c) for c in classes)
 
 
 @dataclass(frozen=True)
@@ -183,7 +61,7 @@ class ModelConfig:
 
 
 class Model(TokenModel):
-    """Tokens and their condition -> loss; and the parts of which generation is made.
+    """Tokens and their condition -> loss; and the parts that generation calls.
 
     B images, N tokens, Q queried, D token dim, E backbone width, Z condition width. Tokens are [B, N, D] or ids [B, N].
     """
@@ -192,7 +70,7 @@ class Model(TokenModel):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.null_label = config, config.classes
         spec = config.tokens
         self.order = config.build_order()
         self.backbone: Backbone[Any] = config.backbone.build(spec.grid)
@@ -206,6 +84,13 @@ class Model(TokenModel):
         self.condition: Condition = config.condition.build(config.classes, self.backbone.width)
         self.head: Head = config.head.build(spec.size, self.backbone.z_dim)
 
+    def loss(self, tokens: Tensor, condition: Tensor | None, view: View, condition_dropout: float = 0.0) -> Tensor:
+        cond = self.condition.null(len(tokens)) if condition is None else self.condition(condition, condition_dropout)
+        assert len(cond) == len(tokens), f"{len(cond)} conditions for {len(tokens)} images"
+        z = self.backbone(self.token_embedding(tokens), cond, view)
+        target = batched_gather(tokens, view.query_BQ)
+        return self.head(z.flatten(0, 1), target.flatten(0, 1)).view(view.query_BQ.shape)
+
     @property
     def loss_by_timestep(self) -> LossByTimestep:
         return self.head
@@ -215,21 +100,6 @@ class Model(TokenModel):
 
     def sample_num_masked(self) -> int:
         return self.backbone.sample_num_masked()
-
-    def loss(self, tokens: Tensor, condition: Tensor | None, view: View, condition_dropout: float = 0.0) -> Tensor:
-        """The head's loss for every predicted token, [B, Q].
-
-        Args:
-            tokens: [B, N, D] of about unit std, or ids [B, N].
-            condition: int64 labels [B], or vectors [B, C, dim], as the model's condition is; None: the null condition for all.
-            view: what is known.
-            condition_dropout: the probability with which a row's condition is replaced by the null condition (paper: 0.1).
-        """
-        cond = self.condition.null(len(tokens)) if condition is None else self.condition(condition, condition_dropout)
-        require(len(cond) == len(tokens), f"{len(cond)} conditions for {len(tokens)} images; allowed: one each")
-        z = self.backbone(self.token_embedding(tokens), cond, view)
-        target = batched_gather(tokens, view.query_BQ)
-        return self.head(z.flatten(0, 1), target.flatten(0, 1)).view(view.query_BQ.shape)
 
     def compiled_parts(self) -> Iterator[nn.Module]:
         yield from (module for module in self.backbone.modules() if isinstance(module, Block))

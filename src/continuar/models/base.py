@@ -1,76 +1,41 @@
-"""What a model of an image's tokens is to training, saved models and pipelines, whatever it is made of.
-
-`Model` (order, backbone and head) is one, the baseline `DiT` another.
-
-What a backbone is: known tokens and a condition -> one condition vector z per queried position.
-
-A backbone's config says what it asks of an order: ``max_group``, the most tokens it can predict at once (None: no limit), and
-``masked``, whether it is trained on randomly masked tokens and so needs an order that is random too; and of a condition:
-``max_condition``, the most condition tokens it takes (None: no limit).
+"""Interfaces of models: `TokenModel`, a model of an image's tokens as training and pipelines see it, and `Backbone`, the part of it
+that turns known tokens and a condition into one condition vector z per queried position.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any, Generic, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from continuar.heads import HeadOptions
+from continuar.errors import require
 from continuar.heads.base import Head, LossByTimestep
+from continuar.models.positions import Positions
 from continuar.models.transformer import Block
 from continuar.orders import Order, View
-from continuar.tokenizers import TokenSpec
-
-
-class TokenModelConfig(Protocol):
-    """Everything that determines the weights' names and shapes."""
-
-    @property
-    def tokens(self) -> TokenSpec:
-        """What is modelled."""
-        ...
-
-    @property
-    def classes(self) -> int:
-        """Number of class labels; 0 for an unconditional model."""
-        ...
-
-    def build(self) -> TokenModel:
-        """A freshly initialised model on torch's current default device."""
-        ...
-
-    def build_order(self) -> Order:
-        """Which positions a step of generation predicts."""
-        ...
-
-    def options(self) -> HeadOptions:
-        """The default options of drawing tokens."""
-        ...
 
 
 class TokenModel(nn.Module, ABC):
     """Tokens and their condition -> loss. B images, N tokens, Q queried. Tokens are [B, N, D] or ids [B, N].
 
     Attributes:
-        config: what `config.build` makes another one of.
+        config: the frozen config that builds it.
         order: which positions a step of generation predicts.
+        null_label: the label that stands for "no class".
     """
 
     config: Any
     order: Order
-
-    @property
-    def null_label(self) -> int:
-        """The label that stands for "no class"."""
-        return self.config.classes
+    null_label: int
 
     @property
     @abstractmethod
     def loss_by_timestep(self) -> LossByTimestep:
-        """The part whose losses by time training watches."""
+        """The part whose losses by time training logs."""
 
     @abstractmethod
     def num_masked_distribution(self) -> dict[int, float]:
@@ -78,7 +43,7 @@ class TokenModel(nn.Module, ABC):
 
     @abstractmethod
     def sample_num_masked(self) -> int:
-        """How many tokens the next training view predicts, 1..N: a host integer, from torch's default generator of the CPU."""
+        """The number of tokens the next training view predicts, 1..N: a host integer, from torch's default generator of the CPU."""
 
     @abstractmethod
     def loss(self, tokens: Tensor, condition: Tensor | None, view: View, condition_dropout: float = 0.0) -> Tensor:
@@ -86,8 +51,8 @@ class TokenModel(nn.Module, ABC):
 
         Args:
             tokens: [B, N, D] of about unit std, or ids [B, N].
-            condition: int64 labels [B], or what the model's condition is; None: the null condition for all.
-            view: what is known.
+            condition: int64 labels [B], or vectors [B, C, dim], depending on the model's condition; None: null for all images.
+            view: which tokens are known and which are predicted.
             condition_dropout: the probability with which a row's condition is replaced by the null condition (paper: 0.1).
         """
 
@@ -97,7 +62,7 @@ class TokenModel(nn.Module, ABC):
 
     @abstractmethod
     def compiled_parts(self) -> Iterator[nn.Module]:
-        """What training compiles: each part by itself, because those of equal shape share one compilation."""
+        """The parts that training compiles, each by itself: parts of equal shape share one compilation."""
 
     def shard_units(self) -> Iterator[tuple[list[nn.Module], bool]]:
         """(modules, low) for each group of modules that FSDP gathers together (`continuar.distributed.Shardable`)."""
@@ -107,10 +72,9 @@ class TokenModel(nn.Module, ABC):
             elif isinstance(module, Head):
                 yield [module], False
 
-    def training_view(self, batch: int, device: torch.device, queried: int | None = None) -> View:
-        """A random view from torch's default generators, of ``queried`` predicted tokens; None: a number drawn on the host."""
-        queried = self.sample_num_masked() if queried is None else queried
-        return View(self.order.training_order(batch, device), self.order.seq_len - queried)
+    def training_view(self, batch: int, device: torch.device, num_masked: int | None = None) -> View:
+        """A random view of ``num_masked`` predicted tokens, by default a random number, from torch's default generators."""
+        return self.order.training_view(batch, device, self.sample_num_masked() if num_masked is None else num_masked)
 
     def mean_num_masked(self) -> float:
         """Expected number of predicted tokens per training image, for FLOP counts."""
@@ -127,7 +91,9 @@ State = TypeVar("State")
 
 
 class Backbone(nn.Module, ABC, Generic[State]):
-    """Knows nothing of heads or of what its inputs embed. E is the width of embedded tokens and conditions, Z of its output.
+    """Embedded tokens and condition -> z; independent of heads. E is the width of embedded tokens and conditions, Z of z.
+
+    Law: `predict` after `commit` equals the teacher-forced `forward`.
 
     Attributes:
         width: E. z_dim: Z.
@@ -140,21 +106,21 @@ class Backbone(nn.Module, ABC, Generic[State]):
     def forward(self, x_BNE: Tensor, cond_BCE: Tensor, view: View) -> Tensor:
         """Teacher-forced z [B, Q, Z] of ``view.query_BQ``, given the embedded tokens of all positions.
 
-        A bidirectional backbone reads the known tokens alone; a causal one also reads, for each queried position, the queried
-        tokens before it.
+        A bidirectional backbone reads only the known tokens; a causal one also reads, for each queried position, the queried tokens
+        before it.
         """
 
     @abstractmethod
     def sample_num_masked(self) -> int:
-        """How many tokens the next training view predicts, 1..N: a host integer, from torch's default generator of the CPU."""
+        """See `TokenModel.sample_num_masked`."""
 
     @abstractmethod
     def num_masked_distribution(self) -> dict[int, float]:
-        """Every number that `sample_num_masked` can give, with its probability: the shapes training will see."""
+        """Every number that `sample_num_masked` can give, with its probability."""
 
     @abstractmethod
-    def start(self, cond_BCE: Tensor, positions: int) -> State:
-        """The state of a generation of ``positions`` tokens in which nothing is known yet: buffers of fixed size."""
+    def start(self, cond_BCE: Tensor, seq_len: int) -> State:
+        """The state of a generation of ``seq_len`` tokens in which nothing is known yet: buffers of fixed size."""
 
     @abstractmethod
     def predict(self, state: State, query_BQ: Tensor) -> Tensor:
@@ -162,11 +128,44 @@ class Backbone(nn.Module, ABC, Generic[State]):
 
     @abstractmethod
     def commit(self, state: State, index_BK: Tensor, x_BKE: Tensor) -> None:
-        """From now on these positions are known, with these embedded tokens.
+        """Makes these positions known, with these embedded tokens.
 
         After `predict`, they are among the positions that were queried; without it, any (the tokens given at the start).
         """
 
     def position_tables(self) -> dict[str, int]:
-        """Parameters with a row for every token of the grid, interpolated for another grid, and how many rows come before those."""
+        """Names of parameters with one row per token of the grid, which another grid interpolates, and the number of rows that come
+        before those."""
         return {}
+
+
+@dataclass(frozen=True)
+class BackboneTraits:
+    """What a backbone asks of order and condition, so that parts that cannot work together are refused before anything is built."""
+
+    max_group: ClassVar[int | None] = None
+    """The most tokens it predicts in one step; None: no limit."""
+    masked: ClassVar[bool] = False
+    """True if it is trained on randomly masked tokens and so needs a random order."""
+
+    @property
+    def max_condition(self) -> int | None:
+        """The most condition tokens it takes; None: no limit."""
+        return None
+
+
+def check_transformer(positions: Positions, attention_dropout: float, dropout: float, **towers: tuple[int, int]) -> None:
+    """Refuses values of a backbone's config that its transformers cannot have.
+
+    Args:
+        towers: (width, heads) of each transformer by name.
+    """
+    require(positions in ("learned", "rotary"), f"backbone.positions is '{positions}'; allowed: learned, rotary")
+    for name, value in (("attention_dropout", attention_dropout), ("dropout", dropout)):
+        require(0 <= value < 1, f"backbone.{name} is {value}; allowed: 0 up to below 1")
+    for name, (width, heads) in towers.items():
+        require(width % heads == 0, f"{name} width {width} is not divisible by its {heads} heads")
+        fits = positions == "learned" or width // heads % 4 == 0
+        require(
+            fits, f"{name} heads of {width // heads} dimensions with rotary positions; allowed: multiples of 4, two axes of pairs"
+        )

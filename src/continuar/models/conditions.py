@@ -1,18 +1,7 @@
-"""What a condition is: what a model is told about an image (or about nothing) -> condition tokens for the backbone.
+"""Conditions: class labels or vectors -> condition tokens [B, C, E] for the backbone, and the null condition.
 
-A condition's config says how many condition tokens it makes (``count``, C) and whether it is told class labels (``labelled``).
-
-Class labels: one learned vector per class (paper, Section 4). Without classes only the null condition is left: an unconditional
-model.
-
-A sequence of vectors: what a text encoder gives, or any attributes.
-
-1. Each vector -> a linear projection to the backbone's width + the learned position of its place in the sequence.
-2. The null condition is a learned sequence of the same length.
-
-Sequences have a fixed length: whoever makes the vectors pads shorter ones, with zeros or with a vector that means "nothing here".
-
-Conditions: what a model is told -> condition tokens. `ConditionConfig` is the closed table of them.
+A condition's config gives C as ``count``, and ``labelled``: True if its values are class labels. `ConditionConfig` is the closed
+table of conditions.
 """
 
 from __future__ import annotations
@@ -25,20 +14,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from continuar.errors import require
+from continuar.errors import check_sizes, require
 
 
 class Condition(nn.Module, ABC):
-    """Values of one kind -> C condition tokens of width E, and the null condition: what a dropped value becomes in training, and
-    what the unconditional half of guidance sees."""
+    """Values of one kind -> C condition tokens of width E.
+
+    The null condition stands for dropped values in training, and for the unconditional half of guidance in sampling.
+    """
+
+    @abstractmethod
+    def check(self, values: Tensor) -> None:
+        """Refuses values of another shape or type; sampling calls this on what a user gives."""
 
     @abstractmethod
     def embed(self, values: Tensor) -> Tensor:
-        """Values [B, ...] -> condition tokens [B, C, E].
-
-        Raises:
-            UserError: values of another shape or type.
-        """
+        """Values [B, ...] -> condition tokens [B, C, E]."""
 
     @abstractmethod
     def null(self, batch: int) -> Tensor:
@@ -55,23 +46,18 @@ class Condition(nn.Module, ABC):
 
 @dataclass(frozen=True)
 class LabelsConfig:
-    """A class label, or none where the model has no classes."""
+    """A class label, or none if the model has no classes."""
 
     kind: Literal["labels"] = "labels"
+    count: ClassVar[int] = 1
     labelled: ClassVar[bool] = True
 
-    @property
-    def count(self) -> int:
-        """C, the number of condition tokens."""
-        return 1
-
     def build(self, classes: int, width: int) -> Labels:
-        """The condition for labels 0..classes-1 and a backbone of ``width``."""
         return Labels(classes, width)
 
 
 class Labels(Condition):
-    """See the module's docstring. Row ``classes`` of the embedding is the null condition, which may be given as a label too."""
+    """Class labels, one learned vector each (paper, Section 4). Row ``classes`` is the null condition, and a label too."""
 
     def __init__(self, classes: int, width: int) -> None:
         super().__init__()
@@ -79,12 +65,15 @@ class Labels(Condition):
         self.embedding = nn.Parameter(torch.empty(classes + 1, width))
         nn.init.normal_(self.embedding, std=0.02)
 
-    def embed(self, values: Tensor) -> Tensor:
-        """int64 0..classes [B] -> [B, 1, E]."""
+    def check(self, values: Tensor) -> None:
         require(
             values.ndim == 1 and values.dtype == torch.int64,
             f"the condition is {values.dtype} {list(values.shape)}; allowed: int64 labels [B], 0 to {self.classes} (no class)",
         )
+
+    def embed(self, values: Tensor) -> Tensor:
+        """int64 0..classes [B] -> [B, 1, E]."""
+        assert values.ndim == 1, values.shape
         return F.embedding(values, self.embedding).unsqueeze(1)
 
     def null(self, batch: int) -> Tensor:
@@ -98,13 +87,12 @@ class VectorsConfig:
     dim: int
     """Dimension of a condition vector; of about unit scale."""
     count: int = 1
-    """C, the number of condition vectors."""
+    """Number of condition vectors."""
     kind: Literal["vectors"] = "vectors"
     labelled: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        for name in ("dim", "count"):
-            require(getattr(self, name) >= 1, f"condition.{name} is {getattr(self, name)}; allowed: 1 or more")
+        check_sizes("condition.", dim=self.dim, count=self.count)
 
     def build(self, classes: int, width: int) -> Vectors:
         """The condition for a backbone of ``width``; there are no classes."""
@@ -112,7 +100,10 @@ class VectorsConfig:
 
 
 class Vectors(Condition):
-    """See the module's docstring."""
+    """A sequence of vectors, such as a text encoder's output: a linear projection of each + the learned position of its place.
+
+    Sequences have a fixed length: the caller pads shorter ones, with zeros or with a vector that means "nothing here".
+    """
 
     def __init__(self, config: VectorsConfig, width: int) -> None:
         super().__init__()
@@ -125,12 +116,15 @@ class Vectors(Condition):
         nn.init.normal_(self.positions, std=0.02)
         nn.init.normal_(self.null_tokens, std=0.02)
 
-    def embed(self, values: Tensor) -> Tensor:
-        """Floats [B, C, dim] -> [B, C, E]."""
+    def check(self, values: Tensor) -> None:
         require(
             values.shape[1:] == (self.count, self.dim) and values.is_floating_point(),
             f"the condition is {values.dtype} {list(values.shape)}; allowed: floats [B, {self.count}, {self.dim}]",
         )
+
+    def embed(self, values: Tensor) -> Tensor:
+        """Floats [B, C, dim] -> [B, C, E]."""
+        assert values.shape[1:] == (self.count, self.dim), values.shape
         return self.projection(values) + self.positions
 
     def null(self, batch: int) -> Tensor:
@@ -138,5 +132,3 @@ class Vectors(Condition):
 
 
 ConditionConfig = LabelsConfig | VectorsConfig
-
-__all__ = ["Condition", "ConditionConfig", "Labels", "LabelsConfig", "Vectors", "VectorsConfig"]

@@ -1,18 +1,18 @@
 """DiT (Peebles & Xie 2023), the baseline of speed against quality (paper, Figure 6): one diffusion over all tokens of an image.
 
 1. Tokens [B, N, D] are laid on their grid [B, D, h, w].
-2. Timestep and label become one vector, by which every block of diffusers' `DiTTransformer2DModel` is modulated (adaLN-zero).
+2. Timestep and label become one vector, which modulates every block of diffusers' `DiTTransformer2DModel` (adaLN-zero).
 3. Its output [B, 2D, h, w] is eps (or velocity) and the variance's v of every token.
 4. Loss and samplers are the diffusion head's, with one timestep for all tokens of an image.
 
-In diffusers' module every block embeds timestep and label anew, with weights of its own and label dropout inside, drawn in each
-block: an image would have its label in one block and not in the next. Here one embedding serves all blocks, as in DiT's paper. It
-is the first block's, applied once per forward pass in float32 with its dropout off; `DiT.loss` drops labels, once per image.
+In diffusers' module every block embeds timestep and label anew, with weights of its own, and draws label dropout anew: an image
+would have its label in one block and not in the next. Here one embedding serves all blocks, as in DiT's paper. It is the first
+block's, applied once per forward pass in float32 with its dropout off; `DiT.loss` drops labels, once per image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -28,14 +28,15 @@ from continuar.diffusion.gaussian import (
     predicted_eps,
     training_coefficients,
 )
-from continuar.diffusion.samplers import SAMPLERS, SamplerName, check_sampler, check_temperature
-from continuar.errors import UserError, require
+from continuar.diffusion.samplers import SAMPLERS, Denoise, SamplerName, check_sampler, check_temperature
+from continuar.errors import UserError, check_scale, check_sizes, require
 from continuar.heads import DiffusionOptions
-from continuar.heads.base import LossByTimestep, check_scale
+from continuar.heads.base import LossByTimestep
+from continuar.heads.diffusion import check_prediction, guided
 from continuar.models.base import TokenModel
 from continuar.noise import KeyedNoise, Purpose
-from continuar.orders import SingleStepOrder, View
-from continuar.tensors import batched_gather, without_autocast
+from continuar.orders import RasterOrder, View
+from continuar.tensors import add_loss_by_quarter, batched_gather, without_autocast
 from continuar.tokenizers import TokenSpec
 
 LN_EPS = 1e-6
@@ -57,17 +58,26 @@ class DiTNetworkConfig:
     heads: int = 16
     """Attention heads."""
     prediction: Prediction = "epsilon"
-    """What the network predicts, "epsilon" or "v_prediction": see `DiffusionHeadConfig`."""
+    """"epsilon", or "v_prediction" for short-trained networks."""
 
     def __post_init__(self) -> None:
-        for name in ("patch", "width", "depth", "heads"):
-            require(getattr(self, name) >= 1, f"network.{name} is {getattr(self, name)}; allowed: 1 or more")
+        check_sizes("network.", patch=self.patch, width=self.width, depth=self.depth, heads=self.heads)
         require(self.width % 4 == 0, f"network.width is {self.width}; allowed: multiples of 4")
         require(self.width % self.heads == 0, f"network.width {self.width} is not divisible by its {self.heads} heads")
+        check_prediction("network.prediction", self.prediction)
+
+
+class SingleStepOrder(RasterOrder):
+    """All tokens of an image in one step. Nothing can be known beforehand."""
+
+    def group_sizes(self, steps: int | None, unknown: int) -> tuple[int, ...]:
         require(
-            self.prediction in ("epsilon", "v_prediction"),
-            f"network.prediction is '{self.prediction}'; allowed: epsilon, v_prediction",
+            steps in (None, 1),
+            f"steps is {steps}; the model makes all tokens of an image in one; allowed: 1, or not given (but see diffusion_steps)",
         )
+        known = self.seq_len - unknown
+        require(unknown in (0, self.seq_len), f"{known} tokens are known; the model makes whole images; allowed: none, or all")
+        return (unknown,) if unknown else ()
 
 
 @dataclass(frozen=True)
@@ -97,7 +107,7 @@ class DiTConfig:
         return SingleStepOrder(self.tokens.seq_len)
 
     def options(self) -> DiffusionOptions:
-        """How images are denoised unless said otherwise."""
+        """The default options of denoising images."""
         return DiffusionOptions(diffusion_steps=DEFAULT_STEPS)
 
 
@@ -112,7 +122,7 @@ class DiT(TokenModel, LossByTimestep):
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.null_label = config, config.classes
         self.prediction: Prediction = config.network.prediction
         self.order = config.build_order()
         self.transformer = _transformer(config)
@@ -121,8 +131,8 @@ class DiT(TokenModel, LossByTimestep):
         self.condition = blocks[0].norm1.emb
         self.condition.class_embedder.dropout_prob = 0.0
         for block in blocks:
-            block.norm1.emb = _Given()
-        # Saved with the weights: a model that is loaded is never initialised, and would have no positions.
+            block.norm1.emb = _GivenCondition()
+        # Persistent, because a loaded model is built on the meta device and never initialised: it would have no positions.
         positions = self.transformer.pos_embed
         positions.register_buffer("pos_embed", positions.pos_embed, persistent=True)
         last = self.transformer.proj_out_2
@@ -133,7 +143,7 @@ class DiT(TokenModel, LossByTimestep):
         """DiT's: Xavier Linears (qkv as one matrix), N(0, 0.02) embeddings, zeros for adaLN and the output."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
-                # Bound sqrt(6 / (W + 3W)), where each of the three alone would have sqrt(6 / (W + W)).
+                # As one qkv matrix: bound sqrt(6 / (W + 3W)), where three separate matrices would have sqrt(6 / (W + W)).
                 gain = 0.5**0.5 if name.endswith(("to_q", "to_k", "to_v")) else 1.0
                 nn.init.xavier_uniform_(module.weight.flatten(1), gain)
                 if module.bias is not None:
@@ -169,19 +179,15 @@ class DiT(TokenModel, LossByTimestep):
         return out, v
 
     def loss(self, tokens: Tensor, condition: Tensor | None, view: View, condition_dropout: float = 0.0) -> Tensor:
-        """MSE + variational bound of every token, at one random timestep per image; see `TokenModel.loss`.
-
-        Raises:
-            UserError: a view in which tokens are known.
-        """
-        require(view.known == 0, f"{view.known} tokens of the view are known; allowed for DiT: none")
+        """MSE + variational bound of every token, at one random timestep per image; arguments as of `TokenModel.loss`."""
+        assert view.known == 0, f"{view.known} tokens of the view are known; DiT predicts all"
         batch, device = len(tokens), tokens.device
         labels = torch.full((batch,), self.null_label, device=device) if condition is None else condition
         if condition_dropout > 0:
             labels = labels.masked_fill(torch.rand(batch, device=device) < condition_dropout, self.null_label)
         t = torch.randint(TRAIN_STEPS, (batch,), device=device)
         loss_BN = self.loss_terms(tokens, labels, t, torch.randn_like(tokens)).total
-        self.record_loss_by_timestep(t / TRAIN_STEPS, loss_BN.mean(-1))
+        add_loss_by_quarter(self.time_losses, t / TRAIN_STEPS, loss_BN.mean(-1))
         return batched_gather(loss_BN, view.query_BQ)
 
     def loss_terms(self, tokens_BND: Tensor, labels_B: Tensor, t_B: Tensor, noise_BND: Tensor) -> LossTerms:
@@ -200,14 +206,14 @@ class DiT(TokenModel, LossByTimestep):
         temperature: float = 1.0,
         sampler: SamplerName = "ddpm",
     ) -> Tensor:
-        """Tokens [B, N, D] float32. Noise is keyed by (seed, position), as in `generation`: an image does not depend on its batch.
+        """Tokens [B, N, D] float32. Noise is keyed by (seed, position), so an image does not depend on its batch.
 
         Args:
             labels_B: int64 0..classes; the last is the null condition.
             seeds_B: int64.
-            steps: of the diffusion, 1..1000 (980 with "dpmpp_2m"); DiT's paper: 250.
+            steps: diffusion steps, 1..1000 with "ddpm", ..980 with other samplers; DiT's paper: 250.
             guidance: scale of classifier-free guidance, 0 or more, the same at every step; 1 is none and runs no null condition.
-            temperature: scales the noise added per step; "ddpm" only.
+            temperature: scales the noise added per step; only for samplers that add noise.
             sampler: see `SAMPLERS`.
 
         Raises:
@@ -225,7 +231,7 @@ class DiT(TokenModel, LossByTimestep):
         positions = torch.arange(n, device=seeds_B.device).repeat(len(seeds_B))
         noise = KeyedNoise(seeds_B.repeat_interleave(n), positions)
         x = SAMPLERS[sampler].run(
-            self._guided(labels_B, guidance),
+            self.denoiser(labels_B, guidance),
             noise.normal(Purpose.INITIAL, 0, d),
             coefficients(SAMPLERS[sampler].schedule(steps), labels_B.device),
             temperature=torch.tensor(temperature, device=labels_B.device),
@@ -233,21 +239,20 @@ class DiT(TokenModel, LossByTimestep):
         )
         return x.view(-1, n, d)
 
-    def _guided(self, labels_B: Tensor, guidance: float) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """denoise(x [B N, D], t) -> (eps, v); with guidance, eps_u + w (eps_c - eps_u) and the conditional half's v."""
-        c, guided = training_coefficients(labels_B.device), guidance != 1.0
-        labels = torch.cat((labels_B, torch.full_like(labels_B, self.null_label))) if guided else labels_B
+    def denoiser(self, labels_B: Tensor, guidance: float) -> Denoise:
+        """denoise(x [B N, D], t) -> (eps, v); guidance acts on eps, and v is the conditional half's."""
+        c, is_guided = training_coefficients(labels_B.device), guidance != 1.0
+        labels = torch.cat((labels_B, torch.full_like(labels_B, self.null_label))) if is_guided else labels_B
 
         def denoise(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-            x = torch.cat((x, x)) if guided else x
-            x_BND = x.view(len(labels), self.config.tokens.seq_len, -1)
+            both = torch.cat((x, x)) if is_guided else x
+            x_BND = both.view(len(labels), self.config.tokens.seq_len, -1)
             out, v = (part.flatten(0, 1) for part in self(x_BND, t.expand(len(labels)), labels))
-            # t is 0-d: one timestep for all rows.
-            eps = predicted_eps(self.prediction, c, x, t[None], out)
-            if not guided:
+            eps = predicted_eps(self.prediction, c, both, t[None], out)  # t is 0-d: one timestep for all rows
+            if not is_guided:
                 return eps, v
-            eps_cond, eps_uncond = eps.chunk(2)
-            return eps_uncond + guidance * (eps_cond - eps_uncond), v[: len(eps_cond)]
+            conditional, unconditional = eps.chunk(2)
+            return guided(conditional, unconditional, guidance), v[: len(x)]
 
         return denoise
 
@@ -257,15 +262,15 @@ class DiT(TokenModel, LossByTimestep):
         return [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
 
 
-class _Given(nn.Module):
-    """In place of a block's own embedding: the condition [B, W], which comes by the name of the timestep, as it is."""
+class _GivenCondition(nn.Module):
+    """Replaces a block's own embedding: returns the condition [B, W], which the transformer hands over as ``timestep``."""
 
     def forward(self, timestep: Tensor, class_labels: None, hidden_dtype: torch.dtype | None = None) -> Tensor:
         return timestep
 
 
 class _Float32Linear(nn.Linear):
-    """The output layer: in bfloat16 its rounding would be an error of eps, which samplers multiply."""
+    """The output layer. In bfloat16 its rounding would be an error of eps, which samplers multiply."""
 
     def forward(self, input: Tensor) -> Tensor:
         with without_autocast(input):

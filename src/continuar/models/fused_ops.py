@@ -1,21 +1,19 @@
-"""Dropout for compiled code: what is kept is a hash of the element's number and a seed, computed where it is needed.
+"""Dropout and GELU of compiled training, in a form that torch.compile fuses into its neighbours.
 
-1. Once per block, two seeds s, t are drawn on the device from torch's default generator, so that a draw is a function of
-   the generator's seed, also where a CUDA graph replays it. The elements of all dropouts of the block are numbered through.
+**Dropout.** A mask is a hash of the element's number and a seed, computed where it is needed:
+
+1. Once per block, two seeds s, t are drawn on the device from torch's default generator, so that a draw is a function of the
+   generator's seed, also where a CUDA graph replays it. The elements of all dropouts of the block are numbered through.
 2. Element i becomes h(i, s, t), a number of 32 bits: x = (i ^ s) A, then x = (x ^ (x >> 16) ^ t) B and x = (x ^ (x >> 15)) C, the
-   steps of what finishes hash functions such as MurmurHash3. Every bit of i, s and t acts on the upper bits of h.
-3. It is kept, and divided by 1 - p, where h is not among the lowest 2^32 p (rounded) of all 32-bit numbers.
+   finalizer of hash functions such as MurmurHash3. Every bit of i, s and t acts on the upper bits of h.
+3. The element is kept, and divided by 1 - p, unless h is among the lowest 2^32 p (rounded) of all 32-bit numbers.
 
-A compiler fuses this into what is around it, at some ten integer operations per element where torch's own Philox takes several
-times as many; and a mask is nothing to save for backward, because it can be computed again from the seeds. It is for torch.compile:
-operation by operation it would be slower than `torch.nn.functional.dropout`, which saves its mask.
+This takes some ten integer operations per element, where torch's Philox takes several times as many, and backward computes the mask
+again instead of reading it from memory. Without a compiler it is slower than `torch.nn.functional.dropout`, which saves its mask.
 
-GELU for compiled code (Hendrycks & Gimpel 2016), value and derivative by one exponential.
-
-Kernels that hold a GELU and a dropout's hash wait for arithmetic, not for memory, and of all that an error function is the most
-(docs/results.md, "The speed of training").
-
-x Phi(x) has the derivative Phi(x) + x phi(x), whose second term is the derivative of -phi(x). With sg for "held fixed",
+**GELU** (Hendrycks & Gimpel 2016), value and derivative by one exponential: in a kernel that also hashes, the error function costs
+more than the memory traffic (docs/results.md, "The speed of training"). x Phi(x) has the derivative Phi(x) + x phi(x), whose second
+term is the derivative of -phi(x). With sg for a stopped gradient,
     x Phi(sg x) - (phi(x) - phi(sg x))
 has the value and the derivative of both, and all of it comes from exp(-x^2/2).
 """
@@ -33,24 +31,31 @@ from torch.utils.checkpoint import checkpoint
 _A, _B, _C = 0x9E3779B1 - 2**32, 0x7FEB352D, 0x846CA68B - 2**32
 
 
-class Dropout(nn.Dropout):
-    """torch's own; with a seed, `hashed_dropout`, whose elements are numbered from ``first`` on."""
-
-    def forward(self, input: Tensor, seed_2: Tensor | None = None, first: int = 0) -> Tensor:
-        return super().forward(input) if seed_2 is None else hashed_dropout(input, self.p, seed_2, first)
-
-
 def draw_seed(device: torch.device) -> Tensor:
-    """s and t, int32 [2], each of 31 bits: bounds that do not fit int32 are not safe in compiled code."""
+    """s and t, int32 [2]."""
+    # 31 bits each: bounds that do not fit int32 are not safe in compiled code.
     return torch.randint(2**31 - 1, (2,), dtype=torch.int32, device=device)
 
 
+def block_seed(x_BLE: Tensor, p: float) -> Tensor | None:
+    """The seed of a block's three dropouts, or None if there is nothing to drop or too many elements to number."""
+    # One width after attention, four inside the MLP and one behind it.
+    return draw_seed(x_BLE.device) if p > 0 and 6 * x_BLE.numel() < 2**31 else None
+
+
+def hashed_mlp(mlp: nn.Sequential, p: float, x: Tensor, seed_2: Tensor) -> Tensor:
+    """Linear, GELU, dropout, Linear, dropout. The elements are numbered behind those of attention's dropout, as many as x has."""
+    up, _, _, down, _ = mlp
+    count = x.numel()
+    return hashed_dropout(down(hashed_gelu_dropout(up(x), p, seed_2, 2 * count)), p, seed_2, count)
+
+
 def kept(shape: torch.Size, p: float, seed_2: Tensor, first: int) -> Tensor:
-    """Which elements of a tensor of this shape are kept: bool, each with probability 1 - p.
+    """The dropout mask of a tensor of this shape: bool, True with probability 1 - p.
 
     Args:
         p: 0 up to below 1.
-        seed_2: of `draw_seed`.
+        seed_2: from `draw_seed`.
         first: the number of the first element; that of the last is below 2^31.
     """
     s, t = seed_2.unbind()
@@ -63,13 +68,13 @@ def kept(shape: torch.Size, p: float, seed_2: Tensor, first: int) -> Tensor:
 
 
 def hashed_dropout(x: Tensor, p: float, seed_2: Tensor, first: int) -> Tensor:
-    """Elements of x that `kept` keeps, divided by 1 - p, and zeros elsewhere; the mask is computed again in backward."""
-    return _again(_dropout, x, p, seed_2, first)
+    """The elements of x that `kept` keeps, divided by 1 - p, and zeros elsewhere; backward computes the mask again."""
+    return _recomputed(_dropout, x, p, seed_2, first)
 
 
 def hashed_gelu_dropout(x: Tensor, p: float, seed_2: Tensor, first: int) -> Tensor:
-    """`hashed_dropout` of GELU(x); compiled code computes even the result again from x where backward needs it."""
-    return _again(_gelu_dropout, x, p, seed_2, first)
+    """`hashed_dropout` of GELU(x); backward computes the GELU again, too."""
+    return _recomputed(_gelu_dropout, x, p, seed_2, first)
 
 
 def _dropout(x: Tensor, p: float, seed_2: Tensor, first: int) -> Tensor:
@@ -80,17 +85,17 @@ def _gelu_dropout(x: Tensor, p: float, seed_2: Tensor, first: int) -> Tensor:
     return _dropout(gelu(x), p, seed_2, first)
 
 
-def _again(function: Callable[[Tensor, float, Tensor, int], Tensor], x: Tensor, p: float, seed_2: Tensor, first: int) -> Tensor:
-    """To a compiler this says what to compute again in backward; left to itself it saves some of the masks, and results. Numbers
-    that two dropouts have in common it would save as well: hence ``first``."""
+def _recomputed(
+    function: Callable[[Tensor, float, Tensor, int], Tensor], x: Tensor, p: float, seed_2: Tensor, first: int
+) -> Tensor:
+    # `checkpoint` tells the compiler what to compute again in backward; without it, it saves some masks and results. It would also
+    # save element numbers that two dropouts have in common, hence their different ``first``.
     return checkpoint(function, x, p, seed_2, first, use_reentrant=False, preserve_rng_state=False)
 
 
 def gelu(x: Tensor) -> Tensor:
-    """x Phi(x) of any shape, in the type of x.
-
-    No autograd.Function: torch 2.11 gets those wrong in what is computed again.
-    """
+    """x Phi(x) of any shape, in the type of x."""
+    # Not an autograd.Function: torch 2.11 computes wrong gradients for those inside a checkpoint.
     exact = x.float()
     bell = torch.exp2(exact * exact * (-0.5 / math.log(2)))
     fixed = bell.detach()

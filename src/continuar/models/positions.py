@@ -1,13 +1,13 @@
-"""Tables with one row per token of a grid, at another grid: fine-tuning at another resolution (as ViT: Dosovitskiy et al. 2021).
+"""Positions on a grid of tokens: rotary embeddings, and learned tables at another grid.
 
-Rotary position embeddings on a grid (Su et al. 2021, arXiv 2104.09864; axial in two dimensions: Heo et al. 2024, 2403.13298).
+Rotary positions (Su et al. 2021, arXiv 2104.09864; axial in two dimensions: Heo et al. 2024, 2403.13298):
 
-1. A head's vector is D/2 pairs; half of them turn with the row of a position, half with its column. Pair i of an axis's P pairs
-   turns by ``BASE ** (-i / P)`` radians per token. A series, whose grid has one row, gives all pairs to its columns.
-2. Queries and keys are turned before their scores are taken: q turned by p, times k turned by r, depends on p - r alone.
-3. Slots that belong to no position (a condition) are not turned.
+1. A head's vector is D/2 pairs; half of them rotate with a position's row, half with its column. Pair i of an axis's P pairs
+   rotates by ``BASE ** (-i / P)`` radians per token. A series, whose grid has one row, gives all pairs to its columns.
+2. Queries and keys are rotated before their scores are taken: q at p times k at r depends only on p - r.
+3. Slots that belong to no position (a condition) are not rotated.
 
-Angles are computed from the positions where they are needed: there is nothing to keep, to save or to resize.
+Angles are computed from the positions where they are needed, so nothing has to be kept, saved or resized.
 """
 
 from __future__ import annotations
@@ -23,43 +23,15 @@ from continuar.errors import require
 Grid = tuple[int, int]
 
 
-def resize_rows(rows_RE: Tensor, old: Grid, new: Grid, before: int = 0) -> Tensor:
-    """Position embeddings of an old grid -> of a new one, by bicubic interpolation between the centres of tokens.
-
-    When the grid shrinks the filter widens with it, so that no row is left out (antialiasing); beyond the border there is nothing,
-    and weights are normalised to what is there: a constant stays a constant. The same grid gives the rows back as they are.
-
-    Args:
-        rows_RE: ``before`` rows that belong to no token and stay as they are, then one per token in raster order.
-        old, new: (h, w); series are (1, N).
-
-    Raises:
-        UserError: a grid of images from a series or the other way round; another number of rows.
-    """
-    count = len(rows_RE) - before
-    require(count == old[0] * old[1], f"{count} position embeddings; allowed: {old[0] * old[1]}, a grid of {old[0]} x {old[1]}")
-    if old == new:
-        return rows_RE
-    series = [grid for grid in (old, new) if grid[0] == 1]
-    require(
-        len(series) != 1,
-        f"position embeddings of {old[0]} x {old[1]} tokens have no meaning at {new[0]} x {new[1]}; allowed: "
-        + (f"1 x N, another series (got {new[0]} rows)" if old[0] == 1 else "a grid of 2 or more rows"),
-    )
-    map_1Ehw = rows_RE[before:].float().T.reshape(1, -1, *old)
-    resized = F.interpolate(map_1Ehw, new, mode="bicubic", align_corners=False, antialias=True)
-    return torch.cat((rows_RE[:before], resized.flatten(2)[0].T.to(rows_RE.dtype)))
-
-
 Positions = Literal["learned", "rotary"]
 BASE = 100.0
-"""As for images, whose axes are short; 10,000 is usual for text."""
+"""Usual for images, whose axes are short; 10,000 for text."""
 NO_POSITION = -1
 """The index of a slot that belongs to no position."""
 
 
 class Rotation(NamedTuple):
-    """(cos, sin) by which queries and keys turn, [2, B, 1, L, D/2] each."""
+    """(cos, sin) of the angles by which queries and keys rotate, [2, B, 1, L, D/2] each."""
 
     query: Tensor
     key: Tensor
@@ -82,7 +54,7 @@ class Rotary:
 
 
 def apply_rotary(x_BHLD: Tensor, by: Tensor) -> Tensor:
-    """Turns the pairs (i, i + D/2) of every head, in float32; the result has x's dtype."""
+    """Rotates the pairs (i, i + D/2) of every head, in float32; the result has x's dtype."""
     a, b = x_BHLD.float().chunk(2, dim=-1)
     cos, sin = by
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x_BHLD.dtype)
@@ -93,13 +65,30 @@ def no_position(index_BK: Tensor, count: int) -> Tensor:
     return index_BK.new_full((len(index_BK), count), NO_POSITION)
 
 
-def check_rotary(positions: str, parts: dict[str, tuple[int, int]]) -> None:
-    """Refuses heads that rotary positions cannot turn.
+def resize_rows(rows_RE: Tensor, old: Grid, new: Grid, before: int = 0) -> Tensor:
+    """Position embeddings of an old grid -> of a new one, by bicubic interpolation between the centres of tokens.
+
+    When the grid shrinks the filter widens with it, so that no row is left out (antialiasing). At the border weights are normalised
+    to the rows that exist: a constant stays a constant. The same grid gives the rows back unchanged. For fine-tuning at another
+    resolution (ViT: Dosovitskiy et al. 2021).
 
     Args:
-        parts: (width, heads) by name.
+        rows_RE: ``before`` rows that belong to no token and stay as they are, then one per token in raster order.
+        old, new: (h, w); series are (1, N).
+
+    Raises:
+        UserError: a grid of images from a series or the other way round; another number of rows.
     """
-    require(positions in ("learned", "rotary"), f"backbone.positions is '{positions}'; allowed: learned, rotary")
-    for name, (width, heads) in parts.items():
-        fits = positions == "learned" or width // heads % 4 == 0
-        require(fits, f"{name} of {width // heads} dimensions with rotary positions; allowed: multiples of 4, two axes of pairs")
+    count = len(rows_RE) - before
+    require(count == old[0] * old[1], f"{count} position embeddings; allowed: {old[0] * old[1]}, a grid of {old[0]} x {old[1]}")
+    if old == new:
+        return rows_RE
+    series = [grid for grid in (old, new) if grid[0] == 1]
+    require(
+        len(series) != 1,
+        f"position embeddings of {old[0]} x {old[1]} tokens have no meaning at {new[0]} x {new[1]}; allowed: "
+        + (f"1 x N, another series (got {new[0]} rows)" if old[0] == 1 else "a grid of 2 or more rows"),
+    )
+    map_1Ehw = rows_RE[before:].float().T.reshape(1, -1, *old)
+    resized = F.interpolate(map_1Ehw, new, mode="bicubic", align_corners=False, antialias=True)
+    return torch.cat((rows_RE[:before], resized.flatten(2)[0].T.to(rows_RE.dtype)))

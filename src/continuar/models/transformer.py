@@ -1,4 +1,7 @@
-"""ViT pre-norm transformer blocks (Dosovitskiy et al. 2021), shared by every backbone."""
+"""ViT pre-norm transformer blocks (Dosovitskiy et al. 2021), shared by every backbone: attention, kv-cache, MLP, block.
+
+What makes them fast under torch.compile is in `fused_ops`, rotary positions in `positions`.
+"""
 
 from __future__ import annotations
 
@@ -11,22 +14,15 @@ from torch.compiler import is_compiling
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from continuar.errors import require
-from continuar.models.fused_ops import Dropout, draw_seed, hashed_gelu_dropout
+from continuar.models.fused_ops import block_seed, hashed_dropout, hashed_mlp
 from continuar.models.positions import Rotation, apply_rotary
 
 LN_EPS = 1e-6
 
 
-def check_dropout(attention_dropout: float, dropout: float) -> None:
-    """Refuses rates outside [0, 1)."""
-    for name, value in (("attention_dropout", attention_dropout), ("dropout", dropout)):
-        require(0 <= value < 1, f"backbone.{name} is {value}; allowed: 0 up to below 1")
-
-
 @dataclass
 class KVCache:
-    """Keys and values of one block, [B, heads, L, width/heads] each, written in place: no memory is allocated while generating."""
+    """Keys and values of one block, [B, heads, L, width/heads] each, written in place: generation allocates no memory."""
 
     k: Tensor
     v: Tensor
@@ -47,7 +43,7 @@ class Attention(nn.Module):
         self.heads, self.attention_dropout = heads, attention_dropout
         self.qkv = nn.Linear(width, 3 * width)
         self.projection = nn.Linear(width, width)
-        self.dropout = Dropout(dropout)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(
         self,
@@ -60,13 +56,15 @@ class Attention(nn.Module):
         rotation: Rotation | None = None,
         last: int | None = None,
     ) -> Tensor:
-        """Attention within x, triangular if ``causal``; with a cache, also to its first ``at`` slots, behind which x is written.
-
-        A cache holds keys that are turned already. For the seed see `Block`.
+        """Attention within x, [B, L, E] -> [B, L, E].
 
         Args:
-            last: attention of the last so many rows to all of x, [B, last, E], neither ``causal`` nor with a cache; a rotation has
-                as many queries.
+            seed_2: seed of a hashed dropout, in compiled training.
+            causal: each row attends to itself and the rows before it.
+            cache: x also attends to the first ``at`` slots, and its own keys and values are written behind them, causally. The
+                cache holds keys that are already rotated.
+            rotation: rotary positions of queries and keys.
+            last: compute only the last so many rows, which attend to all of x; [B, last, E]. Neither ``causal`` nor with a cache.
         """
         length, width = x_BLE.shape[1:]
         if last is None:
@@ -86,7 +84,8 @@ class Attention(nn.Module):
             mask = torch.ones(length, at + length, dtype=torch.bool, device=x_BLE.device).tril(at) if length > 1 else None
         dropout = self.attention_dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
-        return self.dropout(self.projection(y.transpose(1, 2).flatten(2)), seed_2)
+        y = self.projection(y.transpose(1, 2).flatten(2))
+        return self.dropout(y) if seed_2 is None else hashed_dropout(y, self.dropout.p, seed_2, 0)
 
     def _split(self, x_BLF: Tensor, parts: int) -> Tensor:
         """[B, L, parts E] -> [parts, B, heads, L, E/heads]."""
@@ -98,29 +97,22 @@ class MLP(nn.Sequential):
 
     def __init__(self, width: int, dropout: float) -> None:
         wide = 4 * width
-        super().__init__(nn.Linear(width, wide), nn.GELU(), Dropout(dropout), nn.Linear(wide, width), Dropout(dropout))
+        super().__init__(nn.Linear(width, wide), nn.GELU(), nn.Dropout(dropout), nn.Linear(wide, width), nn.Dropout(dropout))
         self.p = dropout
 
     def forward(self, input: Tensor, seed_2: Tensor | None = None) -> Tensor:
-        """For the seed see `Block`: elements are numbered behind those of the attention's dropout, as many as ``input`` has."""
-        if seed_2 is None:
-            return super().forward(input)
-        up, _, _, down, outer = self
-        count = input.numel()
-        return outer(down(hashed_gelu_dropout(up(input), self.p, seed_2, 2 * count)), seed_2, count)
+        return super().forward(input) if seed_2 is None else hashed_mlp(self, self.p, input, seed_2)
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); GELU MLP of ratio 4.
-
-    Compiled training draws one seed for its three dropouts (`continuar.models.fused_ops`); torch drops attention's weights.
+    """x + attention(norm(x)), then x + mlp(norm(x)).
 
     Attributes:
-        recomputed: where gradients are wanted, keep the block's input alone and compute it again in backward, with the same dropout
-            (Chen et al. 2016, arXiv 1604.06174).
+        activation_checkpointing: keep only the block's input for backward and compute the rest again, with the same dropout (Chen
+            et al. 2016, arXiv 1604.06174).
     """
 
-    recomputed = False
+    activation_checkpointing = False
 
     def __init__(self, width: int, heads: int, attention_dropout: float, dropout: float) -> None:
         super().__init__()
@@ -129,38 +121,30 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=LN_EPS)
         self.mlp = MLP(width, dropout)
 
-    def forward(
-        self, x_BLE: Tensor, *, causal: bool = False, cache: KVCache | None = None, at: int = 0, rotation: Rotation | None = None
-    ) -> Tensor:
-        """See `Attention.forward`."""
-        return self._run(x_BLE, causal=causal, cache=cache, at=at, rotation=rotation)
+    def forward(self, x_BLE: Tensor, **attention: Any) -> Tensor:
+        """[B, L, E] -> [B, L, E]; keywords are those of `Attention.forward`, without ``last``."""
+        return self._run(x_BLE, **attention)
 
-    def _run(self, x_BLE: Tensor, **given: Any) -> Tensor:
-        """`_forward`, computed again in backward if that is wanted; keywords are those of `Attention.forward`."""
-        if self.recomputed and torch.is_grad_enabled():
-            return checkpoint(self._forward, x_BLE, use_reentrant=False, **given)
-        return self._forward(x_BLE, **given)
+    def _run(self, x_BLE: Tensor, **attention: Any) -> Tensor:
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            return checkpoint(self._compute, x_BLE, use_reentrant=False, **attention)
+        return self._compute(x_BLE, **attention)
 
-    def _forward(self, x_BLE: Tensor, *, last: int | None = None, **given: Any) -> Tensor:
-        seed = self._seed(x_BLE)
+    def _compute(self, x_BLE: Tensor, *, last: int | None = None, **attention: Any) -> Tensor:
+        # Compiled training hashes its dropout masks. Checkpointed blocks keep torch's dropout, whose state is restored for
+        # backward.
+        hashed = is_compiling() and self.training and not self.activation_checkpointing
+        seed = block_seed(x_BLE, self.mlp.p) if hashed else None
         rows_BLE = x_BLE if last is None else x_BLE[:, -last:]
-        rows_BLE = rows_BLE + self.attention(self.norm1(x_BLE), seed, last=last, **given)
+        rows_BLE = rows_BLE + self.attention(self.norm1(x_BLE), seed, last=last, **attention)
         return rows_BLE + self.mlp(self.norm2(rows_BLE), seed)
-
-    def _seed(self, x_BLE: Tensor) -> Tensor | None:
-        """Of the dropouts, where hashes decide: in compiled training, but for blocks that are recomputed anyway."""
-        hashed = is_compiling() and self.training and self.attention.dropout.p > 0 and not self.recomputed
-        numbered = 6 * x_BLE.numel() < 2**31  # one width of attention, four and one of the MLP
-        return draw_seed(x_BLE.device) if hashed and numbered else None
 
 
 class QueryBlock(Block):
-    """`Block` at a stack's end, where only the last rows are asked for: they attend to all, and of the others keys and values are
-    all that is computed. A class of its own, because torch.compile counts the shapes of a forward."""
+    """`Block` at the end of a stack that computes only the last rows, those whose output is used. They attend to all rows."""
 
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride] (it stands where no other block does)
-        self, x_BLE: Tensor, last: int, *, rotation: Rotation | None = None
-    ) -> Tensor:
+    # A forward of its own, because torch.compile keeps a limited number of shapes per forward.
+    def forward(self, x_BLE: Tensor, last: int, *, rotation: Rotation | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """[B, L, E] -> the last rows [B, last, E]."""
         if rotation is not None:
             rotation = rotation._replace(query=rotation.query[..., -last:, :])
@@ -173,8 +157,6 @@ def init_transformer(module: nn.Module) -> None:
         if isinstance(child, nn.Linear):
             nn.init.xavier_uniform_(child.weight)
             nn.init.zeros_(child.bias)
-        elif isinstance(child, nn.Embedding):
-            nn.init.normal_(child.weight, std=0.02)
-        for parameter in child.parameters(recurse=False):
-            if not isinstance(child, nn.Linear | nn.LayerNorm | nn.Embedding):
+        elif not isinstance(child, nn.LayerNorm):
+            for parameter in child.parameters(recurse=False):
                 nn.init.normal_(parameter, std=0.02)

@@ -157,6 +157,8 @@ def prepare_batch(model: Model, inputs: SamplingInput, options: SamplingOptions,
     if order_BN is None:
         order_BN = model.order.arrange(inputs.known_BN, inputs.seeds_B)
     plan = make_plan(model.order, options, model.order.seq_len - known)
+    if inputs.condition is not None:
+        model.condition.check(inputs.condition)
     null = model.condition.null(len(inputs.seeds_B))
     cond = null if inputs.condition is None else model.condition(inputs.condition)
     require(len(cond) == len(null), f"{len(cond)} conditions for {len(null)} seeds; allowed: one each")

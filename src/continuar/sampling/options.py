@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from continuar.errors import require
 from continuar.heads import HeadConfig, HeadOptions, with_values
-from continuar.models.base import TokenModelConfig
+from continuar.models.autoregressive import ModelConfig
+from continuar.models.dit import DiTConfig
 
 GuidanceSchedule = Literal["linear", "constant"]
 
@@ -39,7 +40,7 @@ class SamplingOptions:
         if self.head is not None:
             self.head.check_temperature(self.temperature)
 
-    def for_head(self, config: HeadConfig | TokenModelConfig) -> SamplingOptions:
+    def for_head(self, config: HeadConfig | ModelConfig | DiTConfig) -> SamplingOptions:
         """These options, with the head's options filled in if they are None.
 
         Raises:

@@ -16,7 +16,8 @@ from typing import Literal
 from continuar.errors import UserError, require
 from continuar.heads import DiffusionHeadConfig, HeadConfig
 from continuar.models import BackboneConfig, MAEConfig
-from continuar.models.autoregressive import ModelConfig, config_warnings
+from continuar.models.autoregressive import ModelConfig
+from continuar.models.compatibility import config_warnings
 from continuar.models.dit import DiTConfig, DiTNetworkConfig
 from continuar.orders import MAROrderConfig, OrderConfig
 from continuar.sampling.generate import make_plan

@@ -232,7 +232,7 @@ class TrainStep:
         self.parallel.shard(self.ema.model)
         self.meter = Meter(self.device, self.parallel, model.loss_by_timestep)
         for block in (m for m in model.modules() if isinstance(m, Block)):
-            block.recomputed = run.train.activation_checkpointing
+            block.activation_checkpointing = run.train.activation_checkpointing
         bf16 = uses_bf16(run.train.precision, self.device)
         self._engine = ENGINES[run.train.engine](model, run.train.label_dropout, bf16, self.parallel, len(self.slots))
         # After the engine, which may have sharded the parameters.
@@ -257,7 +257,7 @@ class TrainStep:
         for number, slot in enumerate(self.slots):
             self.seed(step, slot)
             tokens, labels = stream(step, slot)
-            view = self.model.training_view(len(tokens), self.device, masked)
+            view = self.model.order.training_view(len(tokens), self.device, masked)
             loss = self._engine(tokens, labels, view, number)
             measured.append(torch.stack((loss, tokens.float().std())))
         means = measured[0] if len(measured) == 1 else torch.stack(measured).mean(0)

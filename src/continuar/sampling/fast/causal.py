@@ -38,7 +38,7 @@ class FastCausal:
     def __init__(self, causal: Causal, images: int, copies: int, condition_tokens: int, kernels: Kernels) -> None:
         self.causal, self.copies, self.kernels = causal, copies, kernels
         parameter, width, batch = causal.positions, causal.width, copies * images
-        self.slots = -(-(condition_tokens + causal.count) // 8) * 8
+        self.slots = -(-(condition_tokens + causal.seq_len) // 8) * 8
         shape = batch, causal.heads, self.slots, width // causal.heads
         like = {"dtype": parameter.dtype, "device": parameter.device}
         # Zeros, not `empty`: attention multiplies a masked slot by 0, which gives NaN if the memory holds NaN or infinity.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from continuar.heads.diffusion import LN_EPS, Block, DenoisingMLP
+from continuar.heads.diffusion import LN_EPS, DenoisingMLP, ResidualBlock
 from continuar.noise import KeyedNoise, Purpose
 
 
@@ -109,7 +109,7 @@ class Kernels:
         """
         part = modulation_GRM.unflatten(-1, (-1, net.width)).unbind(-2)
         gated: tuple[Tensor, Tensor] | None = None
-        for i, block in enumerate(cast(Iterable[Block], net.blocks)):
+        for i, block in enumerate(cast(Iterable[ResidualBlock], net.blocks)):
             shift, scale, gate = part[3 * i : 3 * i + 3]
             h, n = self.gate_norm_modulate(h, gated, (block.norm.weight, block.norm.bias), shift, scale, shift.dtype)
             gated = gate, block.mlp(n)

@@ -58,7 +58,9 @@ class FastMAE:
     def prepare(self, cond: Tensor, order_BN: Tensor) -> None:
         """Starts a generation with conditions [G B, C, E] and the order of its positions."""
         mae = self.mae
-        self.inputs[:, : mae.buffer] = mae.input_norm(mae._fill(cond.to(self.inputs.dtype)) + mae.encoder_positions[: mae.buffer])
+        self.inputs[:, : mae.buffer] = mae.input_norm(
+            mae.fill_buffer(cond.to(self.inputs.dtype)) + mae.encoder_positions[: mae.buffer]
+        )
         self.token_positions.copy_(batched_gather(mae.encoder_positions[None, mae.buffer :], order_BN))
         self.decoder_positions[:, : mae.buffer] = mae.decoder_positions[: mae.buffer]
         self.decoder_positions[:, mae.buffer :] = batched_gather(mae.decoder_positions[None, mae.buffer :], order_BN)

@@ -32,7 +32,7 @@ import triton.language as tl
 from torch import Tensor, nn
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from continuar.heads.diffusion import LN_EPS, Block, DenoisingMLP
+from continuar.heads.diffusion import LN_EPS, DenoisingMLP
 from continuar.noise import KeyedNoise, Purpose
 from continuar.sampling.fast.kernels import Kernels, Step
 
@@ -328,7 +328,7 @@ class TritonKernels(Kernels):
         part = modulation.unflatten(-1, (-1, width)).unbind(-2)
         stride, options = modulation.shape[-1], self._launch.options(total, width, modulation.dtype != torch.float32)
         grid = (triton.cdiv(width, options["N"]),)
-        for i, block in enumerate(cast(Iterable[Block], net.blocks)):
+        for i, block in enumerate(cast(Iterable[ResidualBlock], net.blocks)):
             shift, scale, gate = part[3 * i : 3 * i + 3]
             first, second = block.mlp[0], block.mlp[2]
             hidden = torch.empty(total, width, dtype=shift.dtype, device=h.device)

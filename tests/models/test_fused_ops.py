@@ -122,7 +122,7 @@ def test_a_compiled_block_equals_explicit_masks_and_saves_none(
     inputs = [x, *block.parameters()]
     wanted = with_masks(block, x, p, fixed, rows)
     expected = torch.autograd.grad(wanted, inputs, upstream)
-    monkeypatch.setattr(blocks, "draw_seed", lambda device: fixed)
+    monkeypatch.setattr(blocks, "block_seed", lambda x, p: fixed)
     compiled = torch.compile(block, dynamic=False, fullgraph=True)
     y = compiled(x) if kind is Block else compiled(x, rows)
     torch.testing.assert_close(y, wanted, rtol=1e-5, atol=1e-6)

@@ -1,6 +1,5 @@
 """Closed forms of the diffusion process and its samplers."""
 
-import itertools
 import math
 
 import numpy as np
@@ -18,35 +17,11 @@ from continuar.diffusion.gaussian import (
     posterior_mean,
     predict_x0,
     sampling_schedule,
-    spaced,
-    strided,
     training_schedule,
     variational_bound,
     velocity,
 )
 from continuar.diffusion.samplers import SAMPLERS
-from continuar.errors import UserError
-
-
-@given(st.integers(1, 1000))
-def test_spaced_steps_are_distinct_ascending_and_reach_both_ends(count: int) -> None:
-    steps = spaced(1000, count)
-    assert len(steps) == count
-    assert all(a < b for a, b in itertools.pairwise(steps))
-    assert steps[-1] == 999
-    assert count == 1 or steps[0] == 0
-
-
-@pytest.mark.parametrize("count", [0, -1, 1001])
-def test_spaced_refuses_other_counts(count: int) -> None:
-    with pytest.raises(UserError, match=f"diffusion steps is {count}; allowed: 1 to 1000"):
-        spaced(1000, count)
-
-
-def test_strided_refuses_a_count_no_stride_gives() -> None:
-    assert strided(1000, 50) == tuple(range(0, 1000, 20))
-    with pytest.raises(UserError, match="998"):
-        strided(1000, 998)
 
 
 @given(st.integers(2, 1000))

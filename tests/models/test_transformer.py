@@ -21,7 +21,7 @@ def test_a_query_block_is_the_last_rows_of_a_block(rows: int, recomputed: bool, 
     torch.manual_seed(0)
     block, query = Block(32, 2, 0.0, 0.0), QueryBlock(32, 2, 0.0, 0.0)
     query.load_state_dict(block.state_dict())
-    query.recomputed = recomputed
+    query.activation_checkpointing = recomputed
     x, upstream = torch.randn(3, 16, 32, requires_grad=True), torch.randn(3, rows, 32)
     angles = rotation(torch.rand(3, 16).argsort(1)) if turned else None
     whole, found = block(x, rotation=angles)[:, -rows:], query(x, rows, rotation=angles)

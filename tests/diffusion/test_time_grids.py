@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from continuar.diffusion.gaussian import Grid, sampling_schedule, spaced, training_schedule, uniform_log_snr, uniform_t
+from continuar.diffusion.gaussian import Grid, sampling_schedule, training_schedule, uniform_t
 from continuar.diffusion.samplers import SAMPLERS
+from continuar.diffusion.time_grids import strided, uniform_log_snr
 from continuar.errors import UserError
 
 GRIDS = pytest.mark.parametrize("grid", [uniform_t, uniform_log_snr])
@@ -33,9 +34,15 @@ def test_grids_refuse_other_counts(grid: Grid, steps: int, last: int, allowed: i
         grid(steps, last)  # type: ignore[call-arg]
 
 
-@given(st.integers(1, 1000))
+@given(st.integers(2, 1000))
 def test_uniform_t_is_the_paper_s_spacing(steps: int) -> None:
-    assert uniform_t(steps) == spaced(1000, steps)
+    assert uniform_t(steps) == tuple(round(i * 999 / (steps - 1)) for i in range(steps))
+
+
+def test_strided_refuses_a_count_no_stride_gives() -> None:
+    assert strided(50) == tuple(range(0, 1000, 20))
+    with pytest.raises(UserError, match="998"):
+        strided(998)
 
 
 @given(last=st.integers(300, 999), steps=st.integers(2, 30))

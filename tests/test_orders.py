@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from continuar.config import members
 from continuar.errors import UserError
 from continuar.noise import KeyedNoise
-from continuar.orders import ConfidenceOrder, ConfidenceOrderConfig, OrderConfig, RandomOrder, RasterOrder
+from continuar.orders import ConfidenceOrder, ConfidenceOrderConfig, MAROrder, OrderConfig, RandomOrder, RasterOrder
 
 ORDERS = [config().build(16) for config in members(OrderConfig)]
 every_order = pytest.mark.parametrize("order", ORDERS, ids=lambda o: type(o).__name__)
@@ -91,3 +91,21 @@ def test_orders_that_arrange_do_not_choose_and_bad_values_are_refused() -> None:
         RandomOrder(16).choose(1, 0.5, torch.zeros(1, 4), noise(1, 4))
     with pytest.raises(UserError, match="choice_temperature is -1; allowed"):
         ConfidenceOrderConfig(choice_temperature=-1)
+
+
+@given(st.integers(1, 300), st.data())
+def test_groups_are_positive_and_sum_to_the_unknown(unknown: int, data: st.DataObject) -> None:
+    steps = data.draw(st.integers(1, unknown))
+    sizes = MAROrder(unknown).group_sizes(steps, unknown)
+    assert len(sizes) == steps
+    assert min(sizes) >= 1
+    assert sum(sizes) == unknown
+
+
+def test_64_steps_of_256_tokens_take_one_to_seven_at_a_time() -> None:
+    assert set(MAROrder(256).group_sizes(64, 256)) == set(range(1, 8))
+
+
+def test_no_steps_are_refused() -> None:
+    with pytest.raises(UserError, match="steps is 0"):
+        MAROrder(16).group_sizes(0, 16)

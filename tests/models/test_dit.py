@@ -179,7 +179,7 @@ def test_guidance_extrapolates_eps_and_one_runs_no_null_condition(prediction: st
     with torch.no_grad():
         for t in (0, 500, 999):
             (eps, v), (eps_c, v_c), (eps_u, _) = (
-                model._guided(labels, scale)(x, torch.tensor(t)) for labels, scale in ((LABELS, w), (LABELS, 1.0), (null, 1.0))
+                model.denoiser(labels, scale)(x, torch.tensor(t)) for labels, scale in ((LABELS, w), (LABELS, 1.0), (null, 1.0))
             )
             torch.testing.assert_close(eps, eps_u + w * (eps_c - eps_u), rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(v, v_c, rtol=1e-4, atol=1e-4)
