@@ -35,14 +35,17 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(ROOT / "src", root / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     shutil.copytree(ROOT / "tests", root / "tests", ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
     shutil.copy(ROOT / "pyproject.toml", root)
-    new, tables = blocks(r"^`(src/continuar/\S+\.py)`:"), blocks(r"In `(src/continuar/\S+/__init__\.py)`[^\n]*:")
-    assert (len(new), len(tables)) == (2, 2)
-    for file, code in new:
-        assert not (root / file).exists()
-        (root / file).write_text(code, encoding="utf-8")
-    for file, code in tables:
-        path = root / file
-        path.write_text(edited(path.read_text(encoding="utf-8"), code), encoding="utf-8")
+    ((order_file, order),) = blocks(r"In `(src/continuar/\S+\.py)`, above `OrderConfig`:")
+    ((_, table),) = blocks(r"The table in the same file (becomes):")
+    orders = (root / order_file).read_text(encoding="utf-8")
+    before, after = orders.split("\nOrderConfig = ")
+    (root / order_file).write_text(f"{before}\n{order}\n\n{table}" + after.split("\n", 1)[1], encoding="utf-8")
+    ((head_file, head),) = blocks(r"^`(src/continuar/\S+\.py)`:")
+    assert not (root / head_file).exists()
+    (root / head_file).write_text(head, encoding="utf-8")
+    ((table_file, table),) = blocks(r"In `(src/continuar/\S+/__init__\.py)`[^\n]*:")
+    path = root / table_file
+    path.write_text(edited(path.read_text(encoding="utf-8"), table), encoding="utf-8")
     return root
 
 

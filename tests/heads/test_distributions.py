@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
-from continuar.errors import UserError
 from continuar.heads import (
     CategoricalHead,
     CategoricalHeadConfig,
@@ -259,6 +258,6 @@ def test_samples_approach_a_mixture_that_depends_on_z(build) -> None:
     ],
 )
 def test_bad_options_are_refused_with_what_is_allowed(call, message: str) -> None:
-    with pytest.raises(UserError) as error:
+    with pytest.raises(ValueError) as error:
         call()
     assert message in str(error.value)

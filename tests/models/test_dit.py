@@ -304,5 +304,5 @@ def test_the_loss_is_given_in_the_order_of_the_view_and_noted_by_time() -> None:
     assert torch.equal(losses[0], losses[1].flip(1))
     assert model.time_losses[1].sum() == 8
     torch.testing.assert_close(model.time_losses[0].sum(), 2 * losses[0].mean(1).sum())
-    with pytest.raises(UserError, match="5 tokens of the view are known; allowed for DiT: none"):
+    with pytest.raises(AssertionError, match="5 tokens of the view are known; DiT predicts all"):
         model.loss(x, LABELS, View(torch.arange(16).expand(4, -1), 5))

@@ -32,7 +32,7 @@ import triton.language as tl
 from torch import Tensor, nn
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from continuar.heads.diffusion import LN_EPS, DenoisingMLP
+from continuar.heads.diffusion import LN_EPS, DenoisingMLP, ResidualBlock
 from continuar.noise import KeyedNoise, Purpose
 from continuar.sampling.fast.kernels import Kernels, Step
 
