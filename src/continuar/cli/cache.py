@@ -9,9 +9,9 @@ from typing import Annotated
 
 import tyro
 
-from continuar.caching import CacheCheck, CacheOptions, CacheReport, build_cache, cache_info, check_cache
 from continuar.checkpoints.tokenizers import Changes, find_saved, load_tokenizer
 from continuar.cli.common import Device, Ids, ImageSize, Split, at_least, local_device, progress_bars
+from continuar.data.cache_build import CacheCheck, CacheOptions, CacheReport, build_cache, check_cache
 from continuar.data.latent_cache import LatentCache
 from continuar.data.sources import find_source
 from continuar.errors import UserError, require
@@ -67,14 +67,13 @@ def run(options: Options) -> None:
         raise UserError(f"{options.tokenizer} is a tokenizer without an encoder; give the autoencoder itself")
     tokenizer = tokenizer.to(local_device(options.device))
     where = (str(_absolute(options.tokenizer)), str(options.data.absolute()), options.split)
-    info = cache_info(source, tokenizer, options.options, where=where)
     with progress_bars(shown=rank == 0) as bar:
         report = build_cache(
             source,
             tokenizer,
-            info,
             options.dst,
             options.options,
+            where=where,
             rebuild=options.rebuild,
             rank=rank,
             world_size=world_size,
@@ -134,7 +133,7 @@ def check_summary(found: CacheCheck) -> str:
 
 
 def _place() -> tuple[int, int]:
-    """(rank, world size) as torchrun tells them."""
+    """(rank, world size) from the environment that torchrun sets."""
     rank, world_size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     fits = rank.isdecimal() and world_size.isdecimal() and int(rank) < int(world_size)
     require(fits, f"RANK is '{rank}' and WORLD_SIZE '{world_size}'; allowed: 0 up to below the world size, as torchrun sets them")
@@ -142,6 +141,6 @@ def _place() -> tuple[int, int]:
 
 
 def _absolute(source: str) -> Path | str:
-    """A path that holds from anywhere; a hub id as it is."""
+    """An absolute path; a hub id as it is."""
     path = Path(source)
     return (find_saved(path) or path).absolute() if path.exists() else source

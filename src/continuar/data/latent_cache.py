@@ -1,10 +1,11 @@
-"""Caches of latents: a directory of few large files, read in any order.
+"""Format and reading of caches of latents: a directory of few large files, read in any order.
 
-    cache.json        what the cache is of: tokenizer, source, shapes, classes
+    cache.json        tokenizer, source, shapes, classes: `CacheInfo`
     shard-00000.bin   rows of [views, *shape], the image and its mirror image, as plain little-endian numbers
-    shard-00000.json  how many rows, their labels, the checksum; it exists only once the numbers are complete
+    shard-00000.json  labels of the rows, skipped images, checksum: `ShardInfo`; written after the numbers are complete
 
 A row holds posterior moments or ids, not tokens: the posterior is drawn anew at every use, on the device that trains.
+`continuar.data.cache_build` makes and checks caches.
 """
 
 from __future__ import annotations
@@ -24,35 +25,36 @@ from continuar.io import read_config
 INDEX = "cache.json"
 FORMAT = 1
 DType = Literal["bfloat16", "float32", "int32"]
+Precision = Literal["float32", "bfloat16"]
 _DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32, "int32": torch.int32}
 
 
 @dataclass(frozen=True)
 class CacheInfo:
-    """What ``cache.json`` holds; all shards have it in common."""
+    """Content of ``cache.json``, which all shards have in common."""
 
     fingerprint: str
-    """Of the tokenizer's encoder; see `continuar.checkpoints.tokenizers.fingerprint`."""
+    """Hash of the tokenizer's encoder, from `continuar.tokenizers.fingerprint`."""
     tokenizer: str
-    """Where the tokenizer was."""
+    """Path or hub id of the tokenizer."""
     source: str
-    """Where the images were."""
+    """Path of the images."""
     split: str
-    """Which part of them."""
+    """Part of the images."""
     image_size: int
-    """Pixels."""
+    """Side of the images in pixels."""
     count: int
     """Images in the source, unusable ones included."""
     shard_images: int
     """Images of the source per shard."""
     views: int
-    """2: the image and its mirror image; 1: the image alone."""
+    """2: the image and its mirror image; 1: only the image."""
     shape: tuple[int, ...]
-    """Of one latent: [2C, h, w] moments, [C, h, w] vectors, or [N] ids."""
+    """Shape of one latent: [2C, h, w] moments, [C, h, w] vectors, or [N] ids."""
     dtype: DType
-    """How numbers are kept."""
-    precision: Literal["float32", "bfloat16"]
-    """What the encoder computed in."""
+    """Type of the numbers in the shards."""
+    precision: Precision
+    """Precision of the encoder's arithmetic."""
     classes: tuple[str, ...]
     """Names in label order."""
     format: int = FORMAT
@@ -71,7 +73,7 @@ class CacheInfo:
 
     @property
     def shards(self) -> int:
-        """How many shards the whole cache has."""
+        """Number of shards of the complete cache."""
         return -(-self.count // self.shard_images)
 
     @property
@@ -80,23 +82,23 @@ class CacheInfo:
         return self.views * int(np.prod(self.shape)) * self.torch_dtype.itemsize
 
     def chosen(self, shard: int) -> range:
-        """The places in the source that a shard is of."""
+        """The places in the source whose images a shard holds."""
         first = shard * self.shard_images
         return range(first, min(first + self.shard_images, self.count))
 
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """What ``shard-NNNNN.json`` holds."""
+    """Content of ``shard-NNNNN.json``."""
 
     labels: tuple[int, ...]
     """One per row."""
     missing: tuple[int, ...]
     """Places in the source whose images could not be used."""
     skipped: tuple[str, ...]
-    """Why, one line each."""
+    """The reasons, one line each."""
     checksum: str
-    """CRC-32 of the numbers' file."""
+    """CRC-32 of ``shard-NNNNN.bin``."""
 
     def index(self, chosen: range) -> np.ndarray:
         """The place in the source of each row."""
@@ -114,7 +116,7 @@ def is_cache(path: Path) -> bool:
 
 
 def read_info(directory: Path) -> CacheInfo:
-    """What a cache is of.
+    """The content of ``cache.json``.
 
     Raises:
         UserError: not a cache, or damaged.
@@ -125,10 +127,10 @@ def read_info(directory: Path) -> CacheInfo:
 
 
 def read_shard(directory: Path, info: CacheInfo, shard: int) -> ShardInfo:
-    """A shard that is there in full.
+    """The content of a shard's JSON, checked against the size of its numbers.
 
     Raises:
-        UserError: not made yet, damaged, or its numbers are not all there.
+        UserError: the shard is not complete yet, or damaged.
     """
     path, numbers = shard_path(directory, shard, "json"), shard_path(directory, shard, "bin")
     require(path.is_file(), f"{path} does not exist: the shard is not complete yet")
@@ -147,7 +149,7 @@ class LatentCache:
     """A complete cache, open for reading.
 
     Attributes:
-        info: what it is of. labels: int64 [n]. index: int64 [n], the place of each row in the source.
+        info: content of cache.json. labels: int64 [n]. index: int64 [n], the place of each row in the source.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -181,12 +183,12 @@ class LatentCache:
         )
 
     def read(self, rows: np.ndarray, views: np.ndarray | int = 0, *, pin: bool = False) -> Tensor:
-        """Latents [B, *shape] of the given rows, as they are kept, on the CPU.
+        """Latents [B, *shape] of the given rows in the cache's dtype, on the CPU.
 
         Args:
             rows: int64 [B], 0..n-1.
-            views: which view of each: 0 the image, 1 its mirror image.
-            pin: into page-locked memory, for copies to a GPU that do not wait.
+            views: the view of each: 0 the image, 1 its mirror image.
+            pin: use page-locked memory, from which copies to a GPU are asynchronous.
 
         Raises:
             OSError: a shard is gone, cannot be read, or has become shorter.
@@ -205,7 +207,8 @@ class LatentCache:
         return out
 
     def _read_shard(self, path: Path, bytes_BR: np.ndarray, places: np.ndarray, starts: np.ndarray) -> None:
-        """Fills these places. Not by a memory map: a page of one that the disk does not give kills the process."""
+        """Fills the given places of a batch."""
+        # No memory map: if the disk cannot deliver a page of one, the process is killed by SIGBUS.
         with path.open("rb", buffering=0) as file:
             for place in places:
                 file.seek(start := int(starts[place]))

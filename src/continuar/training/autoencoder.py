@@ -34,10 +34,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from continuar.caching import LatentSums
 from continuar.checkpoints.store import TOKENIZER, load_state
 from continuar.checkpoints.tokenizers import TOKENIZER_CONFIG, TokenizerFile, save_tokenizer
 from continuar.cuda_graphs import GraphPool, Graphs
+from continuar.data.cache_build import add_latents, latent_statistics
 from continuar.data.loader import ImageSet, check_skipped, decode_block, load_images
 from continuar.data.sources import Source, find_source
 from continuar.distributed import GIB, SingleProcess, raise_on_all_ranks
@@ -45,6 +45,7 @@ from continuar.errors import require
 from continuar.io import atomic_directory, read_tensors, write_json, write_tensors
 from continuar.pictures import grid
 from continuar.pipeline import to_uint8
+from continuar.statistics import MomentAccumulator
 from continuar.tokenizers import VAETokenizer, VQTokenizer
 from continuar.training.checkpoint import drop_old, load_newest, load_optimizer, optimizer_tensors, write_state
 from continuar.training.config import DataConfig, ImagesConfig, TokenizerLoopConfig, TokenizerRun
@@ -574,11 +575,11 @@ def train_tokenizer(
 @torch.no_grad()
 def measure_scale(tokenizer: VAETokenizer, images: ImageBatches, loop: TokenizerLoopConfig, parallel: SingleProcess) -> float:
     """The factor that brings latents to unit deviation, from about ``measure_images`` training images, each used at most once."""
-    sums = LatentSums(tokenizer.config.network.has_variance)
+    moments, steps = MomentAccumulator(covariance=False), max(1, min(loop.measure_images, images.count) // loop.batch_size)
     with raise_on_all_ranks(parallel), torch.compiler.set_stance("force_eager"):
-        for step in range(max(1, min(loop.measure_images, images.count) // loop.batch_size)):
-            sums.add(tokenizer.encode(images.plain(step)))
-    sums.join(parallel)
+        for step in range(steps):
+            add_latents(moments, tokenizer.encode(images.plain(step)), tokenizer.config.network.has_variance)
+    moments.all_reduce(parallel.total)
     with raise_on_all_ranks(parallel):
-        found = sums.statistics()
+        found = latent_statistics(moments, steps * loop.batch_size)
     return found.scale

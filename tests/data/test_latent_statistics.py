@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from continuar.caching import LatentSums, encoded, measure
 from continuar.checkpoints.tokenizers import load_tokenizer, save_tokenizer
 from continuar.cli.main import main
+from continuar.data.cache_build import encoded, measure
 from continuar.data.loader import load_images
 from continuar.data.sources import find_source
 from continuar.errors import UserError
@@ -33,12 +33,9 @@ SHAPES = st.tuples(st.integers(2, 9), st.just(3), st.just(2), st.just(2))
 @given(arrays.arrays(np.float32, SHAPES, elements=st.floats(-9, 9, width=32)))
 def test_sums_are_the_mean_and_deviation_of_all_values(values: np.ndarray) -> None:
     x = torch.from_numpy(values)
-    sums = LatentSums(has_variance=False)
-    for part in x.split(2):
-        sums.add(part)
     if values.std() < 1e-3:
         return
-    found = sums.statistics()
+    found = measure(x.split(2), has_variance=False)
     exact = values.astype(np.float64)
     assert found.images == len(values)
     assert found.mean == pytest.approx(exact.mean(), abs=1e-9)
@@ -91,9 +88,9 @@ def test_a_measured_scale_gives_tokens_of_unit_deviation(tmp_path: Path, capsys:
 
 def test_images_may_be_fewer_and_are_spread_evenly(tmp_path: Path) -> None:
     source = find_source(write_images(tmp_path / "data", per_class=6), "train")
-    latents = list(encoded(source, tokenizer(), device=torch.device("cpu"), images=4, batch_size=3))
+    latents = list(encoded(source, tokenizer(), images=4, batch_size=3))
     assert [len(x) for x in latents] == [3, 1]
-    everything = torch.cat(list(encoded(source, tokenizer(), device=torch.device("cpu"))))
+    everything = torch.cat(list(encoded(source, tokenizer())))
     torch.testing.assert_close(torch.cat(latents), everything[[0, 3, 6, 9]])
 
 

@@ -16,9 +16,9 @@ import pytest
 import torch
 from PIL import Image
 
-from continuar.caching import CacheOptions, build_cache, cache_info
 from continuar.checkpoints.tokenizers import save_tokenizer
 from continuar.cli.main import main
+from continuar.data.cache_build import CacheOptions, build_cache
 from continuar.data.latent_cache import INDEX, LatentCache, read_info
 from continuar.data.loader import load_images
 from continuar.data.sources import find_source
@@ -304,10 +304,9 @@ def test_check_notices_a_scale_that_is_off(root: Path, tmp_path: Path, capsys: p
 def test_latents_that_are_not_finite_are_refused(root: Path, tmp_path: Path) -> None:
     tokenizer: Any = shaken(VAEConfig(network=KL, image_size=8).build())
     tokenizer.network.quant_conv.bias[0] = float("nan")
-    source, options = find_source(root, "train"), CacheOptions()
-    info = cache_info(source, tokenizer, options, where=("t", str(root), "train"))
+    source, where = find_source(root, "train"), ("t", str(root), "train")
     with pytest.raises(UserError, match="latents that are not finite"):
-        build_cache(source, tokenizer, info, tmp_path / "c", options)
+        build_cache(source, tokenizer, tmp_path / "c", CacheOptions(), where=where)
     assert [p.name for p in (tmp_path / "c").iterdir()] == [INDEX]
 
 
