@@ -74,6 +74,7 @@ def atomic_directory(destination: Path, writer: str = "") -> Iterator[Path]:
     Args:
         writer: see `temporary_path`.
     """
+    destination = Path(os.path.abspath(destination))  # "." has no name
     destination.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_path(destination, writer)
     temporary.mkdir()

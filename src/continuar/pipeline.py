@@ -26,7 +26,7 @@ from continuar.checkpoints.store import (
     SHARDS,
     WEIGHTS,
     PipelineConfig,
-    is_replaceable,
+    check_replaceable,
     load_state,
     read_pipeline_config,
     read_tokenizer,
@@ -361,7 +361,7 @@ class Pipeline:
             dtype: store weights as this, e.g. ``torch.bfloat16`` for half the size; None keeps them as they are.
         """
         directory = Path(directory)
-        require(is_replaceable(directory), f"{directory} exists and is not a saved model; choose another directory")
+        check_replaceable(directory)
         with atomic_directory(directory) as temporary:
             write_json(temporary / CONFIG, self.config)
             write_tensors(temporary / WEIGHTS, self.model.state_dict(), dtype)

@@ -181,7 +181,6 @@ def test_config_from_official_says_what_is_wrong(official: dict[str, torch.Tenso
         (Sizes(), {"heads": 0}, r"encoder \(--heads\) is 0; allowed: a divisor of its width 8"),
         (Sizes(), {"heads": 3}, r"encoder \(--heads\) is 3; allowed: a divisor of its width 8"),
         (Sizes(), {"heads": 2, "decoder_heads": -2}, r"decoder \(--decoder-heads\) is -2; allowed"),
-        (Sizes(), {"heads": 2, "classes": 4}, "the checkpoint has 3 classes, not 4"),
     ],
 )
 def test_config_from_official_needs_fitting_heads(sizes: Sizes, heads: dict[str, Any], message: str) -> None:

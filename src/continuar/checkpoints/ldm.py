@@ -17,8 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from continuar.checkpoints.mar import separate
-from continuar.checkpoints.store import check_keys
+from continuar.checkpoints.store import check_keys, separate
 from continuar.errors import UserError, require
 from continuar.io import atomic_file, check_file, load_torch_file, read_tensors, write_errors
 from continuar.tokenizers.networks import DownBlock, KLNetwork, UpBlock, VQNetwork

@@ -52,14 +52,16 @@ class PipelineConfig:
         object.__setattr__(self, "sampling", self.sampling.for_head(self.model))
 
 
-def is_replaceable(directory: Path) -> bool:
-    """Whether a saved model may be written there: nothing, an empty directory, or another saved model (not a training run)."""
-    if not directory.exists():
-        return True
-    if not directory.is_dir():
-        return False
-    names = {p.name for p in directory.iterdir()}
-    return not names or {CONFIG, WEIGHTS} <= names <= {CONFIG, WEIGHTS, TOKENIZER}
+def check_replaceable(directory: Path, needed: str = WEIGHTS, config: str = CONFIG, what: str = "saved model") -> None:
+    """Refuses to write a saved model anywhere but to a new or empty directory, or over another one.
+
+    Raises:
+        UserError: something else is there; also a training run, which has a config but no weights beside it.
+    """
+    require(not directory.exists() or directory.is_dir(), f"{directory} is a file; a {what} is a directory")
+    names = {p.name for p in directory.iterdir()} if directory.exists() else set()
+    free = not names or {config, needed} <= names <= {config, needed, TOKENIZER}
+    require(free, f"{directory} exists and is not a {what}; choose another directory")
 
 
 def load_state(module: torch.nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
@@ -132,3 +134,15 @@ def read_pipeline_config(directory: Path) -> PipelineConfig:
     value = read_json(path)
     require(isinstance(value, dict) and "model" in value, f"{path} is not the config of a saved model")
     return from_json(PipelineConfig, rename_old_fields(value), str(path))
+
+
+def separate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors each in storage of its own, as file formats need them; copied only where it is shared."""
+    seen: set[int] = set()
+    own = {}
+    for k, v in state.items():
+        storage = v.untyped_storage()
+        shared = storage.nbytes() != v.numel() * v.element_size() or storage.data_ptr() in seen
+        seen.add(storage.data_ptr())
+        own[k] = v.clone(memory_format=torch.contiguous_format) if shared else v.contiguous()
+    return own

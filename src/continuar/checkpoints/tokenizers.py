@@ -126,8 +126,7 @@ def save_tokenizer(config: TokenizerConfig, state: Mapping[str, Tensor], directo
     Raises:
         UserError: something else is there.
     """
-    taken = directory.exists() and not (directory.is_dir() and _names(directory) <= {TOKENIZER_CONFIG, TOKENIZER})
-    require(not taken, f"{directory} exists and is not a saved tokenizer; choose another directory")
+    check_replaceable(directory, TOKENIZER_CONFIG, TOKENIZER_CONFIG, "saved tokenizer")
     with atomic_directory(directory) as temporary:
         write_json(temporary / TOKENIZER_CONFIG, TokenizerFile(config))
         if state:
@@ -165,7 +164,3 @@ def _from_diffusers(source: str | Path, changes: Changes) -> Tokenizer:
     ids = bool(changes.ids)
     size = 256 if changes.image_size is None else changes.image_size
     return load_diffusers(source, image_size=size, patch=changes.patch or 1, ids=ids, scale=changes.scale)
-
-
-def _names(directory: Path) -> set[str]:
-    return {p.name for p in directory.iterdir()}

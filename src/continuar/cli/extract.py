@@ -9,7 +9,7 @@ from typing import Annotated
 import torch
 import tyro
 
-from continuar.checkpoints.store import is_replaceable, load_state
+from continuar.checkpoints.store import check_replaceable, load_state
 from continuar.cli.common import Destination, RunWeights
 from continuar.errors import require
 from continuar.pipeline import Pipeline
@@ -39,7 +39,7 @@ def run(options: Options) -> None:
     It holds the averaged weights, the raw weights, or an average of a length chosen now (from a run with --ema.snapshot-images).
     Weights that several processes wrote are joined.
     """
-    require(is_replaceable(options.dst), f"{options.dst} exists and is not a saved model; choose another directory")
+    check_replaceable(options.dst)
     require(options.length is not None or options.step is None, f"--step is {options.step} without --length; allowed: with it")
     require(options.length is None or options.weights == "ema", "--length and --weights raw contradict one another")
     pipe = Pipeline.from_pretrained(options.run, weights=options.weights, device="cpu")
