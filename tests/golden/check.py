@@ -213,9 +213,8 @@ def load_mar(meta: dict, g: dict[str, Tensor]) -> tuple[Model, LatentConfig]:
         "latent", "golden", size["img_size"], size["vae_stride"], size["vae_embed_dim"], size["patch_size"], 1.0
     )
     state = weights(g)
-    config = config_from_official(
-        state, heads=size["encoder_num_heads"], decoder_heads=size["decoder_num_heads"], classes=size["class_num"]
-    )
+    config = config_from_official(state, heads=size["encoder_num_heads"], decoder_heads=size["decoder_num_heads"])
+    assert config.classes == size["class_num"]
     model = config.build().eval()
     model.load_state_dict(to_continuar(state, config))
     return model, tokenizer

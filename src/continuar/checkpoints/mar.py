@@ -1,6 +1,6 @@
 """Official MAR checkpoint files (LTH14/mar, ``.pth``), both ways.
 
-1. A file is {'model': ..., 'model_ema': ..., 'args': argparse.Namespace, ...}, or one bare state dict. Nothing that it holds is run.
+1. A file is {'model': ..., 'model_ema': ..., 'args': argparse.Namespace, ...}, or one bare state dict. None of its code is run.
 2. Sizes come from the tensors' shapes. Attention heads, dropout and the tokenizer, which no shape tells, come from ``args``.
    Everything else in ``args`` must agree with the shapes.
 3. Names map one to one with two exceptions: the head's adaLN projections are one matrix here and one per block there, and the null
@@ -386,7 +386,8 @@ def official_args(file: PipelineConfig) -> dict[str, Any]:
     backbone, head = official_parts(file.model)
     encoder = (backbone.width, backbone.encoder_depth, backbone.heads)
     decoder = (backbone.decoder_width or backbone.width, backbone.decoder_depth, backbone.decoder_heads or backbone.heads)
-    args: dict[str, Any] = {"model": name for name, known in MODELS.items() if encoder == decoder == known}
+    names = [name for name, known in MODELS.items() if encoder == decoder == known]
+    args: dict[str, Any] = {"model": names[0]} if names else {}
     for part, values in (("encoder", encoder), ("decoder", decoder)):
         args |= {f"{part}_{k}": v for k, v in zip(("embed_dim", "depth", "num_heads"), values, strict=True)}
     # latent_scale is ours: official code has 0.2325 written into it.

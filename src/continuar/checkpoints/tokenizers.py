@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from continuar.checkpoints.ldm import read_ldm
-from continuar.checkpoints.store import CONFIG, TOKENIZER, load_state, read_pipeline_config, read_tokenizer
+from continuar.checkpoints.store import CONFIG, TOKENIZER, check_replaceable, load_state, read_pipeline_config, read_tokenizer
 from continuar.errors import UserError, require
 from continuar.io import atomic_directory, read_config, write_json, write_tensors
 from continuar.models.compatibility import token_warnings
