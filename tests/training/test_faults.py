@@ -21,6 +21,7 @@ from continuar.distributed import TIMEOUT_VARIABLE, Kind, joined, raise_on_all_r
 from continuar.errors import UserError
 from continuar.pipeline import newest_checkpoints
 from continuar.training.config import Run
+from continuar.training.metrics import RunLog
 from continuar.training.step import TrainStep
 from continuar.training.trainer import Report, train
 from tests.processes import finish, free_port, group, quiet, start, wait_for
@@ -87,6 +88,26 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bits(
     assert metric_lines(tmp_path / "run") == 60
     # What a killed process left half-written is gone.
     assert [p.name for p in (tmp_path / "run" / "checkpoints").glob(".*")] == []
+
+
+def log_opened_and_killed(run: Path) -> None:
+    """Opens the log of a resumed run, and is killed when the shortened file is about to be renamed."""
+
+    def kill(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", kill)
+        RunLog(run, step=2)
+
+
+def test_metrics_outlive_a_kill_while_a_resumed_run_cuts_them(tmp_path: Path) -> None:
+    text = "".join(f'{{"step": {step}}}\n' for step in (1, 2, 3))
+    (tmp_path / "metrics.jsonl").write_text(text)
+    assert finish([start(log_opened_and_killed, tmp_path)]) == [-signal.SIGKILL]
+    assert (tmp_path / "metrics.jsonl").read_text() == text
+    RunLog(tmp_path, step=2).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == text[: text.index('{"step": 3')]
 
 
 def trained_together(directory: Path, images: Path) -> None:
