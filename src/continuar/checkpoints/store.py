@@ -58,7 +58,8 @@ def check_replaceable(directory: Path, needed: str = WEIGHTS, config: str = CONF
     Raises:
         UserError: something else is there; also a training run, which has a config but no weights beside it.
     """
-    require(not directory.exists() or directory.is_dir(), f"{directory} is a file; a {what} is a directory. It is not a {what}; choose another directory")
+    is_file = directory.exists() and not directory.is_dir()
+    require(not is_file, f"{directory} is a file; a {what} is a directory. It is not a {what}; choose another directory")
     names = {p.name for p in directory.iterdir()} if directory.exists() else set()
     free = not names or {config, needed} <= names <= {config, needed, TOKENIZER}
     require(free, f"{directory} exists and is not a {what}; choose another directory")
